@@ -17,9 +17,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 class Model(BaseModel):
     """Base of every part of the config: frozen, unknown keys refused, docstrings are descriptions."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Filter(Model):
@@ -66,9 +64,7 @@ class PoolConfig(Model):
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         unknown = sorted(set(columns) - set(POOL_COLUMNS))
         if unknown:
-            raise ValueError(
-                f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}"
-            )
+            raise ValueError(f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}")
         return columns
 
 
@@ -229,9 +225,7 @@ class SelectConfig(Model):
             return method
         if method.startswith("source:") and len(method) > len("source:"):
             return method
-        raise ValueError(
-            f"'{method}' is not a method; use grape, all, random, longest, shortest or source:<name>"
-        )
+        raise ValueError(f"'{method}' is not a method; use grape, all, random, longest, shortest or source:<name>")
 
     @property
     def needs_scores(self) -> bool:
@@ -390,5 +384,3 @@ class Config(Model):
     def workspace_path(self) -> str:
         """The workspace, with its default filled in."""
         return self.workspace or f"{self.output.path.rstrip('/')}/.grape"
-
-

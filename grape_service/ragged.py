@@ -32,9 +32,7 @@ def list_offsets_and_values(column: pa.ListArray) -> tuple[Int64s, npt.NDArray]:
 
 def list_array(offsets: Int64s, values: npt.NDArray, value_type: pa.DataType) -> pa.ListArray:
     """Offsets [N + 1] and flat values -> a list column."""
-    return pa.ListArray.from_arrays(
-        pa.array(offsets.astype(np.int32)), pa.array(values, type=value_type)
-    )
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, type=value_type))
 
 
 @dataclass(frozen=True)

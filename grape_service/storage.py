@@ -132,9 +132,7 @@ class Storage:
             entries = self.fs.ls(self.full(prefix.rstrip("/")), detail=True)
         except FileNotFoundError:
             return []
-        return sorted(
-            entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"
-        )
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
 
     # Writing
 
@@ -279,7 +277,7 @@ def refuse_secrets(options: dict[str, Any] | None) -> None:
     for name in flat:
         if name in SECRET_OPTIONS or name.startswith("aws_"):
             raise UserError(
-                f"storage.{name} is a secret: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead"
+                f"storage.{name} is a secret: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
             )
 
 
