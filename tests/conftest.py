@@ -1,0 +1,48 @@
+"""Fixtures that any test may ask for: a real S3 server, and a fresh place to write to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grape_service.storage import Storage
+from tests.seaweed import BUCKET, SeaweedServer, running_server
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
+    """SeaweedFS for the whole session; see `SeaweedServer` for endpoint, environment, options."""
+    with running_server(tmp_path_factory.mktemp("seaweed")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_url(s3_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty s3:// folder; endpoint and credentials are in the environment, as a user would have them."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/test-{next(_numbers):04d}"
+
+
+@pytest.fixture
+def restartable_s3(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SeaweedServer]:
+    """A server of the test's own, to kill and start again; the environment points to it."""
+    with running_server(tmp_path_factory.mktemp("seaweed-own")) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage, once on local disk and once on S3."""
+    if request.param == "local":
+        return Storage(str(tmp_path / "storage"))
+    return Storage(request.getfixturevalue("s3_url"))
