@@ -23,6 +23,25 @@ def offsets_from_lengths(lengths: npt.ArrayLike) -> Int64s:
     return offsets
 
 
+def segment_sums(values: npt.NDArray, offsets: Int64s) -> npt.NDArray:
+    """Sum of each row of flat `values` [L] -> [N]: float64, or int64 for booleans and integers.
+
+    A row's sum depends on that row alone, bit for bit, whatever stands beside it. An empty row's is 0.
+    """
+    dtype = np.float64 if values.dtype.kind == "f" else np.int64
+    sums = np.zeros(len(offsets) - 1, dtype=dtype)
+    filled = np.diff(offsets) > 0
+    if filled.any():
+        sums[filled] = np.add.reduceat(values, offsets[:-1][filled], dtype=dtype)
+    return sums
+
+
+def gather_rows(starts: Int64s, lengths: Int64s) -> Int64s:
+    """Index [sum(lengths)] that takes the rows at `starts` [N], each `lengths` [N] long, from a flat array."""
+    offsets = offsets_from_lengths(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
 def list_offsets_and_values(column: pa.ListArray) -> tuple[Int64s, npt.NDArray]:
     """Offsets [N + 1] from 0 and flat values of a list column without nulls; no copy of the values."""
     offsets = column.offsets.to_numpy().astype(np.int64)

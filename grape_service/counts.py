@@ -1,0 +1,51 @@
+"""Counts that add up over partitions and survive a trip through JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self, get_type_hints
+
+
+def add_dicts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+    """Key by key sum, keys sorted."""
+    both = {key: left[key] + right[key] for key in left.keys() & right.keys()}
+    return dict(sorted({**left, **right, **both}.items()))
+
+
+@dataclass
+class Counts:
+    """Base of dataclasses whose fields are numbers, dicts of numbers or of Counts, or Counts."""
+
+    def __add__(self, other: Self) -> Self:
+        values = {}
+        for item in fields(self):
+            left, right = getattr(self, item.name), getattr(other, item.name)
+            values[item.name] = add_dicts(left, right) if isinstance(left, dict) else left + right
+        return type(self)(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and dicts."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of to_json."""
+        types = get_type_hints(cls)
+        return cls(**{item.name: _typed(types[item.name], value[item.name]) for item in fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Counts):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if isinstance(kind, type) and issubclass(kind, Counts):
+        return kind.from_json(value)
+    if isinstance(value, dict):
+        item = kind.__args__[1]
+        return {key: _typed(item, entry) for key, entry in value.items()}
+    return value

@@ -1,0 +1,139 @@
+"""How this service writes and reads Parquet: one place, so that the same rows give the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grape_service.errors import StageError
+from grape_service.storage import Storage
+
+ROW_GROUP_BYTES = 32 * 2**20
+"""Bytes in memory of a row group, about; a single larger row makes a larger one."""
+READ_BYTES = 32 * 2**20
+"""Bytes in memory that a stage works on at a time, about."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What write_parquet wrote."""
+
+    path: str
+    num_rows: int
+
+
+def write_parquet(
+    storage: Storage,
+    path: str,
+    schema: pa.Schema,
+    batches: Iterable[pa.RecordBatch | pa.Table],
+    row_group_bytes: int = ROW_GROUP_BYTES,
+) -> WrittenFile:
+    """Write batches as one file, whole or not at all. Row groups are cut by bytes; nothing depends on the clock."""
+    num_rows = 0
+    with storage.open_write(path) as file, open_writer(file, schema) as writer:
+        for group in _row_groups(schema, batches, row_group_bytes):
+            writer.write_table(group, row_group_size=max(1, group.num_rows))
+            num_rows += group.num_rows
+    return WrittenFile(path, num_rows)
+
+
+def open_writer(file: object, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer with the settings of every file of this service."""
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=texts,
+        write_statistics=True,
+        store_schema=True,
+        data_page_version="1.0",
+        version="2.6",
+    )
+
+
+def _row_groups(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table], row_group_bytes: int
+) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    waiting_bytes = 0
+    for batch in batches:
+        table = batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])
+        if table.num_rows == 0:
+            continue
+        for piece in _pieces(table, row_group_bytes):
+            if waiting and waiting_bytes + piece.nbytes > row_group_bytes:
+                yield pa.concat_tables(waiting).cast(schema)
+                waiting, waiting_bytes = [], 0
+            waiting.append(piece)
+            waiting_bytes += piece.nbytes
+    if waiting:
+        yield pa.concat_tables(waiting).cast(schema)
+
+
+def _pieces(table: pa.Table, most_bytes: int) -> Iterator[pa.Table]:
+    """Halves a table until each piece is small enough or one row."""
+    if table.nbytes <= most_bytes or table.num_rows == 1:
+        yield table
+        return
+    half = table.num_rows // 2
+    yield from _pieces(table.slice(0, half), most_bytes)
+    yield from _pieces(table.slice(half), most_bytes)
+
+
+def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
+    """A Parquet file for reading. Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
+    return pq.ParquetFile(storage.full(path), filesystem=storage.arrow)
+
+
+def read_tables(
+    storage: Storage, paths: list[str], columns: list[str] | None = None, target_bytes: int = READ_BYTES
+) -> Iterator[pa.Table]:
+    """Files one after the other in tables of about `target_bytes`, cut only between files and row groups.
+
+    A file whole is never split from itself below a row group, so what was written as shards of whole
+    prompts comes back as whole prompts. Small files are read ahead.
+    """
+    waiting: list[pa.Table] = []
+    waiting_bytes = 0
+    for table in _read_ahead(storage, paths, columns):
+        waiting.append(table)
+        waiting_bytes += table.nbytes
+        if waiting_bytes >= target_bytes:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting, waiting_bytes = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _read_ahead(storage: Storage, paths: list[str], columns: list[str] | None) -> Iterator[pa.Table]:
+    ahead = 8 if storage.is_s3 else 1
+    with ThreadPoolExecutor(ahead, thread_name_prefix="parquet") as pool:
+        futures = [pool.submit(_read_file, storage, path, columns) for path in paths[:ahead]]
+        for index in range(len(paths)):
+            table = futures.pop(0).result()
+            if index + ahead < len(paths):
+                futures.append(pool.submit(_read_file, storage, paths[index + ahead], columns))
+            yield table
+
+
+def _read_file(storage: Storage, path: str, columns: list[str] | None) -> pa.Table:
+    try:
+        with open_parquet(storage, path) as file:
+            return file.read(columns=columns, use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StageError(f"{storage.url(path)} cannot be read: {error}") from error
+
+
+def array_of(table: pa.Table, name: str) -> pa.Array:
+    """A column of a table with one chunk or none as an array."""
+    column = table[name]
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
