@@ -43,6 +43,15 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def slice_tokens(self) -> int:
+        """About how many tokens one call of `score` should hold to keep the device busy."""
+        ...
+
+    def halve_budget(self) -> int | None:
+        """Halve the tokens that are on the device at a time; the new number, or None if it cannot shrink."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Running counts since the start: tokens, cached_tokens, seconds."""
         ...

@@ -1,0 +1,243 @@
+"""Shards that are made of kept rows: what the behavior policies score, and the target at a temperature.
+
+A behavior policy renders the prompt with its own template; the response's token ids are the target's, so
+its scores stand token for token beside the target's. A recorded temperature divides the target's logits
+too, so those rows are scored again by the target at that temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grape_service import schemas
+from grape_service.candidates import Candidate, Rejection, Rendered
+from grape_service.config import BehaviorConfig, PolicyConfig, RecordedBehavior, RenderConfig
+from grape_service.digests import row_keys
+from grape_service.parquet import write_parquet
+from grape_service.ragged import list_offsets_and_values, offsets_from_lengths
+from grape_service.render.renderer import Renderer
+from grape_service.storage import Storage
+
+SCHEMA = pa.schema(
+    [
+        *[schemas.SHARD.field(name) for name in ("row_key", "prompt_id", "candidate_id", "source")],
+        *[schemas.SHARD.field(name) for name in ("input_ids", "loss_mask", "prompt_len")],
+        pa.field("target_row_key", pa.binary(16), nullable=False),
+        pa.field("turn_end_differs", pa.bool_(), nullable=False),
+    ]
+)
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kept rows that one policy scores: a behavior policy, or the target at a temperature."""
+
+    name: str  # a folder
+    policy: PolicyConfig
+    policy_id: str
+    folder: str  # of the model's files
+    temperature: float
+    is_target: bool
+
+
+@dataclass(frozen=True)
+class DerivedShard:
+    """A file of rows to score; `path` is relative to the workspace."""
+
+    path: str
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What `derive_partition` wrote for a group."""
+
+    shards: list[DerivedShard]
+    unrenderable: int  # rows that the behavior policy's template cannot take; they have no behavior
+
+
+def temperature_of(sampling: str | None) -> float:
+    """The temperature in a row's sampling JSON; 1.0 where none is recorded."""
+    if not sampling:
+        return 1.0
+    value = orjson.loads(sampling).get("temperature")
+    return 1.0 if value is None else float(value)
+
+
+def support_is_cut(sampling: str | None) -> bool:
+    """Whether top-p, top-k or min-p left tokens out when the row was sampled."""
+    values = orjson.loads(sampling) if sampling else {}
+    top_k = values.get("top_k")
+    top_p, min_p = values.get("top_p"), values.get("min_p")
+    return (
+        (top_k is not None and top_k > 0) or (top_p is not None and top_p < 1) or (min_p is not None and min_p > 0)
+    )
+
+
+def group_of_row(
+    groups: list[Group], behavior: BehaviorConfig | None, source: str | None, sampling: str | None, has_recorded: bool
+) -> list[Group]:
+    """The groups that score a kept row."""
+    whose = behavior.of_source(source) if behavior else None
+    found = []
+    for group in groups:
+        if group.is_target:
+            recorded = isinstance(whose, RecordedBehavior) and has_recorded and not support_is_cut(sampling)
+            wanted = temperature_of(sampling) if recorded else 1.0
+            if group.temperature in (wanted, 1.0):
+                found.append(group)
+        elif isinstance(whose, PolicyConfig) and whose == group.policy:
+            found.append(group)
+    return found
+
+
+def derive_partition(
+    storage: Storage,
+    kept_path: str,
+    out_folder: str,
+    groups: list[Group],
+    behavior: BehaviorConfig | None,
+    render: RenderConfig,
+    target_turn_end_id: int | None,
+    shard_tokens: int,
+) -> dict[str, Derived]:
+    """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`."""
+    renderers = {
+        group.name: Renderer.load(group.folder, group.policy, render) for group in groups if not group.is_target
+    }
+    writers = {group.name: ShardCutter(storage, f"{out_folder}/{group.name}", shard_tokens) for group in groups}
+    unrenderable = dict.fromkeys(writers, 0)
+    for batch in kept_batches(storage, kept_path):
+        sources, samplings = batch["source"].to_pylist(), batch["sampling"].to_pylist()
+        recorded = batch["recorded_logprobs"].is_valid().to_pylist()
+        rows_of: dict[str, list[int]] = {name: [] for name in writers}
+        for row, (source, sampling, has) in enumerate(zip(sources, samplings, recorded, strict=True)):
+            for group in group_of_row(groups, behavior, source, sampling, has):
+                rows_of[group.name].append(row)
+        for group in groups:
+            chosen = batch.take(pa.array(rows_of[group.name], pa.int64()))
+            if chosen.num_rows == 0:
+                continue
+            if group.is_target:
+                table = target_rows(chosen)
+            else:
+                table = behavior_rows(chosen, renderers[group.name], target_turn_end_id)
+                unrenderable[group.name] += chosen.num_rows - table.num_rows
+            writers[group.name].add(table)
+    return {name: Derived(writer.close(), unrenderable[name]) for name, writer in writers.items()}
+
+
+def kept_batches(storage: Storage, path: str) -> Iterator[pa.Table]:
+    """The columns of kept rows that are needed to render them again."""
+    columns = [*schemas.SHARD.names]
+    with storage.open(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+def target_rows(kept: pa.Table) -> pa.Table:
+    """Kept rows as they are."""
+    columns: dict[str, Any] = {name: kept[name] for name in SCHEMA.names if name in kept.column_names}
+    columns["target_row_key"] = kept["row_key"]
+    columns["turn_end_differs"] = pa.array(np.zeros(kept.num_rows, dtype=bool))
+    return pa.table(columns).select(SCHEMA.names).cast(SCHEMA)
+
+
+def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | None) -> pa.Table:
+    """Kept rows in another policy's rendering; rows that it cannot take are left out."""
+    candidates, targets = zip(*(candidate_of(row) for row in kept.to_pylist()), strict=True)
+    rendered = renderer.render_behavior(candidates, targets, target_turn_end_id)
+    good = [row for row, result in enumerate(rendered) if not isinstance(result, Rejection)]
+    results: list[Rendered] = [result for result in rendered if not isinstance(result, Rejection)]
+    offsets = offsets_from_lengths([len(result.input_ids) for result in results])
+    ids = np.concatenate([result.input_ids for result in results]) if results else np.empty(0, np.int32)
+    mask = np.concatenate([result.loss_mask for result in results]) if results else np.empty(0, np.uint8)
+    differs = [
+        bool(
+            (
+                targets[row].input_ids[targets[row].loss_mask == schemas.LOSS_TURN_END]
+                != result.input_ids[result.loss_mask == schemas.LOSS_TURN_END]
+            ).any()
+        )
+        for row, result in zip(good, results, strict=True)
+    ]
+    chosen = kept.take(pa.array(good, pa.int64()))
+    list_offsets = pa.array(offsets.astype(np.int32))
+    return pa.table(
+        {
+            "row_key": row_keys(ids, mask, offsets),
+            "prompt_id": chosen["prompt_id"],
+            "candidate_id": chosen["candidate_id"],
+            "source": chosen["source"],
+            "input_ids": pa.ListArray.from_arrays(list_offsets, pa.array(ids, pa.int32())),
+            "loss_mask": pa.ListArray.from_arrays(list_offsets, pa.array(mask, pa.uint8())),
+            "prompt_len": pa.array([result.prompt_len for result in results], pa.int32()),
+            "target_row_key": chosen["row_key"],
+            "turn_end_differs": pa.array(differs, pa.bool_()),
+        }
+    ).cast(SCHEMA)
+
+
+def candidate_of(row: dict[str, Any]) -> tuple[Candidate, Rendered]:
+    """A kept row as it was before and after rendering by the target."""
+    messages = orjson.loads(row["messages"])
+    prompt, response = messages[: row["num_prompt_messages"]], messages[row["num_prompt_messages"] :]
+    is_text = len(response) == 1 and set(response[0]) <= {"role", "content"}
+    candidate = Candidate(
+        prompt=prompt,
+        response=response[0]["content"] if is_text else response,
+        prompt_id=row["prompt_id"],
+        candidate_id=row["candidate_id"],
+        source=row["source"],
+        truncated=row["truncated"],
+        tools=orjson.loads(row["tools"]) if row["tools"] else None,
+    )
+    rendered = Rendered(
+        np.asarray(row["input_ids"], dtype=np.int32), np.asarray(row["loss_mask"], dtype=np.uint8), row["prompt_len"]
+    )
+    return candidate, rendered
+
+
+class ShardCutter:
+    """Collects rows and writes a shard whenever about `shard_tokens` tokens are there."""
+
+    def __init__(self, storage: Storage, folder: str, shard_tokens: int):
+        self.storage, self.folder, self.shard_tokens = storage, folder, shard_tokens
+        self.shards: list[DerivedShard] = []
+        self.waiting: list[pa.Table] = []
+        self.tokens = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Rows in order; cut between rows."""
+        offsets, _ = list_offsets_and_values(table["input_ids"].combine_chunks())
+        start = 0
+        while start < table.num_rows:
+            room = self.shard_tokens - self.tokens
+            stop = max(start + 1, int(np.searchsorted(offsets, offsets[start] + room, side="right")) - 1)
+            self.waiting.append(table.slice(start, stop - start))
+            self.tokens += int(offsets[stop] - offsets[start])
+            start = stop
+            if self.tokens >= self.shard_tokens or start < table.num_rows:
+                self._write()
+
+    def _write(self) -> None:
+        table = pa.concat_tables(self.waiting).combine_chunks()
+        path = f"{self.folder}/shard-{len(self.shards):05d}.parquet"
+        write_parquet(self.storage, path, SCHEMA, table.to_batches())
+        self.shards.append(DerivedShard(path, table.num_rows, self.tokens))
+        self.waiting, self.tokens = [], 0
+
+    def close(self) -> list[DerivedShard]:
+        """Write the rest; every shard that there is."""
+        if self.waiting:
+            self._write()
+        return self.shards

@@ -1,0 +1,145 @@
+"""A Ray cluster for the length of a run: a private one, or the one that this process is a job of."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from grape_service.config import WorkersConfig
+
+T = TypeVar("T")
+
+IN_CLUSTER = "GRAPE_IN_CLUSTER"
+"""Set in the environment of a job that `grape submit` started: the run joins that job's cluster."""
+
+
+@contextlib.contextmanager
+def ray_for(workers: WorkersConfig) -> Iterator[None]:
+    """Ray is up inside the block and gone after it.
+
+    A private Ray never joins one that it finds. Engines get a core's share each by their own options, so
+    logical CPUs are the machine's cores and one for each engine.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    scratch = None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if os.environ.get(IN_CLUSTER):
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            scratch = tempfile.mkdtemp(prefix="grape-ray-")
+            ray.init(
+                address="local",
+                num_cpus=2 * num_cores(workers),
+                include_dashboard=False,
+                log_to_driver=bool(os.environ.get("GRAPE_DEBUG")),
+                logging_level=logging.ERROR,
+                _temp_dir=scratch,
+                object_store_memory=256 * 2**20,
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(import_path())}},
+            )
+        _restore(previous)
+        yield
+    finally:
+        ray.shutdown()
+        _restore(previous)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def num_cores(workers: WorkersConfig) -> int:
+    """Tasks that a private Ray runs at the same time."""
+    return workers.cpus or len(os.sched_getaffinity(0))
+
+
+def num_slots(workers: WorkersConfig) -> int:
+    """Tasks in flight at the same time: the private Ray's cores, or all of the cluster's CPUs."""
+    if os.environ.get(IN_CLUSTER):
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return num_cores(workers)
+
+
+def num_gpus() -> int:
+    """GPUs of the whole cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def import_path() -> list[str]:
+    """Where workers find this code: the folder of the packages first."""
+    here = str(Path(__file__).resolve().parent.parent)
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return [here, *(entry for entry in given if entry != here)]
+
+
+def run_tasks(
+    function: Callable[..., T],
+    arguments: Sequence[tuple[Any, ...]],
+    workers: WorkersConfig,
+    done: Callable[[int, T], None] | None = None,
+    threads: int = 1,
+) -> list[T]:
+    """Run `function(*arguments[i])` as Ray tasks, a few in flight at a time; results in order.
+
+    `done(i, result)` is called in the driver as each ends. A task that a lost worker takes with it is run
+    again by Ray, up to 3 times; an exception of the function itself ends the stage at once.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=3)(function).options(
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": os.pathsep.join(import_path()),
+                "OMP_NUM_THREADS": str(threads),
+                "RAYON_NUM_THREADS": str(threads),
+                "TOKENIZERS_PARALLELISM": "true",
+            }
+        }
+    )
+    results: dict[int, T] = {}
+    in_flight: dict[ray.ObjectRef, int] = {}
+    queue = iter(range(len(arguments)))
+    slots = num_slots(workers)
+    try:
+        while True:
+            while len(in_flight) < slots and (index := next(queue, None)) is not None:
+                in_flight[remote.remote(*arguments[index])] = index
+            if not in_flight:
+                return [results[index] for index in range(len(arguments))]
+            ready, _ = ray.wait(list(in_flight), num_returns=1)
+            index = in_flight.pop(ready[0])
+            try:
+                results[index] = ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:
+                raise original(error) from None
+            if done:
+                done(index, results[index])
+    finally:
+        for reference in in_flight:
+            ray.cancel(reference, force=True)
+
+
+def original(error: ray.exceptions.RayTaskError) -> Exception:
+    """The exception that a task raised, without Ray's wrapping when it is one of ours."""
+    from grape_service.errors import StageError, UserError
+
+    cause = error.cause
+    if isinstance(cause, UserError | StageError):
+        return type(cause)(*cause.args)
+    return error
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        with contextlib.suppress(ValueError, TypeError):  # not in the main thread, or not set from Python
+            signal.signal(number, handler)

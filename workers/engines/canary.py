@@ -1,0 +1,67 @@
+"""Canary rows: a replica must give the scores that its policy gave before, or it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import orjson
+
+from grape_service.errors import StageError
+from grape_service.ragged import TokenBatch
+from grape_service.storage import Storage, json_bytes
+from workers.engines.base import Engine
+
+TOLERANCE = {"float32": (1e-3, 2e-4), "float16": (0.15, 0.03), "bfloat16": (0.35, 0.06)}
+"""dtype -> largest difference of one log-probability, and of the mean absolute difference. Half precision
+differs by 0.01 to 0.06 a token between engines and batch shapes on real text; random tokens differ by more."""
+
+LENGTHS = (6, 17, 33, 48)
+
+
+def canary_rows(folder: str) -> TokenBatch:
+    """Four fixed rows of random token ids, the second half of each with loss; the same for a vocabulary size."""
+    config = orjson.loads((Path(folder) / "config.json").read_bytes())
+    vocab_size = int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size"))
+    random = np.random.default_rng(20260131)
+    rows = []
+    for length in LENGTHS:
+        ids = random.integers(0, vocab_size, size=length).tolist()
+        rows.append((ids, [place >= length // 2 for place in range(length)]))
+    return TokenBatch.from_rows(rows)
+
+
+def check_canary(engine: Engine, folder: str, workspace: Storage, policy_id: str, reuse: str) -> None:
+    """Score the canary rows and compare them with those stored for the policy, or store them.
+
+    Raises StageError that names the difference when the replica may not be used.
+    """
+    batch = canary_rows(folder)
+    scores = engine.score(batch)
+    mine = {**asdict(engine.description), "logprobs": [float(value) for value in scores]}
+    path = f"scores/{policy_id}/canary.json"
+    if workspace.create_if_absent(path, json_bytes(mine)):
+        return
+    stored = workspace.read_json(path)
+    description = engine.description
+    versions = f"{stored['engine']} {stored['version']}", f"{description.engine} {description.version}"
+    if reuse == "exact" and versions[0] != versions[1]:
+        raise StageError(
+            f"scores of {policy_id} were made by {versions[0]} and this replica has {versions[1]}: "
+            "set workers.reuse to compatible, or score with the same version"
+        )
+    reference = np.asarray(stored["logprobs"], dtype=np.float64)
+    difference = np.abs(reference - scores) if len(reference) == len(scores) else np.asarray([np.inf])
+    largest, mean = TOLERANCE[description.dtype]
+    if not (difference.max() <= largest and difference.mean() <= mean):
+        named = [
+            f"{key} {stored[key]} there, {getattr(description, key)} here"
+            for key in ("dtype", "quantization", "engine", "version")
+            if stored[key] != getattr(description, key)
+        ]
+        raise StageError(
+            f"a replica of {policy_id} was refused: its canary rows differ from the stored ones by "
+            f"{difference.mean():.3g} a token on average (allowed: {mean}); "
+            f"{'; '.join(named) or 'same engine and precision, so its weights differ'}"
+        )

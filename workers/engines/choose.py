@@ -1,0 +1,33 @@
+"""Which engine scores a policy."""
+
+from __future__ import annotations
+
+import logging
+
+from grape_service.config import PolicyConfig
+from workers.engines.base import Engine
+
+log = logging.getLogger(__name__)
+
+
+def engine_name(policy: PolicyConfig, folder: str) -> str:
+    """vllm | transformers; auto takes vllm where it is importable and runs the model."""
+    if policy.engine != "auto":
+        return policy.engine
+    from workers.engines.vllm_engine import vllm_available_for
+
+    available, reason = vllm_available_for(folder)
+    if not available:
+        log.info("scoring %s with transformers: %s", policy.model, reason)
+    return "vllm" if available else "transformers"
+
+
+def load_engine(policy: PolicyConfig, folder: str) -> Engine:
+    """The policy's engine on this process's device."""
+    if engine_name(policy, folder) == "vllm":
+        from workers.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(policy, folder)
+    from workers.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(policy, folder)

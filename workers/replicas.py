@@ -1,0 +1,243 @@
+"""Scoring actors as a pool: units are pulled by whichever replica is free, and replicas that die are replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from grape_service.config import Config
+from grape_service.errors import StageError, UserError
+from grape_service.progress import reporter
+from workers.actor import ScoringActor, ScoringSpec, Unit, UnitResult
+from workers.cluster import import_path, num_cores, num_gpus
+
+IN_FLIGHT = 2
+"""Units a replica holds: one on the engine, the next one being read."""
+ATTEMPTS = 3
+"""A unit that failed this often is recorded as failed."""
+START_SECONDS = 1800
+"""An engine that has not started by then has failed."""
+
+
+@dataclass
+class Work:
+    """A unit, at what temperature it is scored, and how often that failed."""
+
+    unit: Unit
+    temperature: float
+    attempts: int = 0
+
+
+@dataclass
+class Replica:
+    """An actor and what it was given, oldest first."""
+
+    actor: Any
+    started: ray.ObjectRef
+    in_flight: dict[ray.ObjectRef, Work] = field(default_factory=dict)
+    tokens_seen: int = 0
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ScoreTotals:
+    """What a scoring stage did."""
+
+    rows: int = 0
+    reused: int = 0
+    failed: int = 0
+    tokens: int = 0
+    engine_seconds: float = 0.0
+    failed_units: list[tuple[Unit, str]] = field(default_factory=list)
+
+
+def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
+    """How many replicas a policy gets: no more than there are units."""
+    wanted = config.workers.replicas
+    if wanted == "auto":
+        wanted = max(1, num_gpus() // tensor_parallel) if num_gpus() else 1
+    return max(1, min(wanted, units))
+
+
+class Replicas:
+    """The actors of one policy. Use as a context manager: no actor outlives it."""
+
+    def __init__(self, config: Config, spec: ScoringSpec, count: int):
+        self.config = config
+        self.spec = spec
+        self.events: list[str] = []
+        self.failed_starts = 0
+        reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
+        self.count = count
+        self.replicas = [self._start() for _ in range(count)]
+        self._wait_ready(self.replicas)
+
+    def __enter__(self) -> Replicas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for replica in self.replicas:
+            self._end(replica)
+
+    def _start(self) -> Replica:
+        gpus = self.spec.policy.tensor_parallel if num_gpus() else 0
+        threads = max(1, num_cores(self.config.workers) // self.count)
+        environment = {
+            "PYTHONPATH": os.pathsep.join(import_path()),
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        actor = ray.remote(ScoringActor).options(
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_concurrency=IN_FLIGHT + 3,
+            runtime_env={"env_vars": environment},
+        )
+        handle = actor.remote(self.spec)
+        return Replica(handle, handle.start.remote())
+
+    def _wait_ready(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            while True:
+                try:
+                    replica.description = ray.get(replica.started, timeout=START_SECONDS)
+                    break
+                except (ray.exceptions.RayError, TimeoutError) as error:
+                    self._end(replica)
+                    raise_if_ours(error)
+                    self.failed_starts += 1
+                    if self.failed_starts >= ATTEMPTS:
+                        raise StageError(f"the engine for {self.spec.policy.model} does not start: {short(error)}") from None
+                    self._event(f"an engine did not start ({short(error)}); starting it again")
+                    fresh = self._start()
+                    replica.actor, replica.started = fresh.actor, fresh.started
+
+    def _end(self, replica: Replica) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(replica.actor)
+
+    def _event(self, text: str) -> None:
+        self.events.append(text)
+        reporter().event(text)
+
+    def descriptions(self) -> list[dict[str, Any]]:
+        """What each replica is and did."""
+        found = []
+        for replica in self.replicas:
+            with contextlib.suppress(ray.exceptions.RayError):
+                found.append(ray.get(replica.actor.describe.remote()))
+        return found
+
+    def score(self, works: Sequence[Work], advance: Callable[[int], None]) -> ScoreTotals:
+        """Score every unit; `advance(tokens)` is called about once a second while it goes on."""
+        queue = deque(works)
+        totals = ScoreTotals()
+        last_progress = time.monotonic()
+        while queue or any(replica.in_flight for replica in self.replicas):
+            for replica in self.replicas:
+                while queue and len(replica.in_flight) < IN_FLIGHT:
+                    self._give(replica, queue.popleft())
+            if not queue:
+                self._rebalance()
+            references = [reference for replica in self.replicas for reference in replica.in_flight]
+            ready, _ = ray.wait(references, num_returns=1, timeout=1.0)
+            for reference in ready:
+                self._collect(reference, queue, totals)
+            if time.monotonic() - last_progress >= 1.0:
+                self._poll(advance)
+                last_progress = time.monotonic()
+        self._poll(advance)
+        return totals
+
+    def _give(self, replica: Replica, work: Work) -> None:
+        reference = replica.actor.score.remote(work.unit, work.temperature)
+        replica.in_flight[reference] = work
+
+    def _collect(self, reference: ray.ObjectRef, queue: deque[Work], totals: ScoreTotals) -> None:
+        replica = next(replica for replica in self.replicas if reference in replica.in_flight)
+        oldest = next(iter(replica.in_flight)) == reference
+        work = replica.in_flight.pop(reference)
+        try:
+            result: UnitResult | None = ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            waiting = [work, *replica.in_flight.values()] if oldest else [*replica.in_flight.values(), work]
+            replica.in_flight.clear()
+            self._event(f"an engine died ({short(error)}); its {len(waiting)} shards are given to others")
+            waiting[0].attempts += 1
+            for lost in reversed(waiting):
+                self._again(lost, f"its engine died: {short(error)}", queue, totals)
+            fresh = self._start()
+            replica.actor, replica.started, replica.tokens_seen = fresh.actor, fresh.started, 0
+            self._wait_ready([replica])
+            return
+        except ray.exceptions.RayTaskError as error:
+            raise_if_ours(error, (UserError,))
+            work.attempts += 1
+            self._event(f"shard {work.unit.path} failed, attempt {work.attempts} of {ATTEMPTS}: {short(error)}")
+            self._again(work, short(error), queue, totals)
+            return
+        if result is None:
+            return
+        totals.rows += result.scored
+        totals.failed += result.failed
+        totals.reused += result.reused
+        totals.tokens += result.tokens
+        totals.engine_seconds += result.seconds
+
+    def _again(self, work: Work, reason: str, queue: deque[Work], totals: ScoreTotals) -> None:
+        """Put a unit back in front; after the last attempt it is recorded as failed."""
+        if work.attempts >= ATTEMPTS:
+            totals.failed_units.append((work.unit, reason))
+            return
+        unit = work.unit
+        work.unit = Unit(unit.path, unit.partition, unit.rows, unit.tokens, check=True)
+        queue.appendleft(work)
+
+    def _rebalance(self) -> None:
+        """Give units that wait at a busy replica to idle ones."""
+        idle = [replica for replica in self.replicas if not replica.in_flight]
+        for replica in idle:
+            busiest = max(self.replicas, key=lambda other: len(other.in_flight))
+            if len(busiest.in_flight) < 2:
+                return
+            reference, work = list(busiest.in_flight.items())[-1]
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(busiest.actor.take_back.remote(work.unit.path)):
+                    del busiest.in_flight[reference]
+                    self._give(replica, work)
+
+    def _poll(self, advance: Callable[[int], None]) -> None:
+        for replica in self.replicas:
+            with contextlib.suppress(ray.exceptions.RayError):
+                tokens, events = ray.get(replica.actor.progress.remote(), timeout=5)
+                if tokens > replica.tokens_seen:
+                    advance(tokens - replica.tokens_seen)
+                    replica.tokens_seen = tokens
+                for event in events:
+                    self._event(event)
+
+
+def short(error: BaseException) -> str:
+    """The last line of an error, without Ray's traceback."""
+    cause = getattr(error, "cause", None)
+    text = str(cause or error).strip() or type(error).__name__
+    line = next((line for line in reversed(text.splitlines()) if line.strip()), text)
+    return f"{type(cause or error).__name__}: {line.strip()[:300]}"
+
+
+def raise_if_ours(error: BaseException, kinds: tuple[type[Exception], ...] = (UserError, StageError)) -> None:
+    """Raise the UserError or StageError inside a Ray error, if there is one."""
+    seen: BaseException | None = getattr(error, "cause", None) or error.__cause__
+    while seen is not None:
+        if isinstance(seen, kinds):
+            raise type(seen)(*seen.args) from None
+        seen = getattr(seen, "cause", None) or seen.__cause__

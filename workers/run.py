@@ -1,0 +1,107 @@
+"""One run: its config, where its files are, that it is alive, and what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+from grape_service.config import Config, PolicyConfig
+from grape_service.models import ModelFiles, policy_id, resolve_model
+from grape_service.progress import reporter
+from grape_service.render.renderer import Renderer
+from grape_service.storage import Storage
+
+HEARTBEAT_SECONDS = 20
+"""How often runs/<run_id>/heartbeat.json is written; gc leaves runs alone whose heartbeat is young."""
+
+
+@dataclass
+class Run:
+    """What every stage is given."""
+
+    config: Config
+    run_id: str
+    workspace: Storage
+    output: Storage
+    started: float = field(default_factory=time.time)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    engines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> str:
+        """The run's folder in the workspace."""
+        return f"runs/{self.run_id}"
+
+    @cached_property
+    def target_files(self) -> ModelFiles:
+        """The target's files on this machine."""
+        return resolve_model(self.config.target, self.config.storage)
+
+    @cached_property
+    def target_renderer(self) -> Renderer:
+        """The target's tokenizer and template."""
+        return Renderer.load(self.target_files.folder, self.config.target, self.config.render)
+
+    def policy_id(self, policy: PolicyConfig, temperature: float = 1.0) -> str:
+        """Where the scores of a policy are kept."""
+        return policy_id(policy, self.files_of(policy), temperature)
+
+    def files_of(self, policy: PolicyConfig) -> ModelFiles:
+        """The files of a policy's model on this machine."""
+        return self.target_files if policy == self.config.target else resolve_model(policy, self.config.storage)
+
+    def event(self, text: str) -> None:
+        """Something worth telling: shown, and kept for the manifest."""
+        self.events.append({"time": utc_now(), "event": text})
+        reporter().event(text)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage's seconds."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - started
+
+
+@contextlib.contextmanager
+def new_run(config: Config) -> Iterator[Run]:
+    """A run whose heartbeat beats inside the block."""
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    workspace = Storage(config.workspace_path, config.storage)
+    run = Run(config, run_id, workspace, Storage(config.output.path, config.storage))
+    workspace.write_json(f"{run.folder}/config.json", config.model_dump(mode="json"))
+    stop = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with contextlib.suppress(Exception):  # a missed beat is no reason to end the run
+                heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid()}
+                workspace.write_json(f"{run.folder}/heartbeat.json", heartbeat)
+            if stop.wait(HEARTBEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield run
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+        with contextlib.suppress(Exception):
+            workspace.delete(f"{run.folder}/heartbeat.json")
+
+
+def utc_now() -> str:
+    """The time as ISO 8601, seconds, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
