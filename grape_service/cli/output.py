@@ -1,0 +1,61 @@
+"""What commands print: tables for people on standard output, or one JSON object alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grape_service.config import Config
+from grape_service.config_file import load_config
+
+ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
+ReferenceArgument = Annotated[
+    str, typer.Argument(help="A dataset version: <output.path>/<name>@<tag or version>.", metavar="REF")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+EndpointOption = Annotated[
+    str | None, typer.Option("--endpoint", help="Endpoint of the S3 server, where it is not Amazon's.", metavar="URL")
+]
+
+
+def console() -> Console:
+    """Standard output, for people."""
+    return Console(soft_wrap=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE, default=str))
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; cells are shown as text, whatever they hold."""
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    console().print(table)
+
+
+def say(text: str) -> None:
+    """A line for people, without markup."""
+    console().print(Text(text))
+
+
+def storage_options(endpoint: str | None) -> dict[str, Any]:
+    """Storage options of commands that take no config."""
+    return {"endpoint_url": endpoint} if endpoint else {}
+
+
+def config_of(path: str) -> Config:
+    """The config of a command."""
+    return load_config(path)
