@@ -1,54 +1,50 @@
-"""Files, local or on S3, behind one small interface; the only module that opens paths.
+"""Files, local or on S3, behind one small interface; the only way that paths are opened.
 
-Plain reads and writes go through fsspec. Two conditional writes are all the coordination there is:
-`create_if_absent` and `compare_and_swap`.
+Plain reads and writes, and two conditional writes, which are all the coordination there is:
+`create_if_absent` and `compare_and_swap`. Where the server is away, a call waits for it about a minute and then
+raises a StageError; permissions, a missing bucket and a full disk are UserErrors. Storages can be pickled and
+survive a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 import orjson
 import pyarrow.fs as pafs
-from fsspec.implementations.local import LocalFileSystem
 
 from grape_service.errors import UserError
+from grape_service.files import FileInfo, FileInfos, LocalFiles, Names
 
-SECRET_OPTIONS = ("key", "secret", "token", "password")
+__all__ = ["FileInfo", "Storage", "check_writable", "json_bytes", "normal_url", "refuse_secrets"]
 
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One file of a listing; `path` is relative to the storage's root."""
-
-    path: str
-    size: int
-    etag: str
-    modified: float  # seconds since 1970
+_SECRET_OPTION = re.compile(r"key|secret|token|username|password|aws_.*|.*(secret|token|password|customerkey).*", re.I)
 
 
 class Storage:
     """A folder, local or s3://, that is read and written. Paths are relative to it, with '/'."""
 
     def __init__(self, root: str, options: dict[str, Any] | None = None):
-        """Raises UserError where conditional writes do not exist or `options` hold a secret."""
+        """`options`: those of s3fs, and `retry_seconds`.
+
+        Raises UserError where conditional writes do not exist or `options` hold a secret."""
         refuse_secrets(options)
         self.options = dict(options or {})
         self.root = normal_url(root)
         self.is_s3 = self.root.startswith("s3://")
-        self.fs = filesystem(self.root, orjson.dumps(self.options, option=orjson.OPT_SORT_KEYS))
         self._base = self.root.removeprefix("s3://")
+        if self.is_s3:
+            from grape_service.s3 import S3Files
+
+            self._files: Any = S3Files(self._base, self.options)
+        else:
+            self._files = LocalFiles(self._base)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Storage, (self.root, self.options)
@@ -58,6 +54,7 @@ class Storage:
 
     def sub(self, folder: str) -> Storage:
         """The folder below this one as a storage of its own."""
+        self.full(folder)
         return Storage(self.url(folder), self.options)
 
     def url(self, path: str = "") -> str:
@@ -66,16 +63,21 @@ class Storage:
 
     def full(self, path: str = "") -> str:
         """The path as fsspec and pyarrow take it, without 's3://'. Raises UserError if it climbs out."""
-        if path.startswith("/") or ".." in path.split("/"):
-            raise UserError(f"'{path}' climbs out of {self.root}: paths stay below their folder")
-        return f"{self._base}/{path}" if path else self._base
+        if not path:
+            return self._base
+        if any(part in ("", ".", "..") for part in path.split("/")) or "\0" in path:
+            raise UserError(f"{path!r} is not a path below {self.root}: write folder/file, without '..' or '//'")
+        return f"{self._base}/{path}"
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """For programs that take an fsspec file system, with paths from `full`."""
+        return self._files.fs
 
     @property
     def arrow(self) -> pafs.FileSystem:
         """For pyarrow.parquet and pyarrow.dataset, with paths from `full`."""
-        if not self.is_s3:
-            return pafs.LocalFileSystem()
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+        return self._files.arrow
 
     # Reading
 
@@ -85,28 +87,25 @@ class Storage:
 
     def read_with_etag(self, path: str) -> tuple[bytes, str]:
         """All bytes of a file and the etag that compare_and_swap takes. Raises FileNotFoundError."""
-        if not self.is_s3:
-            data = Path(self.full(path)).read_bytes()
-            return data, hashlib.sha256(data).hexdigest()
-        while True:
-            etag = self.info(path).etag
-            data = self.fs.cat_file(self.full(path))
-            if self.info(path).etag == etag:
-                return data, etag
+        found: tuple[bytes, str] = self._files.read_with_etag(self.full(path))
+        return found
 
     def read_json(self, path: str) -> Any:
-        """A JSON file's value. Raises FileNotFoundError."""
-        return orjson.loads(self.read(path))
+        """A JSON file's value. Raises FileNotFoundError, and UserError if it is not JSON."""
+        try:
+            return orjson.loads(self.read(path))
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{self.url(path)} is not JSON ({error}): restore or delete it") from error
 
     def open(self, path: str) -> IO[bytes]:
         """A file for reading. Raises FileNotFoundError."""
-        return self.fs.open(self.full(path), "rb")
+        file: IO[bytes] = self._files.open(self.full(path))
+        return file
 
     def info(self, path: str) -> FileInfo:
-        """Size and etag. Raises FileNotFoundError."""
-        if self.is_s3:
-            self.fs.invalidate_cache(os.path.dirname(self.full(path)))
-        return self._file_info(self.fs.info(self.full(path), **({"refresh": True} if self.is_s3 else {})))
+        """Size, etag and time. Raises FileNotFoundError."""
+        found: FileInfo = self._files.info(self.full(path))
+        return found
 
     def exists(self, path: str) -> bool:
         """Whether there is a file (not a folder) of that name."""
@@ -116,23 +115,13 @@ class Storage:
         except FileNotFoundError:
             return False
 
-    def list(self, prefix: str = "") -> list[FileInfo]:
+    def list(self, prefix: str = "") -> FileInfos:
         """Every file below the folder `prefix`, sorted by path; empty if there is no such folder."""
-        if self.is_s3:
-            self.fs.invalidate_cache()
-        found = self.fs.find(self.full(prefix.rstrip("/")), detail=True)
-        infos = [self._file_info(entry) for entry in found.values() if entry["type"] == "file"]
-        return sorted((i for i in infos if not _is_temporary(i.path)), key=lambda info: info.path)
+        return sorted(self._files.list(self.full(prefix.rstrip("/"))), key=lambda info: info.path)
 
-    def folders(self, prefix: str = "") -> list[str]:
+    def folders(self, prefix: str = "") -> Names:
         """Names of the folders directly below `prefix`, sorted."""
-        if self.is_s3:
-            self.fs.invalidate_cache()
-        try:
-            entries = self.fs.ls(self.full(prefix.rstrip("/")), detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+        return sorted(self._files.folders(self.full(prefix.rstrip("/"))))
 
     # Writing
 
@@ -148,107 +137,51 @@ class Storage:
     @contextlib.contextmanager
     def open_write(self, path: str) -> Iterator[IO[bytes]]:
         """A file that appears under its name, whole, when the block ends, and not at all if it raises."""
-        full = self.full(path)
-        if self.is_s3:
-            file = self.fs.open(full, "wb", block_size=16 * 2**20)
-            try:
-                yield file
-            except BaseException:
-                file.discard() if getattr(file, "mpu", None) else None
-                file.closed = True
-                raise
-            file.close()
-            return
-        temporary = _temporary_name(full)
-        os.makedirs(os.path.dirname(full), exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, full)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with self._files.open_write(self.full(path)) as file:
+            yield file
 
     def delete(self, path: str) -> None:
         """Delete a file; no error if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.full(path))
+        self._files.delete(self.full(path))
 
     def delete_folder(self, prefix: str) -> None:
         """Delete everything below a folder; no error if it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.full(prefix.rstrip("/")), recursive=True)
+        self._files.delete_folder(self.full(prefix.rstrip("/")))
+
+    def delete_unfinished(self, prefix: str = "", older_than: float = 86_400) -> int:
+        """Delete what killed writers left: temporary files, parts of uploads; those begun more than
+        `older_than` seconds ago. Returns the bytes freed."""
+        freed: int = self._files.delete_unfinished(self.full(prefix.rstrip("/")), older_than)
+        return freed
 
     def create_if_absent(self, path: str, data: bytes) -> bool:
-        """Write a file unless one of that name exists; False if it does. Atomic among any number of writers."""
-        full = self.full(path)
-        if self.is_s3:
-            return self._conditional_put(full, data, {"IfNoneMatch": "*"})
-        temporary = _temporary_name(full)
-        os.makedirs(os.path.dirname(full), exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, full)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        """Write a file unless one of that name exists; False if it does. Atomic among any number of writers.
+
+        If the answer of the server is lost, it counts as won when the file holds exactly `data`: writers whose
+        victories must be told apart put their own id into it."""
+        created: bool = self._files.create_if_absent(self.full(path), data)
+        return created
 
     def compare_and_swap(self, path: str, data: bytes, etag: str | None) -> bool:
         """Replace a file if its etag is still `etag` (None: if it does not exist); False if it is not."""
         if etag is None:
             return self.create_if_absent(path, data)
-        full = self.full(path)
-        if self.is_s3:
-            return self._conditional_put(full, data, {"IfMatch": etag})
-        with open(f"{full}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                if self.read_with_etag(path)[1] != etag:
-                    return False
-            except FileNotFoundError:
-                return False
-            self.write(path, data)
-            return True
+        swapped: bool = self._files.swap(self.full(path), data, etag)
+        return swapped
 
-    def _conditional_put(self, full: str, data: bytes, condition: dict[str, str]) -> bool:
-        bucket, _, key = full.partition("/")
-        try:
-            self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        except OSError as error:
-            if _condition_failed(error):
-                return False
-            raise
-        finally:
-            self.fs.invalidate_cache(full)
-            self.fs.invalidate_cache(os.path.dirname(full))
-        return True
 
-    def _file_info(self, entry: dict[str, Any]) -> FileInfo:
-        if self.is_s3:
-            modified = entry.get("LastModified")
-            return FileInfo(
-                path=entry["name"].removeprefix(self._base).lstrip("/"),
-                size=int(entry["size"] or 0),
-                etag=str(entry.get("ETag", "")).strip('"'),
-                modified=modified.timestamp() if modified else 0.0,
+def check_writable(storage: Storage) -> None:
+    """Create and delete a probe, before any work is done. Raises UserError where that is not allowed, where the
+    bucket does not exist or the disk is full, and where the server ignores the condition of a conditional write."""
+    probe, data = f".grape-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+    storage.create_if_absent(probe, data)
+    try:
+        if storage.create_if_absent(probe, data + b"again"):
+            raise UserError(
+                f"the server of {storage.root} ignores conditional writes (If-None-Match): use one that honours them"
             )
-        if entry["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "not a file", entry["name"])
-        return FileInfo(
-            path=os.path.relpath(entry["name"], self._base),
-            size=int(entry["size"]),
-            etag=f"{entry.get('ino', 0):x}-{int(entry['mtime'] * 1e6):x}-{entry['size']:x}",
-            modified=float(entry["mtime"]),
-        )
+    finally:
+        storage.delete(probe)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -259,63 +192,28 @@ def json_bytes(value: Any) -> bytes:
 def normal_url(root: str) -> str:
     """s3:// addresses as they are, local folders absolute. Raises UserError for other places."""
     if root.startswith("s3://"):
-        root = root.rstrip("/")
-        if root == "s3:/" or not root.removeprefix("s3://").split("/")[0]:
+        bucket, _, prefix = root.removeprefix("s3://").rstrip("/").partition("/")
+        if not bucket:
             raise UserError("the address s3:// names no bucket: write s3://bucket/folder")
-        return root
+        if prefix and any(part in ("", ".", "..") for part in prefix.split("/")):
+            raise UserError(f"'{root}' is not an address: write s3://bucket/folder, without '..' or '//'")
+        return root.rstrip("/")
     if "://" in root and not root.startswith("file://"):
         scheme = root.split("://")[0]
         raise UserError(
             f"'{root}' cannot hold releases: {scheme}:// has no conditional writes; use a local folder or s3://"
         )
+    if not root or "\0" in root:
+        raise UserError(f"{root!r} is not a folder: name a local folder or s3://bucket/folder")
     return os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
 
 
 def refuse_secrets(options: dict[str, Any] | None) -> None:
-    """Raises UserError when storage options hold a secret: those come from the environment."""
-    flat = {**(options or {}), **(options or {}).get("client_kwargs", {})}
-    for name in flat:
-        if name in SECRET_OPTIONS or name.startswith("aws_"):
-            raise UserError(
-                f"storage.{name} is a secret: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-            )
-
-
-@lru_cache(maxsize=32)
-def filesystem(url: str, options_json: bytes) -> fsspec.AbstractFileSystem:
-    """The fsspec file system of a url; for s3 with retries and without listing caches."""
-    if not url.startswith("s3://"):
-        return LocalFileSystem(auto_mkdir=True)
-    import s3fs
-
-    options = orjson.loads(options_json)
-    config_kwargs = {
-        "retries": {"max_attempts": 10, "mode": "adaptive"},
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        **options.pop("config_kwargs", {}),
-    }
-    return s3fs.S3FileSystem(config_kwargs=config_kwargs, use_listings_cache=False, **options)
-
-
-def _condition_failed(error: BaseException) -> bool:
-    """Whether an S3 error says that If-Match or If-None-Match did not hold."""
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if isinstance(response, dict):
-            code = str(response.get("Error", {}).get("Code", ""))
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412)
-        seen = seen.__cause__ or seen.__context__
-    return isinstance(error, FileExistsError)
-
-
-def _temporary_name(full: str) -> str:
-    folder, name = os.path.split(full)
-    return os.path.join(folder, f".tmp-{uuid.uuid4().hex}-{name[:80]}")
-
-
-def _is_temporary(path: str) -> bool:
-    name = path.rsplit("/", 1)[-1]
-    return name.startswith(".tmp-") or name.endswith(".lock")
+    """Raises UserError when storage options hold a secret, at any depth: those come from the environment."""
+    for name, value in (options or {}).items():
+        if _SECRET_OPTION.fullmatch(name):
+            raise UserError(f"storage.{name} is a secret: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        if isinstance(value, str) and re.match(r"\w+://[^/]*@", value):
+            raise UserError(f"storage.{name} holds a password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        if isinstance(value, dict):
+            refuse_secrets(value)

@@ -81,8 +81,7 @@ class SeaweedServer:
         names = ("master", "volume", "filer", "s3")
         command += [f"-{name}.port={port}" for name, port in zip(names, self.ports[:4], strict=True)]
         command += [f"-{name}.port.grpc={port}" for name, port in zip(names, self.ports[4:], strict=True)]
-        log = open(self.folder / "weed.log", "ab")
-        with log:
+        with open(self.folder / "weed.log", "ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
