@@ -1,0 +1,90 @@
+"""Chat messages in the form that templates expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from grape_service.candidates import Message
+
+RESPONSE_ROLES = ("assistant", "tool")
+
+
+class MessageError(ValueError):
+    """A message that no template can take."""
+
+
+def template_messages(messages: list[Message]) -> list[Message]:
+    """Messages as templates expect them: content a string, tool calls with arguments as objects, no nulls.
+
+    Raises MessageError for parts of a content that are not text and for tool calls that are not a list.
+    """
+    return [_template_message(message, index) for index, message in enumerate(messages)]
+
+
+def _template_message(message: Message, index: int) -> Message:
+    if set(message) == {"role", "content"} and isinstance(message["content"], str):
+        return message
+    plain = {key: value for key, value in message.items() if value is not None}
+    plain["content"] = content_text(message.get("content"), index)
+    if "tool_calls" in plain:
+        plain["tool_calls"] = _tool_calls(plain["tool_calls"], index)
+        if not plain["tool_calls"]:
+            del plain["tool_calls"]
+    return plain
+
+
+def content_text(content: Any, index: int) -> str:
+    """A message's content as text; the text parts of a list are joined by newlines."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "\n".join(part["text"] for part in content)
+    raise MessageError(f"the content of message {index} is not text")
+
+
+def _tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
+    if isinstance(calls, str):
+        calls = _json(calls)
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise MessageError(f"the tool_calls of message {index} are not a list of objects")
+    return [_tool_call(call) for call in calls]
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    call = {key: value for key, value in call.items() if value is not None}
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _tool_call(call["function"])}
+    if isinstance(call.get("arguments"), str):
+        arguments = _json(call["arguments"])
+        return {**call, "arguments": arguments if isinstance(arguments, dict) else call["arguments"]}
+    return call
+
+
+def _json(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def tool_names(message: Message) -> list[str]:
+    """Names of the functions that a message calls."""
+    calls = message.get("tool_calls") or []
+    return [str(call.get("function", call).get("name", "")) for call in calls]
+
+
+def only_text(response: str | list[Message]) -> str | None:
+    """The text of a response that is text, or one assistant message of nothing but text; else None."""
+    if isinstance(response, str):
+        return response
+    if len(response) != 1 or response[0].get("role") != "assistant" or not isinstance(response[0].get("content"), str):
+        return None
+    if any(value for key, value in response[0].items() if key not in ("role", "content", "name")):
+        return None
+    return response[0]["content"]
