@@ -78,9 +78,7 @@ def support_is_cut(sampling: str | None) -> bool:
     values = orjson.loads(sampling) if sampling else {}
     top_k = values.get("top_k")
     top_p, min_p = values.get("top_p"), values.get("min_p")
-    return (
-        (top_k is not None and top_k > 0) or (top_p is not None and top_p < 1) or (min_p is not None and min_p > 0)
-    )
+    return (top_k is not None and top_k > 0) or (top_p is not None and top_p < 1) or (min_p is not None and min_p > 0)
 
 
 def group_of_row(

@@ -1,0 +1,1 @@
+"""Releases: immutable, named, verifiable dataset versions in a folder or a bucket."""
