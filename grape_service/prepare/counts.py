@@ -1,0 +1,167 @@
+"""Counts of prepare: of a piece, of a partition, of the whole; JSON-able, and all the driver holds."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from grape_service.pools.column_types import Kind
+
+MAX_NAMED_SOURCES = 4096
+
+
+@dataclass
+class Example:
+    """The first row that was rejected for a reason."""
+
+    file: str
+    row: int
+    detail: str | None = None
+
+
+@dataclass
+class Rejects:
+    """Rows that cannot be used, by reason, with an example of each."""
+
+    by_reason: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, Example] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_reason.values())
+
+    def count(self, reason: str, example: Example, rows: int = 1) -> None:
+        """Count rows; of two examples the one of the first file and row stays."""
+        self.by_reason[reason] = self.by_reason.get(reason, 0) + rows
+        old = self.examples.get(reason)
+        if old is None or (example.file, example.row) < (old.file, old.row):
+            self.examples[reason] = example
+
+    def add(self, other: Rejects) -> None:
+        """Count another's rows too."""
+        for reason, rows in other.by_reason.items():
+            self.count(reason, other.examples[reason], rows)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(value["by_reason"], {reason: Example(**example) for reason, example in value["examples"].items()})
+
+
+@dataclass
+class PieceCounts:
+    """What a map task found in a piece; `map/piece-k.json`."""
+
+    piece: int
+    rows_in: int = 0
+    """Candidates, and rows that are unusable as a whole."""
+    filtered: int = 0
+    rows: int = 0
+    tokens: int = 0
+    rejects: dict[str, int] = field(default_factory=dict)
+    """By reason; what is wrong with each row is in the map's rejects."""
+    num_files: int = 0
+    """Arrow files written."""
+    segment_lines: list[int] = field(default_factory=list)
+    """Places of each segment: lines of a .jsonl, rows of others."""
+    num_parsed: int = 0
+    """Rows that could be read, before anything is asked of them."""
+    filter_columns: dict[str, int] = field(default_factory=dict)
+    """Candidates that have the column, for each that pool.where names."""
+    columns: list[str] = field(default_factory=list)
+    """The pool's column names, the first some hundred of them."""
+    other_columns: dict[str, Kind] = field(default_factory=dict)
+    message_fields: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return cls(**value)
+
+
+@dataclass
+class ShardCounts:
+    """One shard of a partition."""
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+
+
+@dataclass
+class PartitionCounts:
+    """What a reduce task wrote; `partitions/<partition>.json`."""
+
+    partition: str
+    shards: list[ShardCounts] = field(default_factory=list)
+    rows: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    max_tokens: int = 0
+    """Tokens of the longest row."""
+    truncated: int = 0
+    duplicates: Rejects = field(default_factory=Rejects)
+    """Rows that reduce left out: duplicates, and ids that name two things."""
+    piece_rejects: Rejects = field(default_factory=Rejects)
+    """Rejects of the pieces whose reject tables this task wrote."""
+    used_ids: str = ""
+    """Token ids with loss, see `pack_ids`."""
+    sources: dict[str, int] = field(default_factory=dict)
+    without_source: int = 0
+    recorded: int = 0
+    """Rows with recorded log-probabilities."""
+    sampling: dict[str, int] = field(default_factory=dict)
+    """Rows with recorded log-probabilities, by their sampling settings as JSON; 'null' without any."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        value = dict(value)
+        value["shards"] = [ShardCounts(**shard) for shard in value["shards"]]
+        for name in ("duplicates", "piece_rejects"):
+            value[name] = Rejects.from_json(value[name])
+        return cls(**value)
+
+
+def pack_ids(used: npt.NDArray[np.bool_]) -> str:
+    """A set of token ids, given as booleans [largest id + 1], as base64 of a bitmap."""
+    return base64.b64encode(np.packbits(used, bitorder="little").tobytes()).decode()
+
+
+def unpack_ids(packed: str) -> npt.NDArray[np.int64]:
+    """The token ids of a set from `pack_ids`, ascending."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed), dtype=np.uint8), bitorder="little")
+    return np.flatnonzero(bits)
+
+
+def union_of_ids(packed: Iterable[str]) -> str:
+    """The union of sets from `pack_ids`."""
+    union = np.zeros(0, dtype=np.uint8)
+    for one in packed:
+        bits = np.frombuffer(base64.b64decode(one), dtype=np.uint8)
+        longer, shorter = (union, bits) if len(union) >= len(bits) else (bits.copy(), union)
+        longer = longer.copy()
+        longer[: len(shorter)] |= shorter
+        union = longer
+    return base64.b64encode(union.tobytes()).decode()
+
+
+def add_counts(into: dict[str, int], counts: dict[str, int]) -> None:
+    """Key by key sum."""
+    for name, number in counts.items():
+        into[name] = into.get(name, 0) + number
+
+
+def largest(counts: dict[str, int], most: int = MAX_NAMED_SOURCES) -> dict[str, int]:
+    """The `most` largest counts, by name."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))[:most]
+    return {name: counts[name] for name in sorted(names)}

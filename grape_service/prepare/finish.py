@@ -1,0 +1,100 @@
+"""The end of prepare: all counts in one, and whether the pool is good enough to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from grape_service.config import Config
+from grape_service.errors import UserError
+from grape_service.prepare.counts import PartitionCounts, Rejects, add_counts, largest, union_of_ids
+from grape_service.prepare.plan import PreparePlan
+from grape_service.prepare.prepared import PartitionTotals, Prepared
+from grape_service.prepare.summary import MapSummary, column_names
+from grape_service.storage import Storage
+
+TOP_REASONS = 3
+
+
+def finish_prepare(
+    plan: PreparePlan, summary: MapSummary, partitions: Iterable[PartitionCounts], config: Config, storage: Storage
+) -> Prepared:
+    """Add up the partitions, write `prepared.json` and delete what lay between map and reduce.
+
+    Raises UserError when nothing is usable or more than max_reject_share of the rows is rejected.
+    """
+    prepared = Prepared(
+        prepare_id=plan.prepare_id,
+        num_partitions=plan.num_partitions,
+        rows_in=summary.rows_in,
+        filtered=summary.filtered,
+        other_columns={new: summary.other_columns[old] for old, new in column_names(summary.other_columns).items()},
+        message_fields=summary.message_fields,
+    )
+    for counts in partitions:
+        _add(prepared, counts)
+    assert sorted(prepared.partitions) == plan.partitions, "every partition is counted"
+    assert prepared.rows_in == prepared.rows + prepared.filtered + prepared.rejects.total, "no row of a pool is lost"
+    _check_usable(plan, prepared, config, storage)
+    storage.write_json(f"{plan.folder}/prepared.json", prepared.to_json())
+    storage.delete_folder(f"{plan.folder}/map")
+    return prepared
+
+
+def load_prepared(plan: PreparePlan, storage: Storage) -> Prepared | None:
+    """What an earlier run prepared, or None."""
+    try:
+        return Prepared.from_json(storage.read_json(f"{plan.folder}/prepared.json"))
+    except FileNotFoundError:
+        return None
+
+
+def _add(prepared: Prepared, counts: PartitionCounts) -> None:
+    prepared.partitions[counts.partition] = PartitionTotals(
+        len(counts.shards), counts.rows, counts.prompts, counts.tokens, counts.loss_tokens
+    )
+    prepared.rows += counts.rows
+    prepared.prompts += counts.prompts
+    prepared.tokens += counts.tokens
+    prepared.loss_tokens += counts.loss_tokens
+    prepared.num_shards += len(counts.shards)
+    prepared.max_tokens = max(prepared.max_tokens, counts.max_tokens)
+    prepared.truncated += counts.truncated
+    prepared.rejects.add(counts.duplicates)
+    prepared.rejects.add(counts.piece_rejects)
+    prepared.used_ids = union_of_ids([prepared.used_ids, counts.used_ids])
+    add_counts(prepared.sources, counts.sources)
+    prepared.sources = largest(prepared.sources)
+    prepared.without_source += counts.without_source
+    prepared.recorded += counts.recorded
+    add_counts(prepared.sampling, counts.sampling)
+    prepared.sampling = largest(prepared.sampling)
+
+
+def _check_usable(plan: PreparePlan, prepared: Prepared, config: Config, storage: Storage) -> None:
+    rejected = prepared.rejects.total
+    if prepared.rows_in == 0:
+        raise UserError(f"the pool '{plan.pool}' has no rows")
+    table = f"all of them are in {storage.url(f'{plan.folder}/rejects')}"
+    if prepared.rows == 0 and rejected == 0:
+        raise UserError(f"pool.where leaves none of the {prepared.rows_in} rows of '{plan.pool}': loosen its filters")
+    if prepared.rows == 0:
+        raise UserError(
+            f"nothing in the pool '{plan.pool}' can be used, {rejected} of {prepared.rows_in} rows were rejected "
+            f"and {prepared.filtered} filtered: {_top_reasons(prepared.rejects)}; {table}"
+        )
+    share = config.pool.max_reject_share
+    if rejected > share * prepared.rows_in:
+        raise UserError(
+            f"{rejected} of {prepared.rows_in} rows of the pool '{plan.pool}' cannot be used, more than "
+            f"pool.max_reject_share {share:g}: {_top_reasons(prepared.rejects)}; {table}"
+        )
+
+
+def _top_reasons(rejects: Rejects) -> str:
+    reasons = sorted(rejects.by_reason, key=lambda reason: (-rejects.by_reason[reason], reason))[:TOP_REASONS]
+    texts = []
+    for reason in reasons:
+        example = rejects.examples[reason]
+        detail = f": {' '.join(example.detail.split())}" if example.detail else ""
+        texts.append(f"{reason} ({rejects.by_reason[reason]}, first {example.file} row {example.row}{detail})")
+    return ", ".join(texts)

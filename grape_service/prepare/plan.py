@@ -1,0 +1,164 @@
+"""What prepare will do: the pool's files, cut into pieces, and the number of partitions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grape_service.config import Config
+from grape_service.digests import partition_names
+from grape_service.errors import UserError
+from grape_service.pools.files import PoolFile, list_pool_files, open_pool_file
+from grape_service.pools.normalise import recorded_columns
+from grape_service.pools.rows import Segment
+from grape_service.storage import Storage
+
+FORMAT = 1
+"""Raised when the same pool and config come to give other shards."""
+COMPRESSION_RATIO = 6
+"""Bytes of rows in a byte of a compressed file, about."""
+MAX_PARTITIONS = 2**16
+SMALL_PARQUET_BYTES = 4 * 2**20
+"""A smaller file's row groups are not looked at: it is one segment."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one map task reads: segments of about workers.partition_bytes together."""
+
+    index: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def name(self) -> str:
+        return f"piece-{self.index:05d}"
+
+
+@dataclass(frozen=True)
+class PreparePlan:
+    """Everything that map and reduce tasks agree on. The number of workers has no part in it."""
+
+    prepare_id: str
+    pool: str
+    files: tuple[PoolFile, ...]
+    pieces: tuple[Piece, ...]
+    num_partitions: int
+
+    @property
+    def folder(self) -> str:
+        """Where everything about this plan is, in the workspace."""
+        return f"prepared/{self.prepare_id}"
+
+    @property
+    def partitions(self) -> list[str]:
+        """Names of the partitions, in order."""
+        return partition_names(self.num_partitions)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Size of the pool's files."""
+        return sum(file.size for file in self.files)
+
+
+def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> PreparePlan:
+    """Look at the pool's files and write `plan.json`.
+
+    Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
+    """
+    files = tuple(list_pool_files(config.pool.path, config.storage))
+    sized = list(_sized_segments(files, config))
+    pieces = tuple(_packed(sized, config.workers.partition_bytes))
+    num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
+    prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
+    plan = PreparePlan(prepare_id, config.pool.path, files, pieces, num_partitions)
+    storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
+    return plan
+
+
+def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_partitions: int) -> str:
+    decides: dict[str, Any] = {
+        "format": FORMAT,
+        "files": [(file.url, file.size, file.digest or file.version) for file in files],
+        "pool": config.pool.model_dump(mode="json", exclude={"path", "max_reject_share"}),
+        "recorded": sorted(recorded_columns(config)),
+        "recorded_of": None if config.behavior is None else _recorded_of(config),
+        "renderer": renderer_digest,
+        "shard_tokens": config.workers.shard_tokens,
+        "num_partitions": num_partitions,
+    }
+    digest = hashlib.sha256(orjson.dumps(decides, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return digest[:16]
+
+
+def _recorded_of(config: Config) -> Any:
+    """Which column is recorded for which source."""
+    behavior = config.behavior
+    assert behavior is not None
+    sources = {name: getattr(of_source, "column", None) for name, of_source in (behavior.sources or {}).items()}
+    return [behavior.column, sources]
+
+
+def _num_partitions(total_bytes: int, partition_bytes: int) -> int:
+    """The smallest power of two of partitions that are not larger than partition_bytes."""
+    wanted = -(-total_bytes // partition_bytes)
+    return min(MAX_PARTITIONS, 1 << max(0, wanted - 1).bit_length())
+
+
+def _packed(sized: Iterable[tuple[Segment, int]], piece_bytes: int) -> Iterator[Piece]:
+    """Segments in order, small ones together."""
+    waiting: list[Segment] = []
+    index, waiting_bytes = 0, 0
+    for segment, size in sized:
+        if waiting and waiting_bytes + size > piece_bytes:
+            yield Piece(index, tuple(waiting))
+            index, waiting, waiting_bytes = index + 1, [], 0
+        waiting.append(segment)
+        waiting_bytes += size
+    if waiting:
+        yield Piece(index, tuple(waiting))
+
+
+def _sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tuple[Segment, int]]:
+    """Segments of all files, and about how many bytes of rows each holds."""
+    most = config.workers.partition_bytes
+    with ThreadPoolExecutor(16, thread_name_prefix="footers") as pool:
+        footers = pool.map(lambda file: _row_group_bytes(file, config), files)
+        for index, (file, row_groups) in enumerate(zip(files, footers, strict=True)):
+            if file.format == ".jsonl" and file.size > 0:
+                for start in range(0, file.size, most):
+                    end = min(start + most, file.size)
+                    yield Segment(index, start, end), end - start
+            elif row_groups is not None:
+                yield from _row_group_segments(index, row_groups, most)
+            else:
+                ratio = 1 if file.format in (".json", ".jsonl") else COMPRESSION_RATIO
+                yield Segment(index), file.size * ratio
+
+
+def _row_group_segments(index: int, row_groups: list[int], most: int) -> Iterator[tuple[Segment, int]]:
+    start, size = 0, 0
+    for group, group_bytes in enumerate(row_groups):
+        if group > start and size + group_bytes > most:
+            yield Segment(index, start, group), size
+            start, size = group, 0
+        size += group_bytes
+    yield Segment(index, start, len(row_groups)), size
+
+
+def _row_group_bytes(file: PoolFile, config: Config) -> list[int] | None:
+    """Uncompressed bytes of each row group of a larger Parquet file; None for other files."""
+    if file.format != ".parquet" or file.size < min(SMALL_PARQUET_BYTES, config.workers.partition_bytes):
+        return None
+    try:
+        with open_pool_file(file, config.storage) as stream:
+            metadata = pq.ParquetFile(stream).metadata
+            return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"the pool file '{file.url}' is not a Parquet file: {str(error)[:200]}") from error

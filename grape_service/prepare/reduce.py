@@ -1,0 +1,254 @@
+"""The reduce half of prepare: a partition's rows, from all pieces, become shards of whole prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service import schemas
+from grape_service.config import Config
+from grape_service.parquet import write_parquet
+from grape_service.pools.column_types import Kind, arrow_type, to_array
+from grape_service.prepare.counts import Example, PartitionCounts, Rejects, ShardCounts, largest, pack_ids
+from grape_service.prepare.map_piece import MAP_REJECT, MAPPED
+from grape_service.prepare.plan import PreparePlan
+from grape_service.prepare.summary import MapSummary, column_names
+from grape_service.ragged import Int64s, offsets_from_lengths
+from grape_service.storage import Storage
+
+SAME_CONTENT = "duplicate candidate"
+SAME_ID = "candidate_id is used twice"
+TWO_PROMPTS = "prompt_id names two different prompts"
+REJECT_ROWS = 65_536
+
+
+def shard_path(plan_folder: str, partition: str, number: int) -> str:
+    """Path of a partition's shard in the workspace."""
+    return f"{plan_folder}/shards/{partition}/shard-{number:05d}.parquet"
+
+
+def shard_schema(other_columns: dict[str, Kind]) -> pa.Schema:
+    """schemas.SHARD and the pool's other columns, by name."""
+    names = column_names(other_columns)
+    fields = [pa.field(names[name], arrow_type(kind)) for name, kind in other_columns.items()]
+    return pa.schema([*schemas.SHARD, *sorted(fields, key=lambda field: field.name)])
+
+
+def reduce_partition(
+    plan: PreparePlan, partition: str, config: Config, summary: MapSummary, storage: Storage
+) -> PartitionCounts:
+    """Write a partition's shards and rejects; returns at once what a finished task counted.
+
+    Rows are ordered by a digest of prompt_id, then by candidate_id: neither the pool's order nor its
+    files have a part in a shard. Of exact duplicates the one with the smallest candidate_id stays, of two
+    contents under one candidate_id the one with the smaller digest, of two prompts under one prompt_id too.
+    """
+    done = f"{plan.folder}/partitions/{partition}.json"
+    if storage.exists(done):
+        return PartitionCounts.from_json(storage.read_json(done))
+    index = plan.partitions.index(partition)
+    counts = PartitionCounts(partition)
+    _write_piece_rejects(plan, index, summary, storage, counts)
+    table = _read_mapped(plan, index, summary, storage)
+    if table.num_rows:
+        kept, left_out = _choose(table)
+        _write_left_out(plan, partition, table, left_out, summary, storage, counts)
+        _write_shards(plan, partition, config, table, kept, summary, storage, counts)
+        _describe(table, kept, counts)
+    storage.write_json(done, counts.to_json())
+    return counts
+
+
+def _read_mapped(plan: PreparePlan, partition: int, summary: MapSummary, storage: Storage) -> pa.Table:
+    """The partition's rows of all pieces, with a column `piece`, as one chunk a column."""
+    batches: list[pa.RecordBatch] = []
+    pieces: list[npt.NDArray[np.int32]] = []
+    for piece in plan.pieces:
+        for number in range(summary.num_files[piece.index]):
+            path = f"{plan.folder}/map/{piece.name}-{number:02d}.arrow"
+            with storage.open(path) as file, pa.ipc.open_file(file) as reader:
+                batch = reader.get_batch(partition)
+            if batch.num_rows:
+                batches.append(batch)
+                pieces.append(np.full(batch.num_rows, piece.index, dtype=np.int32))
+    table = pa.Table.from_batches(batches, MAPPED).combine_chunks()
+    return table.append_column("piece", pa.array(np.concatenate([*pieces, np.zeros(0, np.int32)])))
+
+
+def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Numbers [N] that compare as the column's values do."""
+    return pc.rank(column, sort_keys="ascending", tiebreaker="dense").to_numpy().astype(np.int64)
+
+
+def _same_as_before(*sorted_keys: npt.NDArray) -> npt.NDArray[np.bool_]:
+    """Which places [N] of sorted keys equal the place before in all of them."""
+    same = np.ones(len(sorted_keys[0]), dtype=bool)
+    same[:1] = False
+    for key in sorted_keys:
+        same[1:] &= key[1:] == key[:-1]
+    return same
+
+
+def _choose(table: pa.Table) -> tuple[Int64s, dict[str, Int64s]]:
+    """Rows that stay, in their final order, and those left out by reason."""
+    order = table["prompt_order"].to_numpy()
+    prompt, candidate = _codes(table["prompt_id"]), _codes(table["candidate_id"])
+    prompt_digest, content = _codes(table["prompt_digest"]), _codes(table["content_digest"])
+    key, rest = _codes(table["row_key"]), table["rest_digest"].to_numpy()
+    place = [table[name].to_numpy() for name in ("place", "segment", "piece")]
+    left_out: dict[str, Int64s] = {}
+
+    rows = np.lexsort((*place, rest, key, candidate, content, prompt_digest, prompt, order))
+    starts = ~_same_as_before(prompt[rows])
+    first_of_prompt = rows[np.flatnonzero(starts)][np.cumsum(starts) - 1]
+    other_prompt = prompt_digest[rows] != prompt_digest[first_of_prompt]
+    left_out[TWO_PROMPTS] = rows[other_prompt]
+    rows = rows[~other_prompt]
+
+    duplicate = _same_as_before(prompt[rows], content[rows])
+    left_out[SAME_CONTENT] = rows[duplicate]
+    rows = rows[~duplicate]
+
+    rows = rows[np.lexsort((content[rows], candidate[rows], prompt[rows], order[rows]))]
+    used_twice = _same_as_before(prompt[rows], candidate[rows])
+    left_out[SAME_ID] = rows[used_twice]
+    return rows[~used_twice], left_out
+
+
+def _write_left_out(
+    plan: PreparePlan,
+    partition: str,
+    table: pa.Table,
+    left_out: dict[str, Int64s],
+    summary: MapSummary,
+    storage: Storage,
+    counts: PartitionCounts,
+) -> None:
+    batches: list[pa.RecordBatch] = []
+    for reason, rows in left_out.items():
+        if len(rows):
+            found = table.select(["piece", "segment", "place", "prompt_id", "candidate_id"]).take(pa.array(rows))
+            found = found.append_column("reason", pa.array([reason] * len(rows)))
+            found = found.append_column("detail", pa.nulls(len(rows), pa.string()))
+            batch = _rejects(plan, found, found["piece"].to_pylist(), summary, counts.duplicates)
+            batches.append(batch)
+    if batches:
+        rejects = pa.Table.from_batches(batches).sort_by([("file", "ascending"), ("row", "ascending")])
+        write_parquet(storage, f"{plan.folder}/rejects/{partition}.parquet", schemas.REJECT, [rejects])
+
+
+def _write_piece_rejects(
+    plan: PreparePlan, partition: int, summary: MapSummary, storage: Storage, counts: PartitionCounts
+) -> None:
+    """The reject tables of every num_partitions-th piece: only now are rows of files known by number."""
+    for piece in plan.pieces[partition :: plan.num_partitions]:
+        if not summary.has_rejects[piece.index]:
+            continue
+
+        def batches(name: str = piece.name, index: int = piece.index) -> Iterator[pa.RecordBatch]:
+            with storage.open(f"{plan.folder}/map/{name}-rejects.arrow") as file, pa.ipc.open_file(file) as reader:
+                assert reader.schema == MAP_REJECT
+                for number in range(reader.num_record_batches):
+                    batch = pa.Table.from_batches([reader.get_batch(number)])
+                    yield _rejects(plan, batch, [index] * batch.num_rows, summary, counts.piece_rejects)
+
+        write_parquet(storage, f"{plan.folder}/rejects/{piece.name}.parquet", schemas.REJECT, batches())
+
+
+def _rejects(
+    plan: PreparePlan, found: pa.Table, pieces: list[int], summary: MapSummary, count: Rejects
+) -> pa.RecordBatch:
+    """Rows with segment and place as rows of schemas.REJECT, counted."""
+    files, rows = [], []
+    places = zip(pieces, found["segment"].to_pylist(), found["place"].to_pylist(), strict=True)
+    reasons, details = found["reason"].to_pylist(), found["detail"].to_pylist()
+    for (piece, segment, place), reason, detail in zip(places, reasons, details, strict=True):
+        file = plan.files[plan.pieces[piece].segments[segment].file].url
+        row = summary.first_rows[piece][segment] + place
+        count.count(reason, Example(file, row, detail))
+        files.append(file)
+        rows.append(row)
+    columns: dict[str, Any] = {"file": files, "row": rows, "reason": reasons, "detail": details}
+    for name in ("prompt_id", "candidate_id"):
+        columns[name] = found[name].to_pylist()
+    return pa.RecordBatch.from_pydict(columns, schema=schemas.REJECT)
+
+
+def _write_shards(
+    plan: PreparePlan,
+    partition: str,
+    config: Config,
+    table: pa.Table,
+    kept: Int64s,
+    summary: MapSummary,
+    storage: Storage,
+    counts: PartitionCounts,
+) -> None:
+    schema = shard_schema(summary.other_columns)
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy().astype(np.int64)[kept]
+    loss = table["num_loss"].to_numpy().astype(np.int64)[kept]
+    prompt = _codes(table["prompt_id"])[kept]
+    starts = np.append(np.flatnonzero(~_same_as_before(prompt)), len(kept))
+    counts.prompts = len(starts) - 1
+    for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
+        rows = table.take(pa.array(kept[start:end]))
+        shard = _shard(rows, schema, summary.other_columns)
+        write_parquet(storage, shard_path(plan.folder, partition, number), schema, [shard])
+        tokens, loss_tokens = int(lengths[start:end].sum()), int(loss[start:end].sum())
+        counts.shards.append(ShardCounts(end - start, tokens, loss_tokens))
+        counts.rows += end - start
+        counts.tokens += tokens
+        counts.loss_tokens += loss_tokens
+    counts.max_tokens = int(lengths.max(initial=0))
+
+
+def _cuts(starts: Int64s, lengths: Int64s, shard_tokens: int) -> Iterator[tuple[int, int]]:
+    """(first row, end) of each shard: whole prompts of `shard_tokens` tokens at most, or one larger prompt."""
+    tokens = offsets_from_lengths(lengths)
+    begin = 0
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        if start > begin and tokens[end] - tokens[begin] > shard_tokens:
+            yield begin, start
+            begin = start
+    if len(lengths):
+        yield begin, len(lengths)
+
+
+def _shard(rows: pa.Table, schema: pa.Schema, other_columns: dict[str, Kind]) -> pa.Table:
+    others = [orjson.loads(other) for other in rows["other"].to_pylist()]
+    columns = {name: rows[name] for name in schemas.SHARD.names}
+    names = column_names(other_columns)
+    for name, kind in other_columns.items():
+        columns[names[name]] = to_array([other.get(name) for other in others], kind)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _describe(table: pa.Table, kept: Int64s, counts: PartitionCounts) -> None:
+    """Token ids in use, sources, recorded log-probabilities."""
+    rows = pa.array(kept)
+    mask = pc.list_flatten(table["loss_mask"]).to_numpy() > 0
+    ids = pc.list_flatten(table["input_ids"]).to_numpy()[mask]
+    used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+    used[ids] = True
+    counts.used_ids = pack_ids(used)
+    counts.truncated = pc.sum(table["truncated"].take(rows)).as_py() or 0
+    sources = _value_counts(table["source"].take(rows))
+    counts.without_source = sources.pop(None, 0)
+    counts.sources = largest(sources)
+    recorded = pc.is_valid(table["recorded_logprobs"].take(rows))
+    counts.recorded = pc.sum(recorded).as_py() or 0
+    if counts.recorded:
+        sampling = _value_counts(table["sampling"].take(rows).filter(recorded))
+        counts.sampling = {"null" if value is None else value: number for value, number in sampling.items()}
+        counts.sampling = largest(counts.sampling)
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    found = pc.value_counts(column)
+    return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
