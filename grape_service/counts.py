@@ -7,8 +7,8 @@ from typing import Any, Self, get_type_hints
 
 
 def add_dicts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Key by key sum, keys sorted."""
-    both = {key: left[key] + right[key] for key in left.keys() & right.keys()}
+    """Key by key sum, also of dicts of dicts; keys sorted."""
+    both = {key: _sum(left[key], right[key]) for key in left.keys() & right.keys()}
     return dict(sorted({**left, **right, **both}.items()))
 
 
@@ -19,8 +19,7 @@ class Counts:
     def __add__(self, other: Self) -> Self:
         values = {}
         for item in fields(self):
-            left, right = getattr(self, item.name), getattr(other, item.name)
-            values[item.name] = add_dicts(left, right) if isinstance(left, dict) else left + right
+            values[item.name] = _sum(getattr(self, item.name), getattr(other, item.name))
         return type(self)(**values)
 
     def to_json(self) -> dict[str, Any]:
@@ -32,6 +31,10 @@ class Counts:
         """The inverse of to_json."""
         types = get_type_hints(cls)
         return cls(**{item.name: _typed(types[item.name], value[item.name]) for item in fields(cls)})
+
+
+def _sum(left: Any, right: Any) -> Any:
+    return add_dicts(left, right) if isinstance(left, dict) else left + right
 
 
 def _plain(value: Any) -> Any:

@@ -95,14 +95,16 @@ def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
 def read_tables(
     storage: Storage, paths: list[str], columns: list[str] | None = None, target_bytes: int = READ_BYTES
 ) -> Iterator[pa.Table]:
-    """Files one after the other in tables of about `target_bytes`, cut only between files and row groups.
+    """Files one after the other in tables of at least `target_bytes`, the last one less; none without rows.
 
-    A file whole is never split from itself below a row group, so what was written as shards of whole
-    prompts comes back as whole prompts. Small files are read ahead.
+    A file is never split, so what was written as shards of whole prompts comes back as whole prompts. The
+    next files are read ahead.
     """
     waiting: list[pa.Table] = []
     waiting_bytes = 0
     for table in _read_ahead(storage, paths, columns):
+        if table.num_rows == 0:
+            continue
         waiting.append(table)
         waiting_bytes += table.nbytes
         if waiting_bytes >= target_bytes:
@@ -110,6 +112,18 @@ def read_tables(
             waiting, waiting_bytes = [], 0
     if waiting:
         yield pa.concat_tables(waiting).combine_chunks()
+
+
+def read_row_groups(storage: Storage, path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """A file's row groups one at a time, none without rows. Raises StageError naming a file that cannot be read."""
+    try:
+        with open_parquet(storage, path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+                if table.num_rows:
+                    yield table.combine_chunks()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StageError(f"{storage.url(path)} cannot be read: {error}") from error
 
 
 def _read_ahead(storage: Storage, paths: list[str], columns: list[str] | None) -> Iterator[pa.Table]:

@@ -47,7 +47,7 @@ def test_no_rows_are_a_file_with_columns(tmp_path):
     storage = Storage(str(tmp_path))
     assert write_parquet(storage, "a.parquet", SCHEMA, []).num_rows == 0
     assert pq.read_schema(tmp_path / "a.parquet").equals(SCHEMA)
-    assert [table.num_rows for table in read_tables(storage, ["a.parquet"])] in ([], [0])
+    assert list(read_tables(storage, ["a.parquet"])) == []
 
 
 def test_files_come_back_in_order_and_about_the_size_asked_for(tmp_path):
