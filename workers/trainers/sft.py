@@ -10,10 +10,9 @@ model/, the trained model with its tokenizer, whole when its complete.json is th
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow.dataset as pads
 
 import grape_service
 from grape_service.config import WeightsConfig
@@ -23,16 +22,7 @@ from workers.trainers.settings import ONLINE_NEEDS_NO_DATASET_MEAN, SftSettings,
 from workers.trainers.task_file import main
 
 
-class ReleaseLike(Protocol):
-    """What training reads of a release."""
-
-    @property
-    def dataset(self) -> pads.Dataset: ...
-    @property
-    def manifest(self) -> dict[str, Any]: ...
-
-
-def run_sft(task: SftTask, release: ReleaseLike | None = None) -> dict[str, Any]:
+def run_sft(task: SftTask) -> dict[str, Any]:
     """Train, from the last whole checkpoint in the output folder if there is one; returns the final facts.
 
     Raises UserError for settings that do not fit the release or the number of processes.
@@ -46,8 +36,8 @@ def run_sft(task: SftTask, release: ReleaseLike | None = None) -> dict[str, Any]
     from workers.trainers.weighted import WeightedSFTTrainer
 
     settings = task.settings
-    release = release or grape_service.load(task.dataset, task.storage)
-    run_config = release.manifest.get("config") or {}
+    release = grape_service.load(task.dataset, task.storage)
+    run_config = release.manifest.config
     base_model = settings.model or _target_model(task, run_config)
     pear = online_config(settings, run_config)
     output = session.Output(task.output, task.storage)
@@ -56,7 +46,7 @@ def run_sft(task: SftTask, release: ReleaseLike | None = None) -> dict[str, Any]
     micro_batch_size, accumulation = session.split_batch(settings.batch_size, settings.micro_batch_size, processes)
     arguments = session.sft_arguments(settings, output.folder, micro_batch_size, accumulation)
 
-    digest = hashlib.sha256(f"{task.dataset}|{settings.eval_share}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{release.reference}|{settings.eval_share}".encode()).hexdigest()[:16]
     rows_path = output.folder / f"rows-{digest}.arrow"
     with session.one_process_first():
         if not rows_path.exists():
@@ -79,7 +69,7 @@ def run_sft(task: SftTask, release: ReleaseLike | None = None) -> dict[str, Any]
     pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     facts = {
         "stage": "sft",
-        "dataset": task.dataset,
+        "dataset": release.reference,
         "run": task.run,
         "model": base_model,
         "settings": settings.model_dump(mode="json"),

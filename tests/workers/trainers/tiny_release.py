@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 
 from grape_service.config import WeightsConfig
+from grape_service.releases.claim import claim_version
+from grape_service.releases.manifest import ManifestFields
+from grape_service.releases.writer import publish, write_part
 from grape_service.schemas import release_schema
+from grape_service.storage import Storage
 
 SCHEMA = release_schema([], [pa.field("answer", pa.string())])
 
@@ -55,24 +55,13 @@ def make_rows(num_rows: int, seed: int = 0, vocab: int = 500, longest: int = 24)
     return rows
 
 
-def write_release(folder: Path, rows: list[dict[str, Any]], config: dict[str, Any], name: str = "tiny") -> str:
-    """The release as one Parquet file with its manifest under `folder`; returns its reference."""
-    version = folder / name / "versions" / "v0001"
-    (version / "data").mkdir(parents=True)
-    part = version / "data" / "part-00000.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), part)
-    content = part.read_bytes()
-    manifest = {
-        "name": name,
-        "version": "v0001",
-        "config": config,
-        "files": [
-            {"path": "data/part-00000.parquet", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        ],
-        "rows": len(rows),
-    }
-    (version / "manifest.json").write_text(json.dumps(manifest))
-    return f"{folder}/{name}@v0001"
+def write_release(folder: Path | str, rows: list[dict[str, Any]], config: dict[str, Any], name: str = "tiny") -> str:
+    """Publish the rows as a release under `folder`; returns its reference."""
+    storage = Storage(str(folder))
+    claim = claim_version(storage, name)
+    entry = write_part(storage, claim.folder, 0, SCHEMA, [pa.Table.from_pylist(rows, schema=SCHEMA)])
+    fields = ManifestFields(content_digest=f"{len(rows)}", config=config, tags=["latest"])
+    return publish(storage, claim, SCHEMA, [entry], fields).reference
 
 
 def slow_weights(target: list[float], behavior: list[float], config: WeightsConfig) -> list[float]:
@@ -95,14 +84,3 @@ def slow_weights(target: list[float], behavior: list[float], config: WeightsConf
     if config.normalize == "sequence":
         weights = [w * num / sum(weights) for w in weights]
     return weights
-
-
-class Opened:
-    """A release opened by its layout alone."""
-
-    def __init__(self, reference: str):
-        path, _, version = reference.partition("@")
-        folder = Path(path) / "versions" / version
-        self.dataset = pads.dataset(folder / "data")
-        self.manifest = json.loads((folder / "manifest.json").read_text())
-        self.version = version
