@@ -113,8 +113,6 @@ def arrow_kind(data_type: pa.DataType) -> str | None:
         return f"timestamp[{data_type.unit}]" + (f" {data_type.tz}" if data_type.tz else "")
     if pa.types.is_date(data_type):
         return "date32"
-    if pa.types.is_time(data_type):
-        return "time64[ns]" if data_type.unit == "ns" else "time64[us]"
     if pa.types.is_decimal(data_type):
         return f"decimal {data_type.precision} {data_type.scale}"
     return None
@@ -133,7 +131,8 @@ def _arrow_type_of_name(kind: str) -> pa.DataType:
             if int(precision) > 38
             else pa.decimal128(int(precision), int(scale))
         )
-    return {"date32": pa.date32(), "time64[us]": pa.time64("us"), "time64[ns]": pa.time64("ns")}[kind]
+    assert kind == "date32", kind
+    return pa.date32()
 
 
 def as_json_values(column: pa.Array) -> list[Any]:
@@ -147,6 +146,8 @@ def as_json_values(column: pa.Array) -> list[Any]:
         return [None if value is None else base64.b64encode(value).decode() for value in column.to_pylist()]
     if kind is not None:
         return pc.cast(pc.cast(column, _arrow_type_of_name(kind)), pa.string()).to_pylist()
+    if pa.types.is_time(data_type):
+        return pc.cast(column, pa.string()).to_pylist()
     if pa.types.is_float16(data_type) or pa.types.is_duration(data_type):
         return pc.cast(column, pa.float32() if pa.types.is_float16(data_type) else pa.int64()).to_pylist()
     values = column.to_pylist()

@@ -115,7 +115,7 @@ def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def _version(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> str:
     if _is_local(fs):
         return f"{os.stat(entry['name']).st_mtime_ns:x}"
-    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created"):
+    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated"):
         if entry.get(key):
             return str(entry[key]).strip('"')
     return str(entry.get("size"))

@@ -1,0 +1,164 @@
+"""The same rows give the same shards, whatever files they come in and however often a run was stopped."""
+
+import random
+
+import pytest
+
+from grape_service.prepare.finish import finish_prepare, load_prepared
+from grape_service.prepare.map_piece import map_piece
+from grape_service.prepare.plan import plan_prepare
+from grape_service.prepare.reduce import reduce_partition
+from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.summary import summarise_map
+from grape_service.storage import Storage
+from tests.prepared_pools import WordRenderer, all_rows, make_config, prepare, write_jsonl
+
+WORKERS = {"partition_bytes": 4000, "shard_tokens": 60}
+
+
+def pool_rows(number_of_rows):
+    return [
+        {
+            "prompt": f"question {number % 41}",
+            "response": f"answer {number % 150}",
+            "source": "abc"[number % 3],
+            "mixed": number if number % 7 else "x",
+            "meta": {"n": number % 5},
+        }
+        for number in range(number_of_rows)
+    ]
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "workspace"))
+
+
+def shard_bytes(storage, prepared):
+    return [storage.read(path) for name in sorted(prepared.partitions) for path in shard_paths(prepared, name)]
+
+
+def test_other_order_and_other_files_give_the_same_shards_byte_for_byte(tmp_path, storage):
+    rows = [*pool_rows(200), *pool_rows(30)]
+    write_jsonl(tmp_path / "one" / "p.jsonl", rows)
+    plan, first = prepare(make_config(tmp_path / "one", workers=WORKERS, pool={"max_reject_share": 1}), storage)
+    assert first.rejects.by_reason == {"duplicate candidate": 30}
+    random.Random(7).shuffle(rows)
+    for number in range(3):
+        write_jsonl(tmp_path / "three" / f"{number}.jsonl", rows[number::3])
+    other, second = prepare(make_config(tmp_path / "three", workers=WORKERS, pool={"max_reject_share": 1}), storage)
+    assert other.prepare_id != plan.prepare_id
+    assert other.num_partitions == plan.num_partitions > 2
+    assert shard_bytes(storage, second) == shard_bytes(storage, first)
+    assert second.rejects.by_reason == first.rejects.by_reason
+
+
+def test_rows_keep_their_keys_when_the_pool_grows(tmp_path, storage):
+    rows = [{"prompt": f"question {n // 4}", "response": f"answer {n} " * (1 + n % 5)} for n in range(220)]
+    pool = write_jsonl(tmp_path / "p.jsonl", rows[:200])
+    _, first = prepare(make_config(pool, workers=WORKERS), storage)
+    before = all_rows(storage, first)
+    write_jsonl(tmp_path / "p.jsonl", random.Random(3).sample(rows, 220))
+    _, second = prepare(make_config(pool, workers={"partition_bytes": 2000}), storage)
+    after = all_rows(storage, second)
+    assert second.num_partitions > first.num_partitions
+    assert after.num_rows == 220
+    keys = [dict(zip(t["candidate_id"].to_pylist(), t["row_key"].to_pylist(), strict=True)) for t in (before, after)]
+    assert keys[0].items() <= keys[1].items()
+
+
+def test_the_number_of_partitions_and_the_plan_come_from_the_pool_alone(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(100))
+    size = pool.stat().st_size
+    for partition_bytes, expected in [(size, 1), (size - 1, 2), (size // 3, 4), (size // 8 + 1, 8)]:
+        config = make_config(pool, workers={"partition_bytes": partition_bytes, "cpus": 7, "replicas": 3})
+        assert plan_prepare(config, "words", storage).num_partitions == expected
+    same = make_config(pool, workers={"partition_bytes": size}, pool={"max_reject_share": 0.5})
+    plan = plan_prepare(make_config(pool, workers={"partition_bytes": size}), "words", storage)
+    assert plan_prepare(same, "words", storage) == plan
+    others = [
+        plan_prepare(same, "other words", storage),
+        plan_prepare(make_config(pool, pool={"truncated": "keep"}), "words", storage),
+        plan_prepare(make_config(pool, behavior={"column": "lp"}), "words", storage),
+        plan_prepare(make_config(pool, workers={"shard_tokens": 1}), "words", storage),
+    ]
+    assert len({plan.prepare_id, *(other.prepare_id for other in others)}) == 5
+
+
+def test_a_pool_that_is_written_again_with_the_same_content_is_not_prepared_again(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(10))
+    config = make_config(pool)
+    plan, prepared = prepare(config, storage)
+    pool.unlink()
+    write_jsonl(pool, pool_rows(10))
+    again = plan_prepare(config, "words", storage)
+    assert again.prepare_id == plan.prepare_id
+    assert load_prepared(again, storage) == prepared
+    write_jsonl(pool, pool_rows(11))
+    assert load_prepared(plan_prepare(config, "words", storage), storage) is None
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingRenderer(WordRenderer):
+    """Stops the task for good when it has rendered so many batches."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def render(self, candidates):
+        if self.left == 0:
+            raise Stopped
+        self.left -= 1
+        return super().render(candidates)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(150), b"{"])
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    undisturbed = Storage(str(tmp_path / "undisturbed"))
+    _, expected = prepare(config, undisturbed)
+    storage = Storage(str(tmp_path / "workspace"))
+    for batches in (0, 1, 2):
+        with pytest.raises(Stopped):
+            prepare(config, storage, StoppingRenderer(batches))
+    plan = plan_prepare(config, "words", storage)
+    done = [info.path for info in storage.list(f"{plan.folder}/map") if info.path.endswith(".json")]
+    assert len(done) == 3, "each run finished as many pieces as it rendered"
+    renderer = StoppingRenderer(len(plan.pieces) - 3)
+    counts = [map_piece(plan, piece, config, renderer, storage) for piece in plan.pieces]
+    assert renderer.left == 0
+
+    summary = summarise_map(plan, counts, config)
+    first = reduce_partition(plan, plan.partitions[0], config, summary, storage)
+    written = {path: storage.info(path).etag for path in [info.path for info in storage.list(f"{plan.folder}/shards")]}
+    assert reduce_partition(plan, plan.partitions[0], config, summary, storage) == first
+    partitions = [reduce_partition(plan, name, config, summary, storage) for name in plan.partitions]
+    prepared = finish_prepare(plan, summary, partitions, config, storage)
+    assert {path: storage.info(path).etag for path in written} == written, "a finished partition is not written again"
+    assert prepared == expected
+    assert shard_bytes(storage, prepared) == shard_bytes(undisturbed, expected)
+    assert storage.list(f"{plan.folder}/map") == []
+    assert load_prepared(plan, storage) == prepared
+
+
+def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, monkeypatch):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(150))
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    _, expected = prepare(config, Storage(str(tmp_path / "other")))
+    monkeypatch.setattr("grape_service.prepare.map_piece.BATCH_ROWS", 5)
+    monkeypatch.setattr("grape_service.prepare.map_piece.FILE_BYTES", 1)
+    plan = plan_prepare(config, "words", storage)
+    steps: list[tuple[int, int]] = []
+    counts = [
+        map_piece(plan, piece, config, WordRenderer(), storage, lambda rows, tokens: steps.append((rows, tokens)))
+        for piece in plan.pieces
+    ]
+    assert max(count.num_files for count in counts) > 3
+    assert sum(rows for rows, _ in steps) == 150
+    assert sum(tokens for _, tokens in steps) == sum(count.tokens for count in counts)
+    _, prepared = prepare(config, storage)
+    assert shard_bytes(storage, prepared) == shard_bytes(Storage(str(tmp_path / "other")), expected)
