@@ -1,6 +1,6 @@
 """How fast the weights are made: tokens/s on one core, by level and length of response.
 
-    python benchmarks/weights.py
+python benchmarks/weights.py
 """
 
 from __future__ import annotations

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from grape_service import schemas
 from grape_service.candidates import Candidate, Rejection, Rendered
 from grape_service.config import BehaviorConfig, PolicyConfig, RecordedBehavior, RenderConfig
 from grape_service.digests import row_keys
-from grape_service.parquet import write_parquet
+from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import list_offsets_and_values, offsets_from_lengths
 from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage
@@ -137,8 +136,8 @@ def derive_partition(
 def kept_batches(storage: Storage, path: str) -> Iterator[pa.Table]:
     """The columns of kept rows that are needed to render them again."""
     columns = [*schemas.SHARD.names]
-    with storage.open(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=columns):
+    with open_parquet(storage, path) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 
 

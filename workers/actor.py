@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from grape_service.models import policy_id, resolve_model
 
 from grape_service import schemas
 from grape_service.config import PolicyConfig
 from grape_service.errors import StageError
-from grape_service.models import policy_id, resolve_model
-from grape_service.parquet import write_parquet
+from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
@@ -58,7 +57,6 @@ class ScoringSpec:
 
     policy: PolicyConfig
     policy_id: str
-    temperature_ids: dict[float, str]  # policy ids of the same weights at other temperatures, 1.0 included
     workspace: Storage
     run_id: str
     reuse: str  # compatible | exact
@@ -109,9 +107,12 @@ class ScoringActor:
             self.taken_back.add(path)
             return True
 
-    def score(self, unit: Unit, temperature: float = 1.0) -> UnitResult | None:
-        """Score the rows of a unit that have no scores yet and store them; None when it was taken back."""
-        store = ScoreStore(self.spec.workspace, self.spec.temperature_ids[temperature])
+    def score(self, unit: Unit, store_id: str, temperature: float = 1.0) -> UnitResult | None:
+        """Score the rows of a unit that have no scores yet and store them; None when it was taken back.
+
+        `store_id` is the policy id under which scores at this temperature are kept.
+        """
+        store = ScoreStore(self.spec.workspace, store_id)
         table = read_rows(self.spec.workspace, unit.path)
         total = table.num_rows
         if unit.check:
@@ -133,7 +134,8 @@ class ScoringActor:
         if good.any():
             self._store(store, unit, table, batch, scores, good)
         if bad:
-            write_failures(self.spec, unit, table.take(list(bad)), list(bad.values()))
+            failed = table.take(list(bad))
+            write_failures(self.spec.workspace, self.spec.run_id, store_id, unit, failed, list(bad.values()))
         with self.state_lock:
             self.begun.discard(unit.path)
         return UnitResult(int(good.sum()), len(bad), total - len(batch), batch.num_tokens, seconds)
@@ -171,7 +173,7 @@ class ScoringActor:
         keys = table["row_key"].combine_chunks().filter(pa.array(good))
         description = replace(self.engine.description, extra={})
         metadata = {key: str(value) for key, value in asdict(description).items() if key != "extra"}
-        store.write(unit.partition, keys, offsets_from_lengths(lengths[good]), kept, metadata)
+        store.write(unit.partition, keys, offsets_from_lengths(lengths[good]), kept, metadata, shard=unit.path)
 
     def close(self) -> None:
         """Free the device."""
@@ -179,10 +181,10 @@ class ScoringActor:
             self.engine.close()
 
 
-def read_rows(storage: Storage, path: str) -> pa.Table:
-    """The columns that scoring needs of a shard."""
-    with storage.open(path) as file:
-        return pq.read_table(file, columns=COLUMNS)
+def read_rows(storage: Storage, path: str, columns: list[str] = COLUMNS) -> pa.Table:
+    """Columns of a shard; without more, those that scoring needs."""
+    with open_parquet(storage, path) as file:
+        return file.read(columns=columns)
 
 
 def distinct_rows(table: pa.Table) -> pa.Table:
@@ -220,17 +222,19 @@ def _same_prompt(batch: TokenBatch, left: int, right: int) -> bool:
     return bool((batch.input_ids[first : first + length] == batch.input_ids[second : second + length]).all())
 
 
-def write_failures(spec: ScoringSpec, unit: Unit, rows: pa.Table, reasons: list[str]) -> None:
+def write_failures(
+    workspace: Storage, run_id: str, policy_id: str, unit: Unit, rows: pa.Table, reasons: list[str]
+) -> None:
     """Record rows that could not be scored, with the reason for each."""
     table = pa.table(
         {
             "row_key": rows["row_key"],
             "prompt_id": rows["prompt_id"],
             "candidate_id": rows["candidate_id"],
-            "policy": pa.array([spec.policy_id] * rows.num_rows, pa.string()),
+            "policy": pa.array([policy_id] * rows.num_rows, pa.string()),
             "reason": pa.array(reasons, pa.string()),
         }
     ).cast(schemas.FAILURE)
     name = unit.path.removesuffix(".parquet").replace("/", "-")
-    path = f"runs/{spec.run_id}/failures/{spec.policy_id}-{name[-80:]}.parquet"
-    write_parquet(spec.workspace, path, schemas.FAILURE, table.to_batches())
+    path = f"runs/{run_id}/failures/{policy_id}-{name[-80:]}.parquet"
+    write_parquet(workspace, path, schemas.FAILURE, table.to_batches())

@@ -17,6 +17,7 @@ from grape_service.errors import StageError, UserError
 from grape_service.progress import reporter
 from workers.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.cluster import import_path, num_cores, num_gpus
+from workers.run import utc_now
 
 IN_FLIGHT = 2
 """Units a replica holds: one on the engine, the next one being read."""
@@ -28,10 +29,11 @@ START_SECONDS = 1800
 
 @dataclass
 class Work:
-    """A unit, at what temperature it is scored, and how often that failed."""
+    """A unit, under which policy id and at what temperature it is scored, and how often that failed."""
 
     unit: Unit
-    temperature: float
+    store_id: str
+    temperature: float = 1.0
     attempts: int = 0
 
 
@@ -55,7 +57,7 @@ class ScoreTotals:
     failed: int = 0
     tokens: int = 0
     engine_seconds: float = 0.0
-    failed_units: list[tuple[Unit, str]] = field(default_factory=list)
+    failed_units: list[tuple[Work, str]] = field(default_factory=list)
 
 
 def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
@@ -67,22 +69,20 @@ def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
 
 
 class Replicas:
-    """The actors of one policy. Use as a context manager: no actor outlives it."""
+    """The actors of one policy. None is detached: they end with `close`, or with the driver."""
 
     def __init__(self, config: Config, spec: ScoringSpec, count: int):
         self.config = config
         self.spec = spec
-        self.events: list[str] = []
+        self.events: list[dict[str, str]] = []
         self.failed_starts = 0
         reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
         self.count = count
         self.replicas = [self._start() for _ in range(count)]
         self._wait_ready(self.replicas)
 
-    def __enter__(self) -> Replicas:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End every actor."""
         for replica in self.replicas:
             self._end(replica)
 
@@ -116,7 +116,9 @@ class Replicas:
                     raise_if_ours(error)
                     self.failed_starts += 1
                     if self.failed_starts >= ATTEMPTS:
-                        raise StageError(f"the engine for {self.spec.policy.model} does not start: {short(error)}") from None
+                        raise StageError(
+                            f"the engine for {self.spec.policy.model} does not start: {short(error)}"
+                        ) from None
                     self._event(f"an engine did not start ({short(error)}); starting it again")
                     fresh = self._start()
                     replica.actor, replica.started = fresh.actor, fresh.started
@@ -126,7 +128,7 @@ class Replicas:
             ray.kill(replica.actor)
 
     def _event(self, text: str) -> None:
-        self.events.append(text)
+        self.events.append({"time": utc_now(), "event": text})
         reporter().event(text)
 
     def descriptions(self) -> list[dict[str, Any]]:
@@ -159,7 +161,7 @@ class Replicas:
         return totals
 
     def _give(self, replica: Replica, work: Work) -> None:
-        reference = replica.actor.score.remote(work.unit, work.temperature)
+        reference = replica.actor.score.remote(work.unit, work.store_id, work.temperature)
         replica.in_flight[reference] = work
 
     def _collect(self, reference: ray.ObjectRef, queue: deque[Work], totals: ScoreTotals) -> None:
@@ -196,7 +198,7 @@ class Replicas:
     def _again(self, work: Work, reason: str, queue: deque[Work], totals: ScoreTotals) -> None:
         """Put a unit back in front; after the last attempt it is recorded as failed."""
         if work.attempts >= ATTEMPTS:
-            totals.failed_units.append((work.unit, reason))
+            totals.failed_units.append((work, reason))
             return
         unit = work.unit
         work.unit = Unit(unit.path, unit.partition, unit.rows, unit.tokens, check=True)

@@ -1,0 +1,144 @@
+"""The scoring stages: which units are left, engines policy by policy, failures on record."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from grape_service.config import PolicyConfig
+from grape_service.progress import reporter
+from grape_service.scores import ScoreStore
+from grape_service.storage import Storage
+from workers.actor import ScoringSpec, Unit, read_rows, write_failures
+from workers.cluster import run_tasks
+from workers.replicas import Replicas, ScoreTotals, Work, num_replicas
+from workers.run import Run
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A file of rows to score."""
+
+    path: str
+    partition: str
+    rows: int
+    tokens: int
+
+
+class Engines:
+    """The engines of one policy at a time: policies take turns, and one that comes again at once stays up."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.replicas: Replicas | None = None
+
+    def of(self, policy: PolicyConfig, num_units: int) -> Replicas:
+        """Started engines for a policy; those of another policy are ended first."""
+        policy_id = self.run.policy_id(policy)
+        if self.replicas is not None and self.replicas.spec.policy_id == policy_id:
+            return self.replicas
+        self.close()
+        config = self.run.config
+        spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse)
+        count = num_replicas(config, policy.tensor_parallel, num_units)
+        self.replicas = Replicas(config, spec, count)
+        return self.replicas
+
+    def close(self) -> None:
+        """End the engines and keep what they were and did for the manifest."""
+        if self.replicas is None:
+            return
+        self.run.engines.extend(
+            {"policy_id": self.replicas.spec.policy_id, **description} for description in self.replicas.descriptions()
+        )
+        self.run.events.extend(self.replicas.events)
+        self.replicas.close()
+        self.replicas = None
+
+
+@contextlib.contextmanager
+def engines(run: Run) -> Iterator[Engines]:
+    """Engines that are gone after the block."""
+    started = Engines(run)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def score_shards(
+    run: Run,
+    engines: Engines,
+    policy: PolicyConfig,
+    shards: Sequence[ShardFile],
+    stage: str,
+    temperature: float = 1.0,
+) -> ScoreTotals:
+    """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing."""
+    store_id = run.policy_id(policy, temperature)
+    planned = plan_units(run, store_id, shards)
+    units = [unit for unit, _ in planned if unit is not None]
+    reused = sum(count for _, count in planned)
+    totals = ScoreTotals(reused=reused)
+    if not units:
+        run.event(f"{stage}: all {reused:,} rows have scores already, no engine is started")
+        return totals
+    replicas = engines.of(policy, len(units))
+    reporter().begin(stage, sum(unit.tokens for unit in units), "tokens")
+    works = [Work(unit, store_id, temperature) for unit in units]
+    totals = replicas.score(works, lambda tokens: reporter().advance(stage, tokens))
+    totals.reused += sum(count for unit, count in planned if unit is None)
+    reporter().end(stage)
+    record_failed_units(run, totals)
+    return totals
+
+
+def plan_units(run: Run, store_id: str, shards: Sequence[ShardFile]) -> list[tuple[Unit | None, int]]:
+    """For each shard the unit that is left of it, if any, and how many of its rows have scores."""
+    by_partition: dict[str, list[ShardFile]] = {}
+    for shard in shards:
+        by_partition.setdefault(shard.partition, []).append(shard)
+    arguments = [(run.workspace, store_id, group) for group in by_partition.values()]
+    planned = run_tasks(plan_partition, arguments, run.config.workers)
+    return [unit for partition in planned for unit in partition]
+
+
+def plan_partition(storage: Storage, store_id: str, shards: list[ShardFile]) -> list[tuple[Unit | None, int]]:
+    """The units of one partition (a Ray task)."""
+    store = ScoreStore(storage, store_id)
+    if not store.partition_files(shards[0].partition):
+        return [(Unit(shard.path, shard.partition, shard.rows, shard.tokens, check=False), 0) for shard in shards]
+    planned: list[tuple[Unit | None, int]] = []
+    for shard in shards:
+        keys = read_rows(storage, shard.path, ["row_key"])["row_key"]
+        missing = store.missing(shard.partition, keys)
+        num_missing = int(missing.sum())
+        num_stored = shard.rows - num_missing
+        if num_missing == 0:
+            planned.append((None, num_stored))
+            continue
+        tokens = round(shard.tokens * num_missing / shard.rows)
+        planned.append((Unit(shard.path, shard.partition, num_missing, tokens, check=num_stored > 0), num_stored))
+    return planned
+
+
+def record_failed_units(run: Run, totals: ScoreTotals) -> None:
+    """Write the rows of units that failed too often to the failures table and count them."""
+    for work, reason in totals.failed_units:
+        run.event(f"shard {work.unit.path} is given up after its last attempt: {reason}")
+    arguments = [(run.workspace, run.run_id, work.store_id, work.unit, reason) for work, reason in totals.failed_units]
+    totals.failed += sum(run_tasks(record_failed_unit, arguments, run.config.workers))
+
+
+def record_failed_unit(storage: Storage, run_id: str, store_id: str, unit: Unit, reason: str) -> int:
+    """Record the rows of a unit that still have no score (a Ray task); how many."""
+    rows = read_rows(storage, unit.path, ["row_key", "prompt_id", "candidate_id"])
+    missing = ScoreStore(storage, store_id).missing(unit.partition, rows["row_key"])
+    rows = rows.take(pa.array(np.flatnonzero(missing)))
+    if rows.num_rows:
+        write_failures(storage, run_id, store_id, unit, rows, [reason] * rows.num_rows)
+    return rows.num_rows
