@@ -20,7 +20,7 @@ from grape_service.candidates import Candidate, Rejection, Rendered
 from grape_service.config import BehaviorConfig, PolicyConfig, RecordedBehavior, RenderConfig
 from grape_service.digests import row_keys
 from grape_service.parquet import open_parquet, write_parquet
-from grape_service.ragged import list_offsets_and_values, offsets_from_lengths
+from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage
 
@@ -169,15 +169,16 @@ def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | 
     ]
     chosen = kept.take(pa.array(good, pa.int64()))
     list_offsets = pa.array(offsets.astype(np.int32))
+    prompt_lens = np.asarray([result.prompt_len for result in results], dtype=np.int32)
     return pa.table(
         {
-            "row_key": row_keys(ids, mask, offsets),
+            "row_key": pa.array(row_keys(TokenBatch(ids, mask > 0, offsets, prompt_lens)), pa.binary(16)),
             "prompt_id": chosen["prompt_id"],
             "candidate_id": chosen["candidate_id"],
             "source": chosen["source"],
             "input_ids": pa.ListArray.from_arrays(list_offsets, pa.array(ids, pa.int32())),
             "loss_mask": pa.ListArray.from_arrays(list_offsets, pa.array(mask, pa.uint8())),
-            "prompt_len": pa.array([result.prompt_len for result in results], pa.int32()),
+            "prompt_len": pa.array(prompt_lens),
             "target_row_key": chosen["row_key"],
             "turn_end_differs": pa.array(differs, pa.bool_()),
         }

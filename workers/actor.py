@@ -84,7 +84,8 @@ class ScoringActor:
                 f"this replica's weights of {spec.policy.model} are not those of the run: "
                 f"their id is {here}, expected {spec.policy_id}"
             )
-        self.engine: Engine = load_engine(spec.policy, files.folder)
+        local = spec.policy.model_copy(update={"adapter": files.adapter_folder})
+        self.engine: Engine = load_engine(local, files.folder)
         check_canary(self.engine, files.folder, spec.workspace, spec.policy_id, spec.reuse)
         return self.describe()
 

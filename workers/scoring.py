@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from grape_service.config import PolicyConfig
+from grape_service.parquet import write_parquet
 from grape_service.progress import reporter
 from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
@@ -80,9 +82,7 @@ def score_shards(
 ) -> ScoreTotals:
     """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing."""
     store_id = run.policy_id(policy, temperature)
-    planned = plan_units(run, store_id, shards)
-    units = [unit for unit, _ in planned if unit is not None]
-    reused = sum(count for _, count in planned)
+    units, reused = plan_units(run, store_id, shards)
     totals = ScoreTotals(reused=reused)
     if not units:
         run.event(f"{stage}: all {reused:,} rows have scores already, no engine is started")
@@ -91,39 +91,76 @@ def score_shards(
     reporter().begin(stage, sum(unit.tokens for unit in units), "tokens")
     works = [Work(unit, store_id, temperature) for unit in units]
     totals = replicas.score(works, lambda tokens: reporter().advance(stage, tokens))
-    totals.reused += sum(count for unit, count in planned if unit is None)
+    totals.reused += reused
     reporter().end(stage)
     record_failed_units(run, totals)
     return totals
 
 
-def plan_units(run: Run, store_id: str, shards: Sequence[ShardFile]) -> list[tuple[Unit | None, int]]:
-    """For each shard the unit that is left of it, if any, and how many of its rows have scores."""
+def plan_units(run: Run, store_id: str, shards: Sequence[ShardFile]) -> tuple[list[Unit], int]:
+    """The units that are left of `shards`, and how many rows have scores already."""
     by_partition: dict[str, list[ShardFile]] = {}
     for shard in shards:
         by_partition.setdefault(shard.partition, []).append(shard)
-    arguments = [(run.workspace, store_id, group) for group in by_partition.values()]
+    folder = f"{run.folder}/todo/{store_id}"
+    shard_tokens = run.config.workers.shard_tokens
+    arguments = [(run.workspace, store_id, group, folder, shard_tokens) for group in by_partition.values()]
     planned = run_tasks(plan_partition, arguments, run.config.workers)
-    return [unit for partition in planned for unit in partition]
+    return [unit for units, _ in planned for unit in units], sum(stored for _, stored in planned)
 
 
-def plan_partition(storage: Storage, store_id: str, shards: list[ShardFile]) -> list[tuple[Unit | None, int]]:
-    """The units of one partition (a Ray task)."""
+def plan_partition(
+    storage: Storage, store_id: str, shards: list[ShardFile], folder: str, shard_tokens: int
+) -> tuple[list[Unit], int]:
+    """The units of one partition and its rows that have scores (a Ray task).
+
+    A shard without any score is a unit as it is. What is missing of the others is put together in files of
+    about `shard_tokens` tokens, so that a pool that grew by a tenth is a tenth of the work in full units.
+    """
+    partition = shards[0].partition
     store = ScoreStore(storage, store_id)
-    if not store.partition_files(shards[0].partition):
-        return [(Unit(shard.path, shard.partition, shard.rows, shard.tokens, check=False), 0) for shard in shards]
-    planned: list[tuple[Unit | None, int]] = []
-    for shard in shards:
-        keys = read_rows(storage, shard.path, ["row_key"])["row_key"]
-        missing = store.missing(shard.partition, keys)
-        num_missing = int(missing.sum())
-        num_stored = shard.rows - num_missing
-        if num_missing == 0:
-            planned.append((None, num_stored))
-            continue
-        tokens = round(shard.tokens * num_missing / shard.rows)
-        planned.append((Unit(shard.path, shard.partition, num_missing, tokens, check=num_stored > 0), num_stored))
-    return planned
+    if not store.partition_files(partition):
+        return [Unit(shard.path, partition, shard.rows, shard.tokens, check=False) for shard in shards], 0
+    keys = [read_rows(storage, shard.path, ["row_key"]) for shard in shards]
+    missing = store.missing(partition, pa.concat_tables(keys)["row_key"])
+    units: list[Unit] = []
+    rest = Gatherer(storage, f"{folder}/{partition}", partition, shard_tokens)
+    for shard, here in zip(shards, np.split(missing, np.cumsum([shard.rows for shard in shards])[:-1]), strict=True):
+        if here.all():
+            units.append(Unit(shard.path, partition, shard.rows, shard.tokens, check=False))
+        elif here.any():
+            rest.add(read_rows(storage, shard.path).filter(pa.array(here)))
+    return units + rest.close(), int((~missing).sum())
+
+
+class Gatherer:
+    """Puts rows of several shards together into units."""
+
+    def __init__(self, storage: Storage, folder: str, partition: str, unit_tokens: int):
+        self.storage, self.folder, self.partition, self.unit_tokens = storage, folder, partition, unit_tokens
+        self.units: list[Unit] = []
+        self.waiting: list[pa.Table] = []
+        self.tokens = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Rows of one shard."""
+        self.waiting.append(table)
+        self.tokens += pc.sum(pc.list_value_length(table["input_ids"])).as_py()
+        if self.tokens >= self.unit_tokens:
+            self._write()
+
+    def _write(self) -> None:
+        table = pa.concat_tables(self.waiting)
+        path = f"{self.folder}/shard-{len(self.units):05d}.parquet"
+        write_parquet(self.storage, path, table.schema, [table.combine_chunks()])
+        self.units.append(Unit(path, self.partition, table.num_rows, self.tokens, check=False))
+        self.waiting, self.tokens = [], 0
+
+    def close(self) -> list[Unit]:
+        """Every unit."""
+        if self.waiting:
+            self._write()
+        return self.units
 
 
 def record_failed_units(run: Run, totals: ScoreTotals) -> None:

@@ -1,0 +1,35 @@
+"""The command tree."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import grape_service
+from grape_service.cli import run_commands
+
+app = typer.Typer(
+    name="grape",
+    help="Decide what a language model learns from: score a pool, select with GRAPE, weigh with PEAR, release.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(grape_service.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def grape(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Decide what a language model learns from."""
+
+
+run_commands.register(app)

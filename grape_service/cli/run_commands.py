@@ -1,0 +1,110 @@
+"""grape run, score, select: the job, or the job up to a stage."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+
+ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
+SHOWN_ROWS = 12
+"""Rows of the table at the end of a run."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command(epilog="Example: grape run examples/quickstart/grape.yaml")(run)
+    app.command(epilog="Example: grape score config.yaml")(score)
+    app.command(epilog="Example: grape select config.yaml --json")(select)
+
+
+def run(config: ConfigArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
+    """Do the whole job: prepare, score, select, weigh, release (and train, if the config says so)."""
+    outcome = run_flow(config, until="release", force=force)
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    show_outcome(outcome)
+
+
+def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """Prepare the pool and score what has no score yet under the target policy."""
+    outcome = run_flow(config, until="score")
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    say(
+        f"{outcome.counts['rows']:,} rows of {outcome.counts['prompts']:,} prompts: "
+        f"{outcome.scored:,} scored now, {outcome.reused:,} had scores, {outcome.failed:,} failed"
+    )
+
+
+def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
+    """Prepare, score and select; nothing is released."""
+    outcome = run_flow(config, until="select")
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    counts = outcome.counts
+    say(f"{counts['kept_rows']:,} rows of {counts['kept_prompts']:,} prompts kept, of {counts['rows']:,} rows")
+    print_table("kept by source", ["source", "rows"], sorted(counts["kept_by_source"].items()))
+
+
+def run_flow(config_path: str, until: str, force: bool = False) -> Any:
+    """Run the flow in this process with progress on standard error."""
+    from grape_service.cli.bars import Bars
+
+    config = config_of(config_path)
+    quiet_prefect()
+    from flows.curate import curate
+
+    with Bars():
+        return curate(config, until=until, force=force)
+
+
+def quiet_prefect() -> None:
+    """Settings under which a flow in this process needs no server set up and prints nothing of its own."""
+    defaults = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def show_outcome(outcome: Any) -> None:
+    """The table of choices, counts, the release's reference and how to load it."""
+    import grape_service
+
+    release = grape_service.load(outcome.reference, outcome.storage_options)
+    columns = ["messages", "source", "grape_score", "grape_margin", "num_candidates"]
+    rows = []
+    for row in release.dataset.head(SHOWN_ROWS, columns=columns).to_pylist():
+        prompt = next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
+        rows.append([short(prompt or ""), row["source"], number(row["grape_score"]), number(row["grape_margin"])])
+    total = outcome.rows
+    title = f"first {len(rows)} of {total:,} rows" if total > len(rows) else f"{total:,} rows"
+    print_table(title, ["prompt", "chosen source", "score", "margin"], rows)
+    say("")
+    say(outcome.sentence())
+    say(f"release   {outcome.reference}")
+    say(f"report    {outcome.report}")
+    say(f'load it   python -c "import grape_service; print(grape_service.load(\'{outcome.reference}\').to_hf())"')
+
+
+def short(text: str, width: int = 60) -> str:
+    """One line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or nothing."""
+    return "" if value is None else f"{value:.3f}"
