@@ -1,0 +1,156 @@
+"""A small job that runs for real in a process of its own, and the means to kill all of it.
+
+Every process that a job starts inherits a mark in its environment, however it is re-parented, so a test
+can say that none is left behind, and can end all of them and no others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "GRAPE_TEST_MARK"
+SOURCES = ("teacher", "student", "forum", "book")
+
+
+def pool_rows(num_prompts: int, candidates: int = 4, start: int = 0) -> list[dict[str, Any]]:
+    """Questions and answers with a source each; the same for the same numbers."""
+    rows = []
+    for number in range(start, start + num_prompts):
+        prompt = f"What is {number} plus {number % 7}? Show how you got there."
+        for place in range(candidates):
+            words = " ".join(["so", "we", "add", str(number), "and", str(number % 7)][: 2 + (number + place) % 5])
+            answer = f"{words}. The answer is {number + number % 7 + (place == 3)}."
+            rows.append({"prompt": prompt, "response": answer, "source": SOURCES[place % 4], "correct": place != 3})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as a .jsonl file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    return path
+
+
+@dataclass
+class Job:
+    """A config in a folder of its own, and `grape` on it."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def config_path(self) -> Path:
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config))
+        return path
+
+    def environ(self) -> dict[str, str]:
+        """The environment of the job's processes."""
+        base = {**os.environ, MARK: self.mark, "PREFECT_HOME": str(self.folder / "prefect"), "OMP_NUM_THREADS": "1"}
+        base["PYTHONPATH"] = str(ROOT)
+        return {**base, **self.environment}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`grape ARGUMENTS` in a session of its own, so that a test can signal it alone."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "grape_service.cli", *arguments],
+            env=self.environ(),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def grape(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """`grape ARGUMENTS` to its end."""
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def run(self, *arguments: str, timeout: float = 240) -> dict[str, Any]:
+        """`grape run CONFIG --json`, which must succeed; its JSON object."""
+        done = self.grape("run", str(self.config_path), "--json", *arguments, timeout=timeout)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return orjson.loads(done.stdout)
+
+    def processes(self) -> dict[int, str]:
+        """Pids and command lines of every living process of this job."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if f"{MARK}={self.mark}".encode() not in (entry / "environ").read_bytes().split(b"\0"):
+                    continue
+                if (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                    continue
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def kill_all(self) -> int:
+        """SIGKILL to every process of this job; how many there were."""
+        killed: set[int] = set()
+        for _ in range(50):
+            living = self.processes()
+            if not living:
+                break
+            for pid in living:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+        return len(killed)
+
+    def wait_gone(self, seconds: float) -> dict[int, str]:
+        """Wait until no process of this job lives, at most `seconds`; those that do."""
+        deadline = time.monotonic() + seconds
+        while (living := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return living
+
+
+@contextmanager
+def tiny_job(
+    folder: Path, model: str | Path, rows: list[dict[str, Any]] | None = None, **over: Any
+) -> Iterator[Job]:
+    """A job on a tiny model in float32; `over` replaces keys of the config. All its processes end with the block."""
+    if rows is not None:
+        write_jsonl(folder / "pool" / "pool.jsonl", rows)
+    config = {
+        "name": "tiny",
+        "pool": {"path": str(folder / "pool")},
+        "target": {"model": str(model), "dtype": "float32", "engine": "transformers"},
+        "output": {"path": str(folder / "datasets")},
+        "workers": {"shard_tokens": 400},
+        **over,
+    }
+    job = Job(folder, config)
+    try:
+        yield job
+    finally:
+        job.kill_all()
