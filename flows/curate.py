@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from grape_service.config import Config
 from workers import stages
 from workers.cluster import ray_for
+from workers.publishing import Outcome
 from workers.run import new_run
+from workers.scoring import engines_of
 
 prepare = task(stages.prepare, name="prepare", cache_policy=NO_CACHE)
 score_target = task(stages.score_target, name="score target", cache_policy=NO_CACHE)
 select = task(stages.select, name="select", cache_policy=NO_CACHE)
-score_policies = task(stages.score_policies, name="score behavior", cache_policy=NO_CACHE)
+score_policies = task(stages.score_policies, name="score policies", cache_policy=NO_CACHE)
 weigh = task(stages.weigh, name="weigh", cache_policy=NO_CACHE)
 release = task(stages.release, name="release", cache_policy=NO_CACHE)
 
 
-@flow(name="curate")
-def curate(config: Config) -> stages.Outcome:
+@flow(name="curate", persist_result=False)
+def curate(config: Config, until: Literal["score", "select", "release"] = "release", force: bool = False) -> Outcome:
     """Score a pool with the model to be trained, keep what fits it best, weigh it, release it."""
-    with new_run(config) as run, ray_for(config.workers), stages.engines(run) as engines:
+    with new_run(config) as run, ray_for(config.workers), engines_of(run) as engines:
         prepared = prepare(run)
-        score_target(run, engines, prepared)
+        scored = score_target(run, engines, prepared)
+        if until == "score":
+            return stages.outcome_of_scores(run, prepared, scored)
         kept = select(run, prepared)
-        score_policies(run, engines, prepared, kept)
-        weighed = weigh(run, prepared, kept)
-        return release(run, prepared, kept, weighed)
+        if until == "select":
+            return stages.outcome_of_selection(run, prepared, scored, kept)
+        derivations = score_policies(run, engines, kept)
+        engines.close()
+        weighed = weigh(run, kept, derivations)
+        return release(run, prepared, scored, kept, derivations, weighed, force)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
 from grape_service import schemas
+from grape_service.behavior import RowBehaviors, row_behaviors
 from grape_service.candidates import Candidate, Rejection, Rendered
-from grape_service.config import BehaviorConfig, PolicyConfig, RecordedBehavior, RenderConfig
+from grape_service.config import BehaviorConfig, PolicyConfig, RenderConfig
 from grape_service.digests import row_keys
 from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
@@ -44,7 +46,11 @@ class Group:
     policy_id: str
     folder: str  # of the model's files
     temperature: float
-    is_target: bool
+    place: int | None  # in config.behavior.policies(); None for the target
+
+    @property
+    def is_target(self) -> bool:
+        return self.place is None
 
 
 @dataclass(frozen=True)
@@ -64,37 +70,13 @@ class Derived:
     unrenderable: int  # rows that the behavior policy's template cannot take; they have no behavior
 
 
-def temperature_of(sampling: str | None) -> float:
-    """The temperature in a row's sampling JSON; 1.0 where none is recorded."""
-    if not sampling:
-        return 1.0
-    value = orjson.loads(sampling).get("temperature")
-    return 1.0 if value is None else float(value)
-
-
-def support_is_cut(sampling: str | None) -> bool:
-    """Whether top-p, top-k or min-p left tokens out when the row was sampled."""
-    values = orjson.loads(sampling) if sampling else {}
-    top_k = values.get("top_k")
-    top_p, min_p = values.get("top_p"), values.get("min_p")
-    return (top_k is not None and top_k > 0) or (top_p is not None and top_p < 1) or (min_p is not None and min_p > 0)
-
-
-def group_of_row(
-    groups: list[Group], behavior: BehaviorConfig | None, source: str | None, sampling: str | None, has_recorded: bool
-) -> list[Group]:
-    """The groups that score a kept row."""
-    whose = behavior.of_source(source) if behavior else None
-    found = []
-    for group in groups:
-        if group.is_target:
-            recorded = isinstance(whose, RecordedBehavior) and has_recorded and not support_is_cut(sampling)
-            wanted = temperature_of(sampling) if recorded else 1.0
-            if group.temperature in (wanted, 1.0):
-                found.append(group)
-        elif isinstance(whose, PolicyConfig) and whose == group.policy:
-            found.append(group)
-    return found
+def rows_of_group(group: Group, behaviors: RowBehaviors) -> npt.NDArray[np.int64]:
+    """The rows that a group scores."""
+    if group.place is not None:
+        return np.flatnonzero(behaviors.policy == group.place)
+    if group.temperature == 1.0:
+        return np.arange(len(behaviors.policy))
+    return np.flatnonzero(behaviors.temperature == group.temperature)
 
 
 def derive_partition(
@@ -102,7 +84,7 @@ def derive_partition(
     kept_path: str,
     out_folder: str,
     groups: list[Group],
-    behavior: BehaviorConfig | None,
+    behavior: BehaviorConfig,
     render: RenderConfig,
     target_turn_end_id: int | None,
     shard_tokens: int,
@@ -114,14 +96,9 @@ def derive_partition(
     writers = {group.name: ShardCutter(storage, f"{out_folder}/{group.name}", shard_tokens) for group in groups}
     unrenderable = dict.fromkeys(writers, 0)
     for batch in kept_batches(storage, kept_path):
-        sources, samplings = batch["source"].to_pylist(), batch["sampling"].to_pylist()
-        recorded = batch["recorded_logprobs"].is_valid().to_pylist()
-        rows_of: dict[str, list[int]] = {name: [] for name in writers}
-        for row, (source, sampling, has) in enumerate(zip(sources, samplings, recorded, strict=True)):
-            for group in group_of_row(groups, behavior, source, sampling, has):
-                rows_of[group.name].append(row)
+        behaviors = row_behaviors(batch, behavior)
         for group in groups:
-            chosen = batch.take(pa.array(rows_of[group.name], pa.int64()))
+            chosen = batch.take(pa.array(rows_of_group(group, behaviors)))
             if chosen.num_rows == 0:
                 continue
             if group.is_target:

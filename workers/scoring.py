@@ -63,7 +63,7 @@ class Engines:
 
 
 @contextlib.contextmanager
-def engines(run: Run) -> Iterator[Engines]:
+def engines_of(run: Run) -> Iterator[Engines]:
     """Engines that are gone after the block."""
     started = Engines(run)
     try:

@@ -6,14 +6,13 @@ holds counts, never rows. No Prefect here: flows call these functions.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from grape_service.config import Config, PolicyConfig, RenderConfig
+from grape_service.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
+from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
-from grape_service.errors import StageError, UserError
+from grape_service.errors import UserError
 from grape_service.prepare import (
     PieceCounts,
     PreparePlan,
@@ -30,7 +29,10 @@ from grape_service.render.renderer import Renderer
 from grape_service.scores import ScoreStore
 from grape_service.select import SelectCounts, select_partition
 from grape_service.storage import Storage
+from grape_service.weigh import BehaviorScores, WeighCounts, dataset_factor, weigh_partition
+from workers import publishing
 from workers.cluster import num_cores, run_tasks
+from workers.publishing import Outcome, file_digest
 from workers.replicas import ScoreTotals
 from workers.run import Run
 from workers.scoring import Engines, ShardFile, score_shards
@@ -142,19 +144,20 @@ def select(run: Run, prepared: Prepared) -> Kept:
     return Kept({p: path for p, path in paths.items() if rows[p]}, total, rows)
 
 
-def policy_groups(run: Run, prepared: Prepared) -> list[Group]:
+def policy_groups(run: Run, kept: Kept) -> list[Group]:
     """Who scores kept rows: the target where it has not, the target at recorded temperatures, behavior policies."""
     config = run.config
     assert config.behavior is not None
     target, files = config.target, run.target_files
     temperatures = [] if config.select.needs_scores else [1.0]
-    temperatures += sorted(t for t in prepared.temperatures if t != 1.0)
+    arguments = [(run.workspace, path, config.behavior) for path in kept.paths.values()]
+    temperatures += sorted({t for found in run_tasks(recorded_temperatures, arguments, config.workers) for t in found})
     groups = [
-        Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, is_target=True) for t in temperatures
+        Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, place=None) for t in temperatures
     ]
-    for number, policy in enumerate(config.behavior.policies()):
+    for place, policy in enumerate(config.behavior.policies()):
         folder = run.files_of(policy).folder
-        groups.append(Group(f"behavior-{number}", policy, run.policy_id(policy), folder, 1.0, is_target=False))
+        groups.append(Group(f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place))
     return groups
 
 
@@ -167,12 +170,12 @@ class Derivations:
     totals: dict[str, ScoreTotals] = field(default_factory=dict)  # group name -> what scoring did
 
 
-def score_policies(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> Derivations:
+def score_policies(run: Run, engines: Engines, kept: Kept) -> Derivations:
     """log p of kept responses under whatever PEAR needs beside the target's scores, policy by policy."""
     config = run.config
     if config.weights is None:
         return Derivations()
-    groups = policy_groups(run, prepared)
+    groups = policy_groups(run, kept)
     if not groups:
         return Derivations()
     with run.stage("score behavior"):
@@ -206,3 +209,169 @@ def score_policies(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -
 
 def _same_weights(run: Run, group: Group) -> bool:
     return run.policy_id(group.policy) == run.policy_id(run.config.target)
+
+
+@dataclass
+class Weighed:
+    """Weighed rows by partition, and what scales them."""
+
+    paths: dict[str, str]
+    digests: dict[str, str]  # sha256 of each file
+    counts: WeighCounts
+    factor: float  # of normalize: dataset
+
+
+def weigh(run: Run, kept: Kept, derivations: Derivations) -> Weighed:
+    """Importance weights for the tokens of kept rows; without `weights`, 1 each."""
+    config, partitions = run.config, list(kept.paths)
+    arguments = [
+        (run.workspace, partition, kept.paths[partition], _lookups(run, derivations, partition), config, out)
+        for partition, out in ((partition, f"{run.folder}/weighed/{partition}.parquet") for partition in partitions)
+    ]
+    with run.stage("weigh"):
+        if config.weights is not None and config.behavior is not None and config.behavior.missing == "error":
+            refuse_missing_behavior(run, kept)
+        reporter().begin("weigh", len(arguments), "partitions")
+        done = run_tasks(weigh_task, arguments, config.workers, done=lambda *_: reporter().advance("weigh", 1))
+        reporter().end("weigh")
+    counts = sum((count for count, _ in done), WeighCounts())
+    factor = dataset_factor(counts, config.weights) if config.weights else 1.0
+    paths = {partition: arguments[place][-1] for place, partition in enumerate(partitions)}
+    digests = {partition: digest for partition, (_, digest) in zip(partitions, done, strict=True)}
+    return Weighed(paths, digests, counts, factor)
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Where weigh finds the scores that are not in the kept rows themselves."""
+
+    target: ScoreStore | None
+    behaviors: list[BehaviorScores]
+    at_temperature: dict[float, ScoreStore]
+
+
+def _lookups(run: Run, derivations: Derivations, partition: str) -> Lookups:
+    target, behaviors, at_temperature = None, [], {}
+    for group in derivations.groups:
+        store = ScoreStore(run.workspace, group.policy_id)
+        if group.is_target and group.temperature == 1.0:
+            target = store
+        elif group.is_target:
+            at_temperature[group.temperature] = store
+        else:
+            paths = [shard.path for shard in derivations.shards[partition][group.name].shards]
+            behaviors.append(BehaviorScores(store, paths))
+    return Lookups(target, behaviors, at_temperature)
+
+
+def weigh_task(
+    storage: Storage, partition: str, kept_path: str, lookups: Lookups, config: Config, out_path: str
+) -> tuple[WeighCounts, str]:
+    """weigh_partition and the digest of what it wrote (a Ray task)."""
+    counts = weigh_partition(
+        storage,
+        partition,
+        kept_path,
+        lookups.target,
+        lookups.behaviors,
+        config,
+        out_path,
+        at_temperature=lookups.at_temperature,
+    )
+    return counts, file_digest(storage, out_path)
+
+
+def refuse_missing_behavior(run: Run, kept: Kept) -> None:
+    """Raises UserError when kept rows have no behavior policy and the config says that this is an error."""
+    arguments = [(run.workspace, path, run.config.behavior) for path in kept.paths.values()]
+    census: dict[str, dict[str, int]] = {}
+    for found in run_tasks(behavior_census, arguments, run.config.workers):
+        census = add_census(census, found)
+    refuse_missing(census)
+
+
+def release(
+    run: Run,
+    prepared: Prepared,
+    scored: ScoreTotals,
+    kept: Kept,
+    derivations: Derivations,
+    weighed: Weighed,
+    force: bool = False,
+) -> Outcome:
+    """Publish the weighed rows as an immutable version and move the tags to it."""
+    totals = [scored, *derivations.totals.values()]
+    failed = sum(total.failed for total in totals)
+    publishing.check_failed_share(run.config, failed, prepared.rows)
+    policies = [publishing.policy_use(run, "target", run.config.target)]
+    for group in derivations.groups:
+        role = "target" if group.is_target else "behavior"
+        policies.append(publishing.policy_use(run, role, group.policy, group.temperature))
+    counts = {
+        "pool": prepared.counts(),
+        "select": kept.counts.to_json(),
+        "weigh": weighed.counts.to_json(),
+        "score": {"rows": prepared.rows, "failed": failed},
+    }
+    fields = {
+        "counts": counts,
+        "config": run.config.model_dump(mode="json"),
+        "parents": publishing.parents(run, prepared, policies),
+        "statistics": {
+            "weights": weighed.counts.totals.figures() if run.config.weights else None,
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
+            "engines": run.engines,
+            "events": run.events,
+        },
+    }
+    with run.stage("release"):
+        version, is_new = publishing.publish_rows(
+            run,
+            publishing.release_columns(prepared),
+            prepared.message_fields,
+            prepared.other_fields,
+            list(weighed.paths.values()),
+            list(weighed.digests.values()),
+            weighed.factor,
+            fields,
+            force,
+        )
+    reference = f"{run.output.root}/{run.config.name}@{version}"
+    run.workspace.delete_folder(run.folder)
+    return Outcome(
+        reference=reference,
+        version=version,
+        prompts=weighed.counts.prompts,
+        rows=weighed.counts.rows,
+        rejected=sum(prepared.rejected.values()),
+        failed=failed,
+        seconds=publishing.run_seconds(run),
+        report=f"{run.output.root}/{run.config.name}/versions/{version}/report.html",
+        scored=sum(total.rows for total in totals),
+        reused=sum(total.reused for total in totals),
+        is_new=is_new,
+        counts=counts,
+        storage_options=run.config.storage,
+    )
+
+
+def outcome_of_scores(run: Run, prepared: Prepared, scored: ScoreTotals) -> Outcome:
+    """What `grape score` tells."""
+    return Outcome(
+        prompts=prepared.prompts,
+        rows=prepared.rows,
+        rejected=sum(prepared.rejected.values()),
+        failed=scored.failed,
+        seconds=publishing.run_seconds(run),
+        scored=scored.rows,
+        reused=scored.reused,
+        counts={"pool": prepared.counts()},
+    )
+
+
+def outcome_of_selection(run: Run, prepared: Prepared, scored: ScoreTotals, kept: Kept) -> Outcome:
+    """What `grape select` tells; rows and prompts are the kept ones."""
+    outcome = outcome_of_scores(run, prepared, scored)
+    outcome.prompts, outcome.rows = kept.counts.kept_prompts, kept.counts.kept_rows
+    outcome.counts["select"] = kept.counts.to_json()
+    return outcome

@@ -37,7 +37,7 @@ def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
         print_json(outcome.to_json())
         return
     say(
-        f"{outcome.counts['rows']:,} rows of {outcome.counts['prompts']:,} prompts: "
+        f"{outcome.rows:,} rows of {outcome.prompts:,} prompts: "
         f"{outcome.scored:,} scored now, {outcome.reused:,} had scores, {outcome.failed:,} failed"
     )
 
@@ -48,9 +48,10 @@ def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(outcome.to_json())
         return
-    counts = outcome.counts
-    say(f"{counts['kept_rows']:,} rows of {counts['kept_prompts']:,} prompts kept, of {counts['rows']:,} rows")
-    print_table("kept by source", ["source", "rows"], sorted(counts["kept_by_source"].items()))
+    say(f"{outcome.rows:,} rows of {outcome.prompts:,} prompts kept; {outcome.failed:,} failed")
+    sources = outcome.counts["select"]["sources"]
+    rows = [(source, f"{count['candidates']:,}", f"{count['kept']:,}") for source, count in sorted(sources.items())]
+    print_table("by source", ["source", "candidates", "kept"], rows)
 
 
 def run_flow(config_path: str, until: str, force: bool = False) -> Any:
