@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 
 from grape_service.config import PolicyConfig
 from workers.engines.base import Engine
+
+ENGINE_CLASS = "GRAPE_ENGINE_CLASS"
+"""Environment variable that names another engine class, 'module:Class': for benchmarks and drills."""
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +28,11 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
 
 
 def load_engine(policy: PolicyConfig, folder: str) -> Engine:
-    """The policy's engine on this process's device."""
+    """The policy's engine on this process's device; `policy.adapter` is a local folder."""
+    if given := os.environ.get(ENGINE_CLASS):
+        module, _, name = given.partition(":")
+        engine: Engine = getattr(importlib.import_module(module), name)(policy, folder)
+        return engine
     if engine_name(policy, folder) == "vllm":
         from workers.engines.vllm_engine import VllmEngine
 
