@@ -13,7 +13,7 @@ from workers.engines.base import EngineDescription
 class ConstantEngine:
     """Scores that depend on the token ids alone, made in constant time a token."""
 
-    slice_tokens = 2**20
+    max_batch_tokens = 2**20
 
     def __init__(self, policy: PolicyConfig, folder: str):
         self.description = EngineDescription(
@@ -33,9 +33,6 @@ class ConstantEngine:
         previous = np.roll(batch.input_ids, 1)
         mixed = (batch.input_ids.astype(np.int64) * 2654435761 + previous * 40503) % 4096
         return (-mixed / np.float32(1024.0 * temperature)).astype(np.float32)[batch.mask]
-
-    def halve_budget(self) -> int | None:
-        return None
 
     def stats(self) -> dict[str, float]:
         return {"tokens": float(self.tokens), "cached_tokens": 0.0, "seconds": 0.0}

@@ -29,6 +29,12 @@ from workers.engines.choose import load_engine
 COLUMNS = ["row_key", "prompt_id", "candidate_id", "input_ids", "loss_mask", "prompt_len"]
 
 
+SLICE_BATCHES = 4
+"""Engine batches between two looks at the progress, about."""
+SMALLEST_BUDGET = 64
+"""A token budget below this is not worth going on with."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """Rows of one file that are scored, retried and counted together."""
@@ -144,7 +150,7 @@ class ScoringActor:
     def _score_batch(self, batch: TokenBatch, temperature: float) -> npt.NDArray[np.float32]:
         scores = np.full(int(batch.mask.sum()), np.nan, dtype=np.float32)
         loss_offsets = batch.loss_offsets
-        for start, stop in prompt_slices(batch, getattr(self.engine, "slice_tokens", batch.num_tokens)):
+        for start, stop in prompt_slices(batch, SLICE_BATCHES * self.engine.max_batch_tokens):
             rows = batch.take(np.arange(start, stop))
             scores[loss_offsets[start] : loss_offsets[stop]] = self._score_slice(rows, temperature)
             self.tokens_done += rows.num_tokens
@@ -155,9 +161,9 @@ class ScoringActor:
             try:
                 return self.engine.score(batch, temperature)
             except OutOfMemory as error:
-                budget = self.engine.halve_budget()
-                if budget is None:
-                    raise StageError(f"the engine ran out of memory at its smallest token budget: {error}") from None
+                budget = self.engine.max_batch_tokens
+                if budget < SMALLEST_BUDGET:
+                    raise StageError(f"the engine runs out of memory even at {budget} tokens: {error}") from None
                 self.events.append(f"out of memory: token budget halved to {budget}")
 
     def _store(

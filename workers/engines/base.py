@@ -26,11 +26,14 @@ class EngineDescription:
 
 
 class OutOfMemory(RuntimeError):
-    """The engine ran out of memory on a batch; the same batch may pass with a smaller token budget."""
+    """The engine ran out of memory on a batch; the same batch may pass with the halved token budget."""
 
 
 class Engine(Protocol):
     """Scores sequences under one policy. Lives in one process and owns its device's memory."""
+
+    max_batch_tokens: int
+    """Tokens that are on the device at a time; halved by the engine itself before it raises OutOfMemory."""
 
     @property
     def description(self) -> EngineDescription: ...
@@ -41,15 +44,6 @@ class Engine(Protocol):
         Logits are divided by `temperature`; log-softmax is float32. A row whose score could not be made
         has NaN in all its places; nothing else is ever NaN. Raises OutOfMemory.
         """
-        ...
-
-    @property
-    def slice_tokens(self) -> int:
-        """About how many tokens one call of `score` should hold to keep the device busy."""
-        ...
-
-    def halve_budget(self) -> int | None:
-        """Halve the tokens that are on the device at a time; the new number, or None if it cannot shrink."""
         ...
 
     def stats(self) -> dict[str, float]:
