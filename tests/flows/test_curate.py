@@ -1,0 +1,137 @@
+"""The main job for real: `grape run` in a process of its own, on a tiny model."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grape_service
+from grape_service.errors import UserError
+from tests import tiny_models
+from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.make_model(tmp_path_factory.mktemp("model"), arch="llama")
+
+
+def _table(job: Job, reference: str) -> list[dict]:
+    return grape_service.load(reference).dataset.to_table().to_pylist()
+
+
+def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
+    rows = pool_rows(10)
+    rows.append({"prompt": "", "response": "nothing was asked", "source": "forum", "correct": True})
+    config = {
+        "pool": {"path": str(tmp_path / "pool"), "where": [{"column": "correct", "equals": True}]},
+        "behavior": {"model": model, "system_prompt": "Answer well.", "dtype": "float32"},
+        "weights": {"method": "pear"},
+    }
+    with tiny_job(tmp_path, model, rows, **config) as job:
+        first = job.run()
+        assert first["rows"] == 10
+        assert first["prompts"] == 10
+        assert first["rejected"] == 1
+        assert first["scored"] == 30 + 10  # what the filter left, and the kept rows under the behavior policy
+        released = _table(job, first["reference"])
+        assert [row["grape_rank"] for row in released] == [1] * 10
+        assert {row["num_candidates"] for row in released} == {3}
+        assert all(row["correct"] for row in released)
+        for row in released:
+            mask = np.array(row["loss_mask"])
+            weights = np.array(row["loss_weights"])
+            assert row["weight_source"] == "pear"
+            assert weights[mask][-1] == 1.0
+            assert (weights[~mask] == 0).all()
+            assert row["grape_score"] == pytest.approx(np.array(row["target_logprobs"])[mask][:-1].mean(), abs=1e-6)
+
+        again = job.run()
+        assert again["scored"] == 0
+        assert again["version"] == first["version"]
+        assert not again["is_new"]
+        assert job.wait_gone(15) == {}
+
+        job.config["weights"] = {"method": "pear", "level": "sequence"}
+        other = job.run()
+        assert other["scored"] == 0
+        assert other["version"] == "v0002"
+        assert grape_service.load(f"{tmp_path}/datasets/tiny").version == "v0002"
+
+
+def test_a_pool_that_grew_and_was_cut_anew_scores_only_new_rows(tmp_path: Path, model: str) -> None:
+    rows = pool_rows(20)
+    with tiny_job(tmp_path, model, rows) as job:
+        assert job.run()["scored"] == 80
+        (tmp_path / "pool" / "pool.jsonl").unlink()
+        more = [*reversed(rows), *pool_rows(2, start=20)]
+        for number in range(3):
+            write_jsonl(tmp_path / "pool" / f"part-{number}.jsonl", more[number::3])
+        grown = job.run()
+        assert grown["scored"] == 8
+        assert grown["rows"] == 22
+
+
+def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path, model: str) -> None:
+    digests = []
+    workers = {"shard_tokens": 400, "partition_bytes": 2000}
+    with tiny_job(tmp_path, model, pool_rows(24), workers={**workers, "cpus": 1}) as job:
+        first = job.run()
+        job.config["workers"] = {**workers, "cpus": 4}
+        second = job.run("--force")
+        assert second["scored"] == 0
+        for outcome in (first, second):
+            manifest = grape_service.load(outcome["reference"]).manifest
+            digests.append([(file.path, file.sha256) for file in manifest.files])
+    assert len(digests[0]) > 1
+    assert digests[0] == digests[1]
+
+
+def test_ctrl_c_ends_within_15_seconds_and_the_next_run_goes_on(tmp_path: Path, model: str) -> None:
+    with tiny_job(tmp_path, model, pool_rows(60)) as job:
+        job.environment = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "0.3"}
+        process = job.start("run", str(job.config_path), "--json")
+        wait_for_scores(job)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert job.wait_gone(15 - (time.monotonic() - started)) == {}
+        stored = num_scores(job)
+        assert 0 < stored < 240
+        job.environment = {}
+        assert job.run()["scored"] == 240 - stored
+
+
+def wait_for_scores(job: Job, files: int = 2, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while len(score_files(job)) < files:
+        assert time.monotonic() < deadline, "no scores were stored"
+        time.sleep(0.1)
+
+
+def score_files(job: Job) -> list[Path]:
+    return list((job.folder / "datasets" / ".grape" / "scores").glob("*/b*/[0-9]*.parquet"))
+
+
+def num_scores(job: Job) -> int:
+    import pyarrow.parquet as pq
+
+    return sum(pq.ParquetFile(path).metadata.num_rows for path in score_files(job))
+
+
+def test_user_errors_are_one_sentence_and_status_2(tmp_path: Path, model: str) -> None:
+    with tiny_job(tmp_path, model, pool_rows(2)) as job:
+        job.config["pool"]["path"] = str(tmp_path / "nothing")
+        done = job.grape("run", str(job.config_path))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "nothing" in done.stderr.strip().splitlines()[-1]
+    with pytest.raises(UserError, match="no"):
+        grape_service.load(f"{tmp_path}/datasets/absent@v0001")
