@@ -156,7 +156,9 @@ def watch_memory(process: subprocess.Popen[bytes], mark: str, peaks: dict[str, i
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            resident = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssFile")))
+            resident = sum(
+                int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssFile"))
+            )
             kind = "driver" if int(entry.name) == process.pid else ("worker" if "ray::" in command else "other")
             peaks[kind] = max(peaks.get(kind, 0), resident * 1024)
         time.sleep(0.5)

@@ -135,9 +135,7 @@ class Job:
 
 
 @contextmanager
-def tiny_job(
-    folder: Path, model: str | Path, rows: list[dict[str, Any]] | None = None, **over: Any
-) -> Iterator[Job]:
+def tiny_job(folder: Path, model: str | Path, rows: list[dict[str, Any]] | None = None, **over: Any) -> Iterator[Job]:
     """A job on a tiny model in float32; `over` replaces keys of the config. All its processes end with the block."""
     if rows is not None:
         write_jsonl(folder / "pool" / "pool.jsonl", rows)

@@ -23,7 +23,7 @@ from grape_service.prepare import Prepared
 from grape_service.progress import reporter
 from grape_service.releases.claim import claim_version
 from grape_service.releases.manifest import CodeVersion, FileEntry, ManifestFields, Parents, PolicyUse, PoolFile
-from grape_service.releases.tags import move_tag
+from grape_service.releases.tags import move_tag, read_tag
 from grape_service.releases.writer import find_identical, publish, write_part
 from grape_service.storage import Storage
 from workers.cluster import run_tasks
@@ -118,7 +118,9 @@ def publish_rows(
     same = None if force else find_identical(output, name, digest)
     if same is not None:
         for tag in run.config.output.tags:
-            move_tag(output, name, tag, same, who="grape", reason="unchanged content")
+            current = read_tag(output, name, tag)
+            if current is None or current.version != same:
+                move_tag(output, name, tag, same, who="grape", reason="unchanged content")
         return same, False
     with claim_version(output, name) as claim:
         arguments = [

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import grape_service
-from grape_service.cli import run_commands
+from grape_service.cli import dataset_commands, run_commands
 
 app = typer.Typer(
     name="grape",
@@ -33,3 +33,4 @@ def grape(
 
 
 run_commands.register(app)
+dataset_commands.register(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,148 @@ from grape_service.cli.output import (
     say,
     storage_options,
 )
+from grape_service.errors import UserError
+
+PathArgument = Annotated[
+    str, typer.Argument(help="The output.path of configs, or <output.path>/<name> for one dataset.", metavar="PATH")
+]
 
 datasets = typer.Typer(help="Dataset versions: list, show, compare, tag, verify, clean up.", no_args_is_help=True)
-PathArgument = Annotated[str, typer.Argument(help="The output.path of configs: a folder of datasets.", metavar="PATH")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.add_typer(datasets, name="datasets")
+
+
+@datasets.command("list", epilog="Example: grape datasets list s3://team/datasets")
+def list_versions(path: PathArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
+    """Every version of every dataset in a folder, with its tags."""
+    from grape_service.releases.catalog import list_datasets, read_catalog
+    from grape_service.releases.tags import list_tags
+    from grape_service.storage import Storage
+
+    storage = Storage(path, storage_options(endpoint))
+    names = list_datasets(storage)
+    if not names and storage.folders("versions"):
+        folder, _, name = storage.root.rpartition("/")
+        storage, names = Storage(folder, storage_options(endpoint)), [name]
+    found: list[dict[str, Any]] = []
+    for name in names:
+        tags: dict[str, list[str]] = {}
+        for tag in list_tags(storage, name):
+            tags.setdefault(tag.version, []).append(tag.name)
+        for entry in read_catalog(storage, name):
+            found.append(
+                {
+                    "name": name,
+                    "version": entry.version,
+                    "tags": tags.get(entry.version, []),
+                    "rows": entry.rows,
+                    "tokens": entry.tokens,
+                    "bytes": entry.num_bytes,
+                    "created": entry.created,
+                    "reference": f"{storage.root}/{name}@{entry.version}",
+                }
+            )
+    if as_json:
+        print_json({"path": storage.root, "versions": found})
+        return
+    if not found:
+        say(f"no dataset versions in {storage.root}")
+        return
+    rows = [
+        [
+            e["name"],
+            e["version"],
+            ", ".join(e["tags"]),
+            f"{e['rows']:,}",
+            f"{e['tokens']:,}",
+            size(e["bytes"]),
+            e["created"],
+        ]
+        for e in found
+    ]
+    print_table(storage.root, ["dataset", "version", "tags", "rows", "tokens", "size", "created"], rows)
+
+
+@datasets.command(epilog="Example: grape datasets show s3://team/datasets/math-sft@v0003 --lineage")
+def show(
+    reference: ReferenceArgument,
+    lineage: Annotated[bool, typer.Option("--lineage", help="Everything that it was made from, as a tree.")] = False,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a version holds, and with --lineage what it was made from."""
+    from grape_service.releases.load import load
+
+    release = load(reference, storage_options(endpoint))
+    manifest = release.manifest
+    if lineage:
+        from grape_service.releases.lineage import lineage_tree
+
+        tree = lineage_tree(release)
+        print_json(tree.to_json()) if as_json else say(tree.render_text())
+        return
+    if as_json:
+        print_json(
+            {"reference": release.reference, "tags": release.tags(), "manifest": manifest.model_dump(mode="json")}
+        )
+        return
+    say(f"{release.reference}  {', '.join(release.tags())}")
+    say(
+        f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; created {manifest.created}"
+    )
+    print_table("columns", ["column", "type"], [[column.name, column.type] for column in manifest.columns])
+    print_table(
+        "files",
+        ["file", "rows", "size", "sha256"],
+        [[f.path, f"{f.rows:,}", size(f.size), f.sha256[:16]] for f in manifest.files],
+    )
+
+
+@datasets.command(epilog="Example: grape datasets tag s3://team/datasets/math-sft@v0003 stable")
+def tag(
+    reference: ReferenceArgument,
+    name: Annotated[str, typer.Argument(help="The tag to point to this version.")],
+    expected: Annotated[str | None, typer.Option("--expected", help="Refuse unless the tag points there now.")] = None,
+    endpoint: EndpointOption = None,
+) -> None:
+    """Point a tag to a version."""
+    import getpass
+
+    from grape_service.releases.load import load
+    from grape_service.releases.tags import move_tag
+
+    release = load(reference, storage_options(endpoint))
+    move_tag(release.storage, release.name, name, release.version, who=getpass.getuser(), expected=expected)
+    say(f"{name} -> {release.reference}")
+
+
+@datasets.command(epilog="Example: grape datasets verify s3://team/datasets/math-sft@latest")
+def verify(reference: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
+    """Check the size and sha256 of every file of a version."""
+    from grape_service.releases.load import load
+    from grape_service.releases.verify import verify as problems_of
+
+    release = load(reference, storage_options(endpoint))
+    problems = problems_of(release)
+    if as_json:
+        print_json({"reference": release.reference, "problems": problems})
+    elif not problems:
+        say(f"{release.reference}: {len(release.manifest.files)} files are as the manifest says")
+    if problems and not as_json:
+        for problem in problems:
+            say(str(problem))
+    if problems:
+        raise UserError(f"{release.reference} is not what its manifest says: {len(problems)} problems")
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people write them."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -97,7 +97,7 @@ def show_outcome(outcome: Any) -> None:
     say(outcome.sentence())
     say(f"release   {outcome.reference}")
     say(f"report    {outcome.report}")
-    say(f'load it   python -c "import grape_service; print(grape_service.load(\'{outcome.reference}\').to_hf())"')
+    say(f"load it   python -c \"import grape_service; print(grape_service.load('{outcome.reference}').to_hf())\"")
 
 
 def short(text: str, width: int = 60) -> str:
