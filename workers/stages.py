@@ -13,16 +13,14 @@ from grape_service.behavior import add_census, behavior_census, recorded_tempera
 from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
 from grape_service.errors import UserError
-from grape_service.prepare import (
-    PieceCounts,
-    PreparePlan,
-    Prepared,
-    finish_prepare,
-    load_prepared,
-    map_piece,
-    plan_prepare,
-    reduce_partition,
-)
+from grape_service.prepare.counts import PieceCounts
+from grape_service.prepare.finish import finish_prepare, load_prepared
+from grape_service.prepare.map_piece import map_piece
+from grape_service.prepare.plan import Piece, PreparePlan, plan_prepare
+from grape_service.prepare.prepared import Prepared
+from grape_service.prepare.reduce import reduce_partition
+from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.summary import summarise_map
 from grape_service.progress import reporter
 from grape_service.render.compatibility import incompatible_ids
 from grape_service.render.renderer import Renderer
@@ -64,27 +62,28 @@ def prepare(run: Run) -> Prepared:
 def _prepare_anew(run: Run, plan: PreparePlan) -> Prepared:
     config, workspace = run.config, run.workspace
     threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
-    reporter().begin("prepare", sum(piece.size for piece in plan.pieces), "bytes")
+    reporter().begin("prepare", len(plan.pieces), "pieces")
     pieces = run_tasks(
         map_task,
         [(plan, piece, config, run.target_files.folder, workspace) for piece in plan.pieces],
         config.workers,
-        done=lambda index, _: reporter().advance("prepare", plan.pieces[index].size),
+        done=lambda *_: reporter().advance("prepare", 1),
         threads=threads,
     )
     reporter().end("prepare")
+    summary = summarise_map(plan, pieces, config)
     reporter().begin("shard", plan.num_partitions, "partitions")
     partitions = run_tasks(
         reduce_partition,
-        [(plan, partition, config, pieces, workspace) for partition in plan.partitions],
+        [(plan, partition, config, summary, workspace) for partition in plan.partitions],
         config.workers,
         done=lambda *_: reporter().advance("shard", 1),
     )
     reporter().end("shard")
-    return finish_prepare(plan, partitions, config, workspace)
+    return finish_prepare(plan, summary, partitions, config, workspace)
 
 
-def map_task(plan: PreparePlan, piece: Any, config: Config, folder: str, workspace: Storage) -> PieceCounts:
+def map_task(plan: PreparePlan, piece: Piece, config: Config, folder: str, workspace: Storage) -> PieceCounts:
     """map_piece with a renderer of this process (a Ray task)."""
     return map_piece(plan, piece, config, Renderer.load(folder, config.target, config.render), workspace)
 
@@ -99,7 +98,7 @@ def check_compatibility(run: Run, prepared: Prepared) -> None:
         if files.folder == run.target_files.folder:
             continue
         other = Renderer.load(files.folder, policy, config.render)
-        bad = incompatible_ids(run.target_renderer, other, prepared.used_ids)
+        bad = incompatible_ids(run.target_renderer, other, prepared.used_token_ids)
         if len(bad):
             raise UserError(
                 f"{config.target.model} and {policy.model} cannot be compared token by token: "
@@ -108,26 +107,43 @@ def check_compatibility(run: Run, prepared: Prepared) -> None:
             )
 
 
+def pool_counts(prepared: Prepared) -> dict[str, Any]:
+    """What came in and what became of it, as the manifest tells it."""
+    return {
+        "rows_in": prepared.rows_in,
+        "filtered": prepared.filtered,
+        "rejected": prepared.rejects.total,
+        "rejected_by_reason": prepared.rejects.by_reason,
+        "rows": prepared.rows,
+        "prompts": prepared.prompts,
+        "tokens": prepared.tokens,
+        "loss_tokens": prepared.loss_tokens,
+        "truncated": prepared.truncated,
+        "sources": prepared.sources,
+        "rejects_table": f"{prepared.folder}/rejects",
+    }
+
+
 def score_target(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
     """log p of every response token of the pool under the target policy."""
     if not run.config.select.needs_scores:
         return ScoreTotals()
-    shards = [
-        ShardFile(shard.path, partition, shard.rows, shard.tokens)
-        for partition, group in prepared.shards.items()
-        for shard in group
-    ]
+    shards = []
+    for partition, totals in prepared.partitions.items():
+        for path in shard_paths(prepared, partition):
+            rows, tokens = totals.rows // totals.num_shards, totals.tokens // totals.num_shards
+            shards.append(ShardFile(path, partition, rows, tokens))
     with run.stage("score"):
         return score_shards(run, engines, run.config.target, shards, "score target")
 
 
 def select(run: Run, prepared: Prepared) -> Kept:
     """Keep the best candidates of each prompt."""
-    partitions = [partition for partition, shards in prepared.shards.items() if shards]
+    partitions = [partition for partition, totals in prepared.partitions.items() if totals.num_shards]
     store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
     paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
     arguments = [
-        (run.workspace, partition, [s.path for s in prepared.shards[partition]], store, run.config, None, path)
+        (run.workspace, partition, shard_paths(prepared, partition), store, run.config, None, path)
         for partition, path in paths.items()
     ]
     with run.stage("select"):
@@ -308,7 +324,7 @@ def release(
         role = "target" if group.is_target else "behavior"
         policies.append(publishing.policy_use(run, role, group.policy, group.temperature))
     counts = {
-        "pool": prepared.counts(),
+        "pool": pool_counts(prepared),
         "select": kept.counts.to_json(),
         "weigh": weighed.counts.to_json(),
         "score": {"rows": prepared.rows, "failed": failed},
@@ -343,7 +359,7 @@ def release(
         version=version,
         prompts=weighed.counts.prompts,
         rows=weighed.counts.rows,
-        rejected=sum(prepared.rejected.values()),
+        rejected=prepared.rejects.total,
         failed=failed,
         seconds=publishing.run_seconds(run),
         report=f"{run.output.root}/{run.config.name}/versions/{version}/report.html",
@@ -360,12 +376,12 @@ def outcome_of_scores(run: Run, prepared: Prepared, scored: ScoreTotals) -> Outc
     return Outcome(
         prompts=prepared.prompts,
         rows=prepared.rows,
-        rejected=sum(prepared.rejected.values()),
+        rejected=prepared.rejects.total,
         failed=scored.failed,
         seconds=publishing.run_seconds(run),
         scored=scored.rows,
         reused=scored.reused,
-        counts={"pool": prepared.counts()},
+        counts={"pool": pool_counts(prepared)},
     )
 
 
