@@ -14,12 +14,12 @@ from workers.publishing import Outcome
 from workers.run import new_run
 from workers.scoring import engines_of
 
-prepare = task(stages.prepare, name="prepare", cache_policy=NO_CACHE)
-score_target = task(stages.score_target, name="score target", cache_policy=NO_CACHE)
-select = task(stages.select, name="select", cache_policy=NO_CACHE)
-score_policies = task(stages.score_policies, name="score policies", cache_policy=NO_CACHE)
-weigh = task(stages.weigh, name="weigh", cache_policy=NO_CACHE)
-release = task(stages.release, name="release", cache_policy=NO_CACHE)
+prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
+score_target = task(name="score target", cache_policy=NO_CACHE)(stages.score_target)
+select = task(name="select", cache_policy=NO_CACHE)(stages.select)
+score_policies = task(name="score policies", cache_policy=NO_CACHE)(stages.score_policies)
+weigh = task(name="weigh", cache_policy=NO_CACHE)(stages.weigh)
+release = task(name="release", cache_policy=NO_CACHE)(stages.release)
 
 
 @flow(name="curate", persist_result=False)

@@ -22,7 +22,7 @@ from grape_service.candidates import Candidate, Rejection, Rendered
 from grape_service.config import BehaviorConfig, PolicyConfig, RenderConfig
 from grape_service.digests import row_keys
 from grape_service.parquet import open_parquet, write_parquet
-from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
+from grape_service.ragged import list_offsets_and_values, offsets_from_lengths
 from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage
 
@@ -149,7 +149,7 @@ def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | 
     prompt_lens = np.asarray([result.prompt_len for result in results], dtype=np.int32)
     return pa.table(
         {
-            "row_key": pa.array(row_keys(TokenBatch(ids, mask > 0, offsets, prompt_lens)), pa.binary(16)),
+            "row_key": pa.array(row_keys(ids, mask, offsets), pa.binary(16)),
             "prompt_id": chosen["prompt_id"],
             "candidate_id": chosen["candidate_id"],
             "source": chosen["source"],

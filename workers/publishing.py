@@ -83,7 +83,7 @@ def write_part_task(
 ) -> FileEntry:
     """One data file of a version from one partition's weighed rows (a Ray task)."""
     schema = schemas.release_schema(message_fields, other_fields)
-    batches = final_batches(weighed_path, workspace, message_fields, other_fields, factor)
+    batches = final_batches(workspace, weighed_path, message_fields, other_fields, factor)
     return write_part(output, version_folder, index, schema, batches)
 
 

@@ -48,7 +48,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def say(text: str) -> None:
     """A line for people, without markup."""
-    console().print(Text(text))
+    console().print(Text(text), soft_wrap=True)
 
 
 def storage_options(endpoint: str | None) -> dict[str, Any]:

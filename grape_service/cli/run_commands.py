@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,7 +54,7 @@ def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
     print_table("by source", ["source", "candidates", "kept"], rows)
 
 
-def run_flow(config_path: str, until: str, force: bool = False) -> Any:
+def run_flow(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:
     """Run the flow in this process with progress on standard error."""
     from grape_service.cli.bars import Bars
 
