@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from grape_service.models import policy_id, resolve_model
 
 from grape_service import schemas
 from grape_service.config import PolicyConfig
 from grape_service.errors import StageError
+from grape_service.models import policy_id, resolve_model
 from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.scores import ScoreStore

@@ -63,9 +63,8 @@ class ScoreTotals:
 def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
     """How many replicas a policy gets: no more than there are units."""
     wanted = config.workers.replicas
-    if wanted == "auto":
-        wanted = max(1, num_gpus() // tensor_parallel) if num_gpus() else 1
-    return max(1, min(wanted, units))
+    count = wanted if isinstance(wanted, int) else max(1, num_gpus() // tensor_parallel)
+    return max(1, min(count, units))
 
 
 class Replicas:
@@ -103,7 +102,7 @@ class Replicas:
             runtime_env={"env_vars": environment},
         )
         handle = actor.remote(self.spec)
-        return Replica(handle, handle.start.remote())
+        return Replica(handle, handle.start.remote())  # type: ignore[attr-defined]
 
     def _wait_ready(self, replicas: list[Replica]) -> None:
         for replica in replicas:

@@ -13,11 +13,10 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from grape_service.models import ModelFiles, policy_id, resolve_model
-from grape_service.render.renderer import Renderer
-
 from grape_service.config import Config, PolicyConfig
+from grape_service.models import ModelFiles, policy_id, resolve_model
 from grape_service.progress import reporter
+from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage
 
 HEARTBEAT_SECONDS = 20

@@ -105,7 +105,8 @@ def show(
         return
     say(f"{release.reference}  {', '.join(release.tags())}")
     say(
-        f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; created {manifest.created}"
+        f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; "
+        f"created {manifest.created}"
     )
     print_table("columns", ["column", "type"], [[column.name, column.type] for column in manifest.columns])
     print_table(

@@ -32,8 +32,10 @@ class OutOfMemory(RuntimeError):
 class Engine(Protocol):
     """Scores sequences under one policy. Lives in one process and owns its device's memory."""
 
-    max_batch_tokens: int
-    """Tokens that are on the device at a time; halved by the engine itself before it raises OutOfMemory."""
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens that are on the device at a time; halved by the engine itself before it raises OutOfMemory."""
+        ...
 
     @property
     def description(self) -> EngineDescription: ...

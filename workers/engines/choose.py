@@ -36,7 +36,8 @@ def load_engine(policy: PolicyConfig, folder: str) -> Engine:
     if engine_name(policy, folder) == "vllm":
         from workers.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(policy, folder)
+        vllm: Engine = VllmEngine(policy, folder)
+        return vllm
     from workers.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, folder)

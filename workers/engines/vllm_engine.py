@@ -140,12 +140,17 @@ class VllmEngine:
         longest = int(batch.lengths.max())
         if longest > self._core.max_row_tokens:
             raise UserError(
-                f"a row of {longest} tokens is longer than the {self._core.max_row_tokens} that {self._policy.model} takes: "
+                f"a row of {longest} tokens is longer than {self._policy.model} takes, {self._core.max_row_tokens}: "
                 "set render.max_tokens to the model's length"
             )
         job = _Job(batch, temperature)
         self._jobs.put(job)
         return job.answer.result()
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens of one step."""
+        return self._step_tokens
 
     def stats(self) -> dict[str, float]:
         return {
