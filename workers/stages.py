@@ -240,18 +240,22 @@ class Weighed:
 def weigh(run: Run, kept: Kept, derivations: Derivations) -> Weighed:
     """Importance weights for the tokens of kept rows; without `weights`, 1 each."""
     config, partitions = run.config, list(kept.paths)
+    if config.weights is None:
+        found = run_tasks(file_digest, [(run.workspace, path) for path in kept.paths.values()], config.workers)
+        counts = WeighCounts(rows=kept.counts.kept_rows, prompts=kept.counts.kept_prompts)
+        return Weighed(kept.paths, dict(zip(partitions, found, strict=True)), counts, factor=1.0)
     arguments = [
         (run.workspace, partition, kept.paths[partition], _lookups(run, derivations, partition), config, out)
         for partition, out in ((partition, f"{run.folder}/weighed/{partition}.parquet") for partition in partitions)
     ]
     with run.stage("weigh"):
-        if config.weights is not None and config.behavior is not None and config.behavior.missing == "error":
+        if config.behavior is not None and config.behavior.missing == "error":
             refuse_missing_behavior(run, kept)
         reporter().begin("weigh", len(arguments), "partitions")
         done = run_tasks(weigh_task, arguments, config.workers, done=lambda *_: reporter().advance("weigh", 1))
         reporter().end("weigh")
     counts = sum((count for count, _ in done), WeighCounts())
-    factor = dataset_factor(counts, config.weights) if config.weights else 1.0
+    factor = dataset_factor(counts, config.weights)
     paths = {partition: arguments[place][-1] for place, partition in enumerate(partitions)}
     digests = {partition: digest for partition, (_, digest) in zip(partitions, done, strict=True)}
     return Weighed(paths, digests, counts, factor)
