@@ -20,6 +20,8 @@ Ids = npt.NDArray[np.int32]
 MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters, which Unicode keeps for use inside of programs."""
 
+CHUNK_CHARACTERS = 2**22
+
 
 class Encoder:
     """Encodes with one tokenizer. Two copies of it are held, one that knows special tokens and one that does not."""
@@ -66,16 +68,12 @@ class Encoder:
 
     def encode_text(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, in which nothing is special."""
-        encodings = self._text_backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return _encode(self._text_backend, texts)
 
     def encode_rendered(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text that a template rendered; what stands between marks is not special."""
         marked = [index for index, text in enumerate(texts) if MARK_OPEN in text]
-        encodings = self._template_backend.encode_batch_fast(
-            ["" if MARK_OPEN in text else text for text in texts] if marked else list(texts), add_special_tokens=False
-        )
-        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        ids = _encode(self._template_backend, ["" if MARK_OPEN in text else text for text in texts])
         for index in marked:
             ids[index] = self._encode_marked(texts[index])
         return ids
@@ -88,6 +86,19 @@ class Encoder:
             backend = self._text_backend if index % 2 else self._template_backend
             ids += backend.encode(piece, add_special_tokens=False).ids
         return np.array(ids, dtype=np.int32)
+
+
+def _encode(backend: Any, texts: Sequence[str]) -> list[Ids]:
+    """Ids of each text, in chunks of CHUNK_CHARACTERS: the tokenizer's own objects take 100 bytes a token and more."""
+    ids: list[Ids] = []
+    start = size = 0
+    for stop, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= CHUNK_CHARACTERS or stop == len(texts):
+            encodings = backend.encode_batch_fast(texts[start:stop], add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            start, size = stop, 0
+    return ids
 
 
 def is_encodable(text: str) -> bool:

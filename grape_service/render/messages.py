@@ -18,12 +18,14 @@ class MessageError(ValueError):
 def template_messages(messages: list[Message]) -> list[Message]:
     """Messages as templates expect them: content a string, tool calls with arguments as objects, no nulls.
 
-    Raises MessageError for parts of a content that are not text and for tool calls that are not a list.
+    Raises MessageError for messages without a role, contents that are not text and tool calls that are no list.
     """
     return [_template_message(message, index) for index, message in enumerate(messages)]
 
 
 def _template_message(message: Message, index: int) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise MessageError(f"message {index} has no role")
     if set(message) == {"role", "content"} and isinstance(message["content"], str):
         return message
     plain = {key: value for key, value in message.items() if value is not None}

@@ -90,7 +90,7 @@ class Renderer:
         self.config = config
         self.system_prompt = system_prompt
         self.max_tokens = config.max_tokens or max_tokens
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._encoder = Encoder(tokenizer)
         self.mode: Literal["chat", "plain"] = self._resolve_mode()
@@ -213,10 +213,10 @@ class Renderer:
         return prompts
 
     def _prompt_text(self, candidate: Candidate) -> str | Rejection:
-        if not candidate.prompt:
-            return Rejection("empty prompt")
         try:
             messages = template_messages(candidate.prompt)
+            if not any(message["content"] or message.get("tool_calls") for message in messages):
+                return Rejection("empty prompt")
             if self._template is None:
                 text = self._plain_prompt(candidate, messages)
             else:
@@ -393,10 +393,10 @@ class Renderer:
     # Construction
 
     def _resolve_mode(self) -> Literal["chat", "plain"]:
-        has_template = bool(self.config.chat_template or self._tokenizer.chat_template)
+        has_template = bool(self.config.chat_template or self.tokenizer.chat_template)
         if self.config.mode == "chat" and not has_template:
             raise UserError(
-                f"render.mode is chat but {self._tokenizer.name_or_path} has no chat template: "
+                f"render.mode is chat but {self.tokenizer.name_or_path} has no chat template: "
                 "set render.chat_template or render.mode: plain"
             )
         return "chat" if has_template and self.config.mode != "plain" else "plain"
@@ -408,7 +408,7 @@ class Renderer:
             for id_ in self._encoder.encode_rendered([self._template.after_response()])[0].tolist():
                 if id_ in added and not added[id_].isspace():
                     return id_
-        eos = self._tokenizer.eos_token_id
+        eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
 
 

@@ -125,5 +125,5 @@ def test_incompatible_ids(tokenizers, tmp_path):
     assert different
     assert min(different) >= 256  # the bytes are the same in both
     for id_ in used.tolist():
-        same = tokenizers["chatml"].convert_ids_to_tokens(id_) == other._tokenizer.convert_ids_to_tokens(id_)
+        same = tokenizers["chatml"].convert_ids_to_tokens(id_) == other.tokenizer.convert_ids_to_tokens(id_)
         assert same == (id_ not in different)

@@ -227,6 +227,9 @@ def test_truncated_text_has_no_turn_end(tokenizers):
     ("change", "reason"),
     [
         ({"prompt": []}, "empty prompt"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "empty prompt"),
+        ({"prompt": [{"content": "Hi"}]}, "prompt cannot be rendered"),
+        ({"prompt": ["Hi"]}, "prompt cannot be rendered"),
         ({"response": ""}, "empty response"),
         ({"response_ids": []}, "empty response"),
         ({"response_ids": [514]}, "empty response"),  # a turn end and nothing else

@@ -146,15 +146,17 @@ def test_special_tokens_in_messages_stay_text(tokenizers):
 
 
 REWRITES = {
-    "drops tool calls": (tiny_models.LLAMA3, None, trajectory({"a": 1})),
+    "drops tool calls": (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        trajectory({"a": 1}),
+    ),
     "drops reasoning_content": (
         tiny_models.CHATML,
-        None,
         [{"role": "assistant", "content": "Yes.", "reasoning_content": "Let me see."}],
     ),
     "opens <think> itself": (
         tiny_models.REASONING,
-        None,
         [{"role": "assistant", "content": "<think>\na</think>b", "reasoning_content": "a"}],
     ),
     "strips reasoning from past turns": (
@@ -162,7 +164,6 @@ REWRITES = {
         "{%- set c = c.split('</think>')[-1] %}{% endif %}"
         "{{- '<|im_start|>' + m.role + '\n' + c + '<|im_end|>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        None,
         [
             {"role": "assistant", "content": "<think>a</think>b"},
             {"role": "tool", "content": "t"},
@@ -173,7 +174,6 @@ REWRITES = {
         "{{ messages | length }}"
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        None,
         [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
     ),
     "merges assistant messages": (
@@ -181,7 +181,6 @@ REWRITES = {
         "{{- '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
         "{%- if loop.last or m.role != messages[loop.index0 + 1].role %}{{ '<|im_end|>\n' }}{% endif %}"
         "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        None,
         [
             {"role": "assistant", "content": "a"},
             {"role": "assistant", "content": "b"},
@@ -190,7 +189,6 @@ REWRITES = {
     "has no turn end between": (
         "{%- for m in messages %}{{- m.role + ': ' + m.content + '\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        None,
         [
             {"role": "assistant", "content": "a"},
             {"role": "tool", "content": "t"},
@@ -201,7 +199,6 @@ REWRITES = {
         "{%- for m in messages %}{%- if m.role != 'tool' %}"
         "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        None,
         [
             {"role": "assistant", "content": "a"},
             {"role": "tool", "content": "result"},
@@ -213,7 +210,7 @@ REWRITES = {
 
 @pytest.mark.parametrize("why", list(REWRITES))
 def test_what_cannot_be_split_is_rejected(tokenizers, why):
-    template, _, response = REWRITES[why]
+    template, response = REWRITES[why]
     result = render(Renderer(tokenizers["chatml"], RenderConfig(chat_template=template)), response)
     assert isinstance(result, Rejection), why
     assert result.reason == "rendering cannot be split"
