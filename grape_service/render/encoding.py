@@ -24,12 +24,12 @@ CHUNK_CHARACTERS = 2**22
 
 
 class Encoder:
-    """Encodes with one tokenizer. Two copies of it are held, one that knows special tokens and one that does not."""
+    """Encodes with one tokenizer, which knows special tokens, and a copy of it, which does not."""
 
     def __init__(self, tokenizer: Any):
         from tokenizers import Tokenizer
 
-        self._template_backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._template_backend = tokenizer.backend_tokenizer
         self._template_backend.no_truncation()
         self._template_backend.no_padding()
         self._text_backend = Tokenizer.from_str(self._template_backend.to_str())

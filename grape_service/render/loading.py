@@ -14,6 +14,12 @@ LARGEST_LIMIT = 100_000_000
 """Configs write numbers above this for 'no limit'."""
 
 
+def folder_stamp(folder: str) -> str:
+    """Changes when a file of the folder that rendering reads may have changed."""
+    found = [path for path in sorted(Path(folder).glob("*")) if path.suffix in (".json", ".jinja", ".model", ".py")]
+    return "|".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in found)
+
+
 def load_tokenizer(folder: str, policy: PolicyConfig) -> Any:
     """The fast tokenizer of a local model folder. Raises UserError if there is none."""
     from transformers import AutoTokenizer

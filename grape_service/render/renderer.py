@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from grape_service.candidates import Candidate, Message, Rejection, Rendered
 from grape_service.config import PolicyConfig, RenderConfig
 from grape_service.errors import UserError
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.messages import RESPONSE_ROLES, MessageError, only_text, template_messages
+from grape_service.render.loading import folder_stamp, load_tokenizer, position_limit, stop_token_ids
+from grape_service.render.messages import MessageError, only_text, template_messages
+from grape_service.render.plan import Batch, Plan, Span, recorded_logprobs, recorded_mismatch, trajectory_problem
 from grape_service.render.template import ChatTemplate, RenderingError
 from grape_service.render.trajectory import SplitError, split_trajectory, turn_end_pattern
 from grape_service.render.vocabulary import Vocabulary
@@ -24,44 +24,6 @@ from grape_service.schemas import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 
 FORMAT = 1
 """Raised when the same settings come to give other tokens."""
-
-
-@dataclass
-class Span:
-    """Tokens with loss that follow each other: what was written, then perhaps a turn end."""
-
-    text: int | None = None
-    """Index into the batch's texts."""
-    is_rendered: bool = False
-    """Whether `text` counts among the texts that a template rendered, or among the pool's own."""
-    ids: Ids | None = None
-    """The tokens, where they are known."""
-    turn_end: int | None = None
-
-
-@dataclass
-class Plan:
-    """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index rendered texts."""
-
-    contexts: list[int]
-    spans: list[Span]
-    recorded_logprobs: npt.NDArray[np.float32] | None = None
-
-
-@dataclass
-class Batch:
-    """The texts of a batch, each to be encoded once."""
-
-    rendered: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-
-    def add_rendered(self, text: str) -> int:
-        self.rendered.append(text)
-        return len(self.rendered) - 1
-
-    def add_text(self, text: str) -> int:
-        self.texts.append(text)
-        return len(self.texts) - 1
 
 
 class Renderer:
@@ -111,17 +73,13 @@ class Renderer:
         self._id_of_stop = {self._vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self._vocabulary.added}
 
     @classmethod
-    def load(cls, folder: str, policy: PolicyConfig, config: RenderConfig) -> Renderer:
-        """The renderer of a local model folder. Raises UserError if it holds no tokenizer that can be loaded."""
-        from grape_service.render.loading import load_tokenizer, position_limit, stop_token_ids
+    def load(cls, folder: str, policy: PolicyConfig, config: RenderConfig, own_template: bool = False) -> Renderer:
+        """The renderer of a local model folder; a process makes it once. Raises UserError if there is no tokenizer.
 
-        return cls(
-            load_tokenizer(folder, policy),
-            config,
-            system_prompt=policy.system_prompt,
-            max_tokens=position_limit(folder),
-            stop_ids=stop_token_ids(folder),
-        )
+        `own_template`: a model that has a chat template uses that one and not `config.chat_template`, which
+        was written for another policy.
+        """
+        return _load(folder, folder_stamp(folder), policy.model_dump_json(), config.model_dump_json(), own_template)
 
     @property
     def vocab_size(self) -> int:
@@ -246,7 +204,7 @@ class Renderer:
         if candidate.response_ids is not None:
             return self._plan_ids(candidate, prompt)
         if candidate.recorded_logprobs is not None:
-            return _recorded_mismatch("there are no response_ids")
+            return recorded_mismatch("there are no response_ids")
         text = only_text(candidate.response)
         if text is None:
             return self._plan_trajectory(candidate, prompt, batch)
@@ -263,7 +221,7 @@ class Renderer:
         ids = self._valid_ids(candidate.response_ids)
         if isinstance(ids, Rejection):
             return ids
-        recorded = _recorded(candidate.recorded_logprobs, len(ids))
+        recorded = recorded_logprobs(candidate.recorded_logprobs, len(ids))
         if isinstance(recorded, Rejection):
             return recorded
         if int(ids[-1]) in self.stop_ids:
@@ -289,7 +247,7 @@ class Renderer:
     def _plan_trajectory(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
         response = candidate.response
         assert isinstance(response, list), "text is planned elsewhere"
-        problem = _trajectory_problem(response)
+        problem = trajectory_problem(response)
         if problem is not None:
             return problem
         if self._template is None:
@@ -412,31 +370,17 @@ class Renderer:
         return None if eos is None else int(eos)
 
 
-def _trajectory_problem(response: list[Message]) -> Rejection | None:
-    if not response:
-        return Rejection("empty response")
-    for message in response:
-        if message.get("role") not in RESPONSE_ROLES:
-            return Rejection("unknown role in the response", f"'{message.get('role')}' is not assistant or tool")
-    if response[-1]["role"] != "assistant":
-        return Rejection("response does not end with an assistant turn")
-    return None
-
-
-def _recorded(values: list[float] | None, num_ids: int) -> npt.NDArray[np.float32] | Rejection | None:
-    """Recorded log-probabilities as float32 [num_ids], at most 0."""
-    if values is None:
-        return None
-    try:
-        recorded = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
-        return _recorded_mismatch("they are not all numbers")
-    if recorded.shape != (num_ids,):
-        return _recorded_mismatch(f"{recorded.size} values for {num_ids} ids")
-    if not np.isfinite(recorded).all() or (recorded > 1e-3).any():
-        return _recorded_mismatch("a value is not finite or above 0")
-    return np.minimum(recorded, 0)
-
-
-def _recorded_mismatch(detail: str) -> Rejection:
-    return Rejection("recorded log-probabilities do not match response_ids", detail)
+@lru_cache(maxsize=8)
+def _load(folder: str, stamp: str, policy_json: str, config_json: str, own_template: bool) -> Renderer:
+    policy = PolicyConfig.model_validate_json(policy_json)
+    config = RenderConfig.model_validate_json(config_json)
+    tokenizer = load_tokenizer(folder, policy)
+    if own_template and tokenizer.chat_template:
+        config = config.model_copy(update={"chat_template": None})
+    return Renderer(
+        tokenizer,
+        config,
+        system_prompt=policy.system_prompt,
+        max_tokens=position_limit(folder),
+        stop_ids=stop_token_ids(folder),
+    )

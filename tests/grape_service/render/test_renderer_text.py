@@ -319,6 +319,21 @@ def test_loading_takes_limit_and_stops_from_the_folder(tmp_path):
     assert renderer.max_tokens == 64
     assert renderer.stop_ids == {512, 514}
     assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig(max_tokens=32)).max_tokens == 32
+    assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig()) is renderer
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 514}')
+    assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig()).stop_ids == {514}
+
+
+def test_another_policy_keeps_its_own_template(tmp_path):
+    config = RenderConfig(chat_template="{{ messages[0].content }}")
+    tiny_models.make_tokenizer(tmp_path / "chat", "llama3")
+    tiny_models.make_tokenizer(tmp_path / "base", None)
+    policy = PolicyConfig(model="m")
+    chat = Renderer.load(str(tmp_path / "chat"), policy, config, own_template=True)
+    assert chat.digest() == Renderer.load(str(tmp_path / "chat"), policy, RenderConfig()).digest()
+    assert chat.digest() != Renderer.load(str(tmp_path / "chat"), policy, config).digest()
+    base = Renderer.load(str(tmp_path / "base"), policy, config, own_template=True)
+    assert base.mode == "chat"
 
 
 def test_digests_tell_everything_that_decides_tokens_apart(tokenizers):

