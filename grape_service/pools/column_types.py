@@ -155,7 +155,7 @@ def as_json_values(column: pa.Array) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(element) for element in value]
     if isinstance(value, dict):
         return {name: _plain(field) for name, field in value.items()}

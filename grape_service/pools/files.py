@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import io
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import fsspec
@@ -63,20 +65,27 @@ def pool_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractF
         raise UserError(f"pool.path '{url}' cannot be opened: {error}") from error
 
 
-def list_pool_files(url: str, options: dict[str, Any]) -> list[PoolFile]:
+def list_pool_files(
+    url: str, options: dict[str, Any], known: Iterable[PoolFile] = (), with_digests: bool = True
+) -> list[PoolFile]:
     """The files of a pool: one file, all data files below a folder, or those that match a glob; sorted by address.
 
-    Names that begin with '.' or '_' are passed over in folders. Raises UserError where there is nothing,
-    or a file of an unknown format.
+    With digests, the content of local files is read, but for `known` ones that have not changed. Names that
+    begin with '.' or '_' are passed over in folders. Raises UserError where there is nothing, or a file of an
+    unknown format.
     """
     fs, path = pool_filesystem(url, options)
     entries = _entries(fs, path, url)
     if not entries:
         raise UserError(f"pool.path '{url}' has no file that ends with one of {', '.join(FORMATS)}")
-    files = [_pool_file(fs, entry) for entry in entries]
+    files = sorted((_pool_file(fs, entry) for entry in entries), key=lambda file: file.url)
     for file in files:
         format_of(file.url)
-    return sorted(files, key=lambda file: file.url)
+    if not (with_digests and _is_local(fs)):
+        return files
+    digests = {replace(file, digest=None): file.digest for file in known}
+    with ThreadPoolExecutor(4, thread_name_prefix="digests") as threads:
+        return list(threads.map(lambda file: _with_digest(file, digests.get(file)), files))
 
 
 def _entries(fs: fsspec.AbstractFileSystem, path: str, url: str) -> list[dict[str, Any]]:
@@ -102,10 +111,8 @@ def _is_data(relative: str) -> bool:
 
 
 def _pool_file(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> PoolFile:
-    name = entry["name"]
-    if _is_local(fs):
-        return PoolFile(name, int(entry["size"]), _version(fs, entry), _sha256(name))
-    return PoolFile(fs.unstrip_protocol(name), int(entry.get("size") or 0), _version(fs, entry))
+    url = entry["name"] if _is_local(fs) else fs.unstrip_protocol(entry["name"])
+    return PoolFile(url, int(entry.get("size") or 0), _version(fs, entry))
 
 
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -121,12 +128,14 @@ def _version(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> str:
     return str(entry.get("size"))
 
 
-def _sha256(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except PermissionError:
-        raise UserError(f"the pool file '{path}' cannot be read: permission denied") from None
+def _with_digest(file: PoolFile, digest: str | None) -> PoolFile:
+    if digest is None:
+        try:
+            with open(file.url, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except PermissionError:
+            raise UserError(f"the pool file '{file.url}' cannot be read: permission denied") from None
+    return replace(file, digest=digest)
 
 
 def open_pool_file(file: PoolFile, options: dict[str, Any]) -> IO[bytes]:

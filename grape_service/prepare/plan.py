@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import orjson
@@ -20,11 +21,14 @@ from grape_service.pools.normalise import recorded_columns
 from grape_service.pools.rows import Segment
 from grape_service.storage import Storage
 
+FOLDER = "prepared"
 FORMAT = 1
 """Raised when the same pool and config come to give other shards."""
 COMPRESSION_RATIO = 6
 """Bytes of rows in a byte of a compressed file, about."""
 MAX_PARTITIONS = 2**16
+SETTLED_NS = 2 * 10**9
+"""A file that was written later than so long ago may be written again without another time stamp."""
 SMALL_PARQUET_BYTES = 4 * 2**20
 """A smaller file's row groups are not looked at: it is one segment."""
 
@@ -54,7 +58,7 @@ class PreparePlan:
     @property
     def folder(self) -> str:
         """Where everything about this plan is, in the workspace."""
-        return f"prepared/{self.prepare_id}"
+        return f"{FOLDER}/{self.prepare_id}"
 
     @property
     def partitions(self) -> list[str]:
@@ -72,7 +76,7 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
 
     Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
     """
-    files = tuple(list_pool_files(config.pool.path, config.storage))
+    files = _pool_files(config, storage)
     sized = list(_sized_segments(files, config))
     pieces = tuple(_packed(sized, config.workers.partition_bytes))
     num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
@@ -80,6 +84,21 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     plan = PreparePlan(prepare_id, config.pool.path, files, pieces, num_partitions)
     storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
     return plan
+
+
+def _pool_files(config: Config, storage: Storage) -> tuple[PoolFile, ...]:
+    """The pool's files; digests of local ones are remembered in the workspace while size and time stay."""
+    remembered = f"{FOLDER}/digests-{hashlib.sha256(config.pool.path.encode()).hexdigest()[:16]}.json"
+    try:
+        known = [PoolFile(*file) for file in storage.read_json(remembered)]
+    except FileNotFoundError:
+        known = []
+    files = list_pool_files(config.pool.path, config.storage, known)
+    settled = time.time_ns() - SETTLED_NS
+    old = [file for file in files if file.digest is not None and int(file.version, 16) < settled]
+    if old != known:
+        storage.write_json(remembered, [astuple(file) for file in old])
+    return tuple(files)
 
 
 def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_partitions: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,20 @@ def reduce_partition(
     done = f"{plan.folder}/partitions/{partition}.json"
     if storage.exists(done):
         return PartitionCounts.from_json(storage.read_json(done))
+    try:
+        counts = _reduce(plan, partition, config, summary, storage)
+    except FileNotFoundError:
+        # Another run of the same plan was faster, and deleted what map wrote.
+        if not storage.exists(done):
+            raise
+        return PartitionCounts.from_json(storage.read_json(done))
+    storage.write_json(done, counts.to_json())
+    return counts
+
+
+def _reduce(
+    plan: PreparePlan, partition: str, config: Config, summary: MapSummary, storage: Storage
+) -> PartitionCounts:
     index = plan.partitions.index(partition)
     counts = PartitionCounts(partition)
     _write_piece_rejects(plan, index, summary, storage, counts)
@@ -61,7 +75,6 @@ def reduce_partition(
         _write_left_out(plan, partition, table, left_out, summary, storage, counts)
         _write_shards(plan, partition, config, table, kept, summary, storage, counts)
         _describe(table, kept, counts)
-    storage.write_json(done, counts.to_json())
     return counts
 
 
@@ -72,13 +85,21 @@ def _read_mapped(plan: PreparePlan, partition: int, summary: MapSummary, storage
     for piece in plan.pieces:
         for number in range(summary.num_files[piece.index]):
             path = f"{plan.folder}/map/{piece.name}-{number:02d}.arrow"
-            with storage.open(path) as file, pa.ipc.open_file(file) as reader:
+            with _open_at_places(storage, path) as file, pa.ipc.open_file(file) as reader:
                 batch = reader.get_batch(partition)
             if batch.num_rows:
                 batches.append(batch)
                 pieces.append(np.full(batch.num_rows, piece.index, dtype=np.int32))
     table = pa.Table.from_batches(batches, MAPPED).combine_chunks()
     return table.append_column("piece", pa.array(np.concatenate([*pieces, np.zeros(0, np.int32)])))
+
+
+def _open_at_places(storage: Storage, path: str) -> IO[bytes]:
+    """A file of which a small part is read: nothing is read ahead."""
+    if not storage.is_s3:
+        return storage.open(path)
+    file: IO[bytes] = storage.fs.open(storage.full(path), "rb", cache_type="none")
+    return file
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:

@@ -1,7 +1,10 @@
 """The same rows give the same shards, whatever files they come in and however often a run was stopped."""
 
+import os
+import pickle
 import random
 
+import orjson
 import pytest
 
 from grape_service.prepare.finish import finish_prepare, load_prepared
@@ -162,3 +165,41 @@ def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, 
     assert sum(tokens for _, tokens in steps) == sum(count.tokens for count in counts)
     _, prepared = prepare(config, storage)
     assert shard_bytes(storage, prepared) == shard_bytes(Storage(str(tmp_path / "other")), expected)
+
+
+def test_local_files_that_have_not_changed_are_not_read_for_their_digest_again(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(10))
+    long_ago = 1_700_000_000_000_000_000
+    os.utime(pool, ns=(long_ago, long_ago))
+    config = make_config(pool)
+    plan = plan_prepare(config, "words", storage)
+    pool.write_bytes(pool.read_bytes()[::-1])
+    os.utime(pool, ns=(long_ago, long_ago))
+    assert plan_prepare(config, "words", storage) == plan, "size and time say that it is the same"
+    os.utime(pool, ns=(long_ago, long_ago + 1))
+    assert plan_prepare(config, "words", storage).prepare_id != plan.prepare_id
+
+
+def test_a_run_that_is_overtaken_by_another_of_the_same_plan_takes_its_partitions(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(100))
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    plan = plan_prepare(config, "words", storage)
+    counts = [map_piece(plan, piece, config, WordRenderer(), storage) for piece in plan.pieces]
+    summary = summarise_map(plan, counts, config)
+    _, prepared = prepare(config, storage)
+    partitions = [reduce_partition(plan, name, config, summary, storage) for name in plan.partitions]
+    assert finish_prepare(plan, summary, partitions, config, storage) == prepared
+
+
+def test_what_tasks_are_given_and_give_back_can_be_sent_to_another_process(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(100), b"{"])
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    plan = plan_prepare(config, "words", storage)
+    counts = [map_piece(plan, piece, config, WordRenderer(), storage) for piece in plan.pieces]
+    summary = summarise_map(plan, counts, config)
+    partition = reduce_partition(plan, plan.partitions[0], config, summary, storage)
+    for value in (plan, counts, summary, partition, config):
+        assert pickle.loads(pickle.dumps(value)) == value
+    _, prepared = prepare(config, storage)
+    for value in (counts[0], partition, prepared):
+        assert type(value).from_json(orjson.loads(orjson.dumps(value.to_json()))) == value
