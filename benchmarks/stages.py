@@ -94,12 +94,16 @@ def main() -> None:
         schema = release_schema([], [])
 
         def timed(name: str, work: Callable[[], object]) -> None:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             work()
-            seconds = time.perf_counter() - start
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             rate = arguments.rows / seconds
-            print(f"{name:28} {seconds:6.2f} s  {rate:9,.0f} rows/s  peak so far {peak:.2f} GiB", flush=True)
+            print(
+                f"{name:28} {seconds:6.2f} s  {rate:9,.0f} rows/s  {arguments.rows / cpu_seconds:9,.0f} a CPU second"
+                f"  peak so far {peak:.2f} GiB",
+                flush=True,
+            )
 
         def select(out: str, **choice: object) -> Callable[[], object]:
             return lambda: select_partition(storage, "b", shards, store, config(**choice), None, out)

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from grape_service.storage import Storage
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 _numbers = itertools.count()
+
+settings.register_profile("repository", deadline=None)  # a busy machine is no failure
+settings.load_profile("repository")
 
 
 @pytest.fixture(scope="session")

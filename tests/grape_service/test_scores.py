@@ -135,7 +135,7 @@ def test_halves_of_a_slice():
     assert sorted(whole.to_pylist()) == whole.take(pa.array(np.lexsort(key_halves(whole).T[::-1]))).to_pylist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4)), max_size=8), max_size=6),
     st.lists(st.integers(0, 40), max_size=30),

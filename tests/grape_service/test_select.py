@@ -234,3 +234,18 @@ def test_an_observer_sees_every_candidate(storage, store, settings):
     seen = Seen()
     counts = select(storage, store, shards, settings, observer=seen)
     assert (seen.rows, seen.kept) == (5, counts.kept_rows)
+
+
+def test_on_s3_the_choice_and_the_bytes_are_the_same(storage, store, s3_url):
+    rows = [row for rows in many_rows(20) for row in rows]
+    remote = Storage(s3_url)
+    for place in (storage, remote):
+        shards = put_shards(place, [rows])
+        put_scores(ScoreStore(place, "target"), random_scores(rows))
+        select_partition(place, "b", shards, ScoreStore(place, "target"), config(), None, "kept.parquet")
+    assert remote.read("kept.parquet") == storage.read("kept.parquet")
+    remote_store = ScoreStore(remote, "target")
+    assert not remote_store.missing("b01", pa.array([row.key for row in rows], type=pa.binary(16))).any()
+    remote.write("scores/target/b0/0000000000000-note.parquet", b"no Parquet at all")
+    with pytest.raises(StageError, match=r"s3://.*0000000000000-note\.parquet is not a score file"):
+        remote_store.read("b01", pa.array([rows[0].key], type=pa.binary(16)))
