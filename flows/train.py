@@ -1,0 +1,53 @@
+"""Train on a release: SFT, then RL on its checkpoint. One Prefect task a stage; the work is in workers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.logging import get_run_logger
+
+from grape_service.config import TrainConfig
+from workers.trainers.jobs import TrainingRun, open_run
+from workers.trainers.records import Record
+
+
+@task(name="sft", cache_policy=NO_CACHE, persist_result=False)
+def sft(run: TrainingRun) -> Record:
+    """SFT on the release."""
+    return run.do("sft")
+
+
+@task(name="rl", cache_policy=NO_CACHE, persist_result=False)
+def rl(run: TrainingRun) -> Record:
+    """RL on the SFT checkpoint."""
+    return run.do("rl")
+
+
+@flow(name="train", persist_result=False)
+def train(
+    reference: str,
+    config: TrainConfig,
+    ray_address: str = "auto",
+    storage_options: dict[str, Any] | None = None,
+    key: str | None = None,
+) -> Record:
+    """Start the training jobs of a release one after the other; the run's record."""
+    say = get_run_logger().info
+    with open_run(reference, config, ray_address, storage_options, key, say, deploy) as run:
+        if "sft" in run.stages:
+            sft(run)
+        if "rl" in run.stages:
+            rl(run)
+    return run.record
+
+
+def deploy(name: str, parameters: dict[str, Any], key: str) -> tuple[bool, str]:
+    """Run a deployment once for `key` and wait for it: whether it completed, and its final state."""
+    run = cast(FlowRun, run_deployment(name, parameters=parameters, idempotency_key=key, timeout=None))
+    state = run.state
+    assert state is not None
+    return state.is_completed(), f"{state.name}: {state.message}" if state.message else state.name or str(state.type)

@@ -1,0 +1,181 @@
+"""Ray's Jobs API: on a cluster's address, or on a private Ray that lives as long as it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grape_service.errors import StageError, UserError
+
+PRIVATE = "private"
+"""Address in a record of a Ray that ended with the process that started it."""
+
+IN_CLUSTER = "GRAPE_IN_CLUSTER"
+"""Set in the environment of a job that `grape submit` started: training jobs go to that job's cluster."""
+
+STARTUP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job, named by its id: submitting it again while it is known starts nothing."""
+
+    id: str
+    command: list[str]
+    environment: dict[str, str]
+    num_cpus: float | None = None
+    num_gpus: int | None = None
+    memory_bytes: int | None = None
+    custom_resources: dict[str, float] = field(default_factory=dict)
+    pip: list[str] = field(default_factory=list)
+    working_dir: str | None = None
+
+
+class JobServer:
+    """Starts, follows and stops jobs."""
+
+    def __init__(self, client: Any, address: str, num_gpus: int | None):
+        self._client = client
+        self.address = address
+        self.num_gpus = num_gpus  # of a private Ray; None on a cluster
+
+    @property
+    def is_private(self) -> bool:
+        return self.address == PRIVATE
+
+    @property
+    def python(self) -> str:
+        """The interpreter of jobs: this one on this machine, the cluster's own elsewhere."""
+        return sys.executable if self.is_private else "python"
+
+    def submit(self, request: JobRequest) -> None:
+        """Start a job; nothing happens if one of its id is known. Raises StageError if Ray refuses it."""
+        if self.state(request.id) is not None:
+            return
+        environment = dict(request.environment)
+        if self.is_private:
+            here = str(Path(__file__).resolve().parents[2])
+            others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+            environment.setdefault("PYTHONPATH", os.pathsep.join([here, *others]))
+        runtime: dict[str, Any] = {"env_vars": environment}
+        if request.pip:
+            runtime["pip"] = request.pip
+        if request.working_dir:
+            runtime["working_dir"] = request.working_dir
+        try:
+            self._client.submit_job(
+                entrypoint=shlex.join(request.command),
+                submission_id=request.id,
+                runtime_env=runtime,
+                entrypoint_num_cpus=request.num_cpus,
+                entrypoint_num_gpus=request.num_gpus,
+                entrypoint_memory=request.memory_bytes,
+                entrypoint_resources=request.custom_resources or None,
+                metadata={"grape_job": request.id},
+            )
+        except RuntimeError as error:
+            if self.state(request.id) is None:  # otherwise another was faster with the same job
+                raise StageError(f"Ray did not take the job {request.id}: {_last_line(error)}") from error
+
+    def state(self, job_id: str) -> str | None:
+        """running, succeeded, failed or cancelled; None if no such job is known."""
+        try:
+            status = self._client.get_job_status(job_id).value
+        except RuntimeError as error:
+            if "404" in str(error):
+                return None
+            raise
+        return {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}.get(status, "running")
+
+    def log_tail(self, job_id: str, lines: int = 30) -> str:
+        """The last lines of a job's output, and Ray's own message where the job never ran."""
+        log = self._client.get_job_logs(job_id).strip().splitlines()
+        message = self._client.get_job_info(job_id).message or ""
+        return "\n".join([*log[-lines:], message] if len(log) < 3 else log[-lines:])
+
+    def stop(self, job_id: str) -> None:
+        """End a job and wait until it has ended."""
+        if self.state(job_id) == "running":
+            self._client.stop_job(job_id)
+        while self.state(job_id) == "running":
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def job_server(address: str) -> Iterator[JobServer]:
+    """The Jobs API at http://head:8265; 'auto': the cluster that this process is a job of, else a private Ray.
+
+    Raises UserError when nobody answers at the address or the token is refused.
+    """
+    if address != "auto":
+        yield JobServer(_client(address), address, None)
+    elif os.environ.get(IN_CLUSTER):
+        with _ray_here("auto") as url:
+            yield JobServer(_client(url), url, None)
+    else:
+        with _ray_here("local") as url:
+            import ray
+
+            yield JobServer(_client(url), PRIVATE, int(ray.cluster_resources().get("GPU", 0)))
+
+
+@contextlib.contextmanager
+def _ray_here(address: str) -> Iterator[str]:
+    """Address of the Jobs API of a Ray that this process joins, or starts for itself."""
+    import ray
+
+    assert not ray.is_initialized(), "training brings its own Ray: leave the block of the other one first"
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    scratch = tempfile.mkdtemp(prefix="grape-ray-") if address == "local" else None
+    own: dict[str, Any] = {}
+    if scratch:
+        # Jobs hold CPUs while supervisors start, so the logical CPUs are more than the cores.
+        cores = len(os.sched_getaffinity(0))
+        own = {"num_cpus": 2 * cores, "_temp_dir": scratch, "object_store_memory": 128 * 2**20}
+        own |= {"include_dashboard": True, "dashboard_port": 0}
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        for number, handler in previous.items():
+            with contextlib.suppress(ValueError, TypeError):  # not in the main thread, or not set from Python
+                signal.signal(number, handler)
+        if not context.dashboard_url:
+            raise UserError("Ray started without its Jobs API: install ray[default]")
+        yield f"http://{context.dashboard_url}"
+    finally:
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while True:
+        try:
+            return JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            text = str(error)
+            if "401" in text or "403" in text or "authentication" in text.lower():
+                raise UserError(
+                    f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
+                ) from error
+            if "127.0.0.1" not in address or time.monotonic() > deadline:
+                raise UserError(f"no Ray answers at {address}: {_last_line(error)}") from error
+            time.sleep(0.5)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

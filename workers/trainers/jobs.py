@@ -1,0 +1,425 @@
+"""Training jobs on a release: SFT, then RL on its checkpoint, each a job that is started once.
+
+    record = train("s3://team/datasets/math-sft@v0003", config.train, "http://head:8265")
+
+A request is the dataset version, the train section and `key`. The same request is the same run: what has
+succeeded is not done again, what runs is followed, what failed is tried again from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+
+import grape_service
+from grape_service.config import TrainConfig
+from grape_service.errors import StageError, UserError
+from grape_service.releases.load import Release
+from grape_service.releases.manifest import without_secrets
+from grape_service.releases.reference import parse_reference
+from grape_service.storage import Storage, json_bytes
+from workers.trainers import calls, checkpoints
+from workers.trainers.extra import require_train_extra
+from workers.trainers.job_server import PRIVATE, JobRequest, JobServer, job_server
+from workers.trainers.job_settings import STAGES, Job, SftJob, Stage, train_jobs
+from workers.trainers.records import FORMAT, Lease, Record, RunRecords
+from workers.trainers.settings import RlTask, SftTask
+
+POLL_SECONDS = 1.0
+DONE = ("succeeded", "sent")
+"""States of a stage that is not to be done again; sent: a webhook took it and says nothing about its end."""
+
+Deploy = Callable[[str, dict[str, Any], str], tuple[bool, str]]
+"""Runs a Prefect deployment: (name, parameters, idempotency key) -> (succeeded, its final state in words)."""
+
+
+def train(
+    reference: str,
+    config: TrainConfig,
+    ray_address: str = "auto",
+    storage_options: dict[str, Any] | None = None,
+    key: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    deploy: Deploy | None = None,
+) -> Record:
+    """Do all stages of `config` and return the run's record.
+
+    `key`: another word makes another run of the same request. `say` gets a line for each change. Raises UserError
+    for mistakes in the config, StageError with the end of the log for a job that failed or was cancelled.
+    """
+    with open_run(reference, config, ray_address, storage_options, key, say, deploy) as run:
+        for stage in run.stages:
+            run.do(stage)
+    return run.record
+
+
+@contextlib.contextmanager
+def open_run(
+    reference: str,
+    config: TrainConfig,
+    ray_address: str = "auto",
+    storage_options: dict[str, Any] | None = None,
+    key: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    deploy: Deploy | None = None,
+) -> Iterator[TrainingRun]:
+    """The run of a request, to do its stages one by one; arguments as for `train`."""
+    jobs = train_jobs(config)
+    release = grape_service.load(reference, storage_options)
+    run = TrainingRun(release, config, jobs, key, say, deploy)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.give_back)
+        kinds = {jobs[stage].kind for stage in jobs if run.record["stages"][stage]["state"] not in DONE}
+        if kinds & {"builtin", "command"}:
+            if "builtin" in kinds and ray_address == "auto":
+                require_train_extra()
+            run.server = stack.enter_context(job_server(ray_address))
+            stack.callback(run.stop_private_jobs)
+        yield run
+
+
+def run_id_of(release: Release, config: TrainConfig, key: str | None) -> str:
+    """Name of the run of a request; equal requests have equal names."""
+    request = [release.reference, config.model_dump(mode="json"), key]
+    return hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def cancel(
+    reference: str, run_id: str, ray_address: str = "auto", storage_options: dict[str, Any] | None = None
+) -> Record:
+    """Cancel a run. On a cluster its job is stopped here; on a private Ray, by the process that started that."""
+    parsed = parse_reference(reference)
+    records = RunRecords(parsed.storage(storage_options), parsed.name)
+
+    def ask(record: Record) -> None:
+        for stage in record["stages"].values():
+            if stage["state"] in ("waiting", "running"):
+                stage["cancel"] = True
+
+    record = records.change(run_id, ask)
+    for stage in record["stages"].values():
+        address = stage.get("address")
+        if stage["state"] == "running" and address and address != PRIVATE:
+            with job_server(address if ray_address == "auto" else ray_address) as server:
+                server.stop(stage["job_id"])
+    return records.read(run_id)
+
+
+class TrainingRun:
+    """One run of a release: its record, and the stages that are done for it."""
+
+    def __init__(
+        self,
+        release: Release,
+        config: TrainConfig,
+        jobs: dict[Stage, Job],
+        key: str | None,
+        say: Callable[[str], None],
+        deploy: Deploy | None,
+    ):
+        self.release = release
+        self.jobs = jobs
+        self.say = say
+        self.deploy = deploy
+        self.server: JobServer | None = None
+        self.id = run_id_of(release, config, key)
+        self.records = RunRecords(release.storage, release.name)
+        self.lease = Lease(self.records, self.id)
+        self.record = self.records.create(self._new_record(config, key))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the request, in their order."""
+        return [stage for stage in STAGES if stage in self.jobs]
+
+    def do(self, stage: Stage) -> Record:
+        """Do one stage, or follow the process that does it; the record afterwards."""
+        while not self.lease.acquire():
+            self.record = self.records.read(self.id)
+            if self.record["stages"][stage]["state"] in DONE:
+                return self.record
+            time.sleep(POLL_SECONDS)
+        self.record = self.records.read(self.id)
+        if self.record["stages"][stage]["state"] not in DONE:
+            self._do(stage)
+        return self.record
+
+    def give_back(self) -> None:
+        """Let go of the run; `record` is the newest then."""
+        self.lease.release()
+        self.record = self.records.read(self.id)
+
+    def stop_private_jobs(self) -> None:
+        """End what runs on a private Ray, which ends with this process."""
+        if self.server is None or not self.server.is_private:
+            return
+        for stage in self.stages:
+            state = self.record["stages"][stage]
+            if state["state"] == "running" and state.get("address") == PRIVATE:
+                self.server.stop(state["job_id"])
+                self._set(stage, state="cancelled", error="the process that started it ended", ended=time.time())
+
+    def _do(self, stage: Stage) -> None:
+        job = self.jobs[stage]
+        checkpoint = self._checkpoint_for(stage)
+        for _ in range(job.attempts):
+            state = self._set(stage, cancel=False, error=None)
+            if not self._goes_on(stage, state):
+                attempt = state["attempt"] + 1
+                job_id = f"grape-{self.id}-{stage}-{attempt}"
+                address = self.server.address if self.server else None
+                self._set(
+                    stage,
+                    state="running",
+                    attempt=attempt,
+                    job_id=job_id,
+                    address=address if job.kind in ("builtin", "command") else None,
+                    started=time.time(),
+                    ended=None,
+                )
+            error = self._attempt(stage, job, checkpoint)
+            if error is None:
+                return
+            self.say(f"{stage}: {error.splitlines()[0]}")
+            if self.record["stages"][stage]["state"] == "cancelled":
+                break
+        raise StageError(error)
+
+    def _goes_on(self, stage: Stage, state: dict[str, Any]) -> bool:
+        """Whether the recorded attempt is under way and can be followed under its own id.
+
+        A private Ray's jobs ended with the process that started it. Raises UserError if it runs elsewhere.
+        """
+        if state["state"] != "running":
+            return False
+        if state["kind"] not in ("builtin", "command"):
+            return True
+        if state["address"] == PRIVATE:
+            return False
+        assert self.server is not None
+        if state["address"] != self.server.address:
+            raise UserError(
+                f"{stage} of run {self.id} runs at {state['address']}: follow it there, or cancel it before it starts "
+                f"at {self.server.address}"
+            )
+        return True
+
+    def _attempt(self, stage: Stage, job: Job, checkpoint: str | None) -> str | None:
+        """Run one attempt to its end and record it; what went wrong, or None."""
+        state = self.record["stages"][stage]
+        self.say(f"{stage}: {job.kind} {state['job_id']}")
+        values = self._values(stage, checkpoint)
+        found: dict[str, Any] = {}
+        if job.kind in ("builtin", "command"):
+            outcome, error = self._ray_job(stage, job, values)
+        elif job.kind == "webhook":
+            outcome, error, found = self._webhook(stage, job, values)
+        else:
+            outcome, error = self._deployment(job, values, state["job_id"])
+        if outcome == "succeeded":
+            try:
+                address, facts = self._checkpoint_of(found.get("checkpoint") or values["output"])
+            except StageError as not_whole:
+                outcome, error = "failed", f"{stage} ended well, but {not_whole}"
+            else:
+                metrics = found.get("metrics") or facts.get("metrics") or {}
+                self._set(stage, state="succeeded", checkpoint=address, metrics=metrics, ended=time.time())
+                self.say(f"{stage}: succeeded, checkpoint {address}")
+                return None
+        if outcome == "sent":
+            self._set(stage, state="sent", ended=time.time())
+            return None
+        self._set(stage, state=outcome, error=error, ended=time.time())
+        return error
+
+    # One way to train each
+
+    def _ray_job(self, stage: Stage, job: Job, values: dict[str, str]) -> tuple[str, str | None]:
+        assert self.server is not None
+        job_id = self.record["stages"][stage]["job_id"]
+        self.server.submit(self._request(stage, job, values, job_id))
+        deadline = time.time() + (job.timeout_seconds or float("inf"))
+        while (state := self.server.state(job_id)) == "running":
+            self.lease.renew()
+            self.record = self.records.read(self.id)
+            if self.record["stages"][stage].get("cancel") or time.time() > deadline:
+                self.server.stop(job_id)
+                if time.time() > deadline:
+                    return "failed", f"{stage} took longer than timeout_seconds {job.timeout_seconds:g} and was stopped"
+                return "cancelled", f"{stage} was cancelled"
+            time.sleep(POLL_SECONDS)
+        if state == "succeeded":
+            return "succeeded", None
+        if state == "cancelled":
+            return "cancelled", f"{stage} was cancelled"
+        if state is None:
+            return "failed", f"{stage}: Ray no longer knows the job {job_id}"
+        return "failed", f"{stage} failed, and its log ends with:\n{self.server.log_tail(job_id)}"
+
+    def _request(self, stage: Stage, job: Job, values: dict[str, str], job_id: str) -> JobRequest:
+        assert self.server is not None
+        resources = job.resources
+        gpus = resources.gpus if resources.gpus is not None else self.server.num_gpus
+        environment = {f"GRAPE_{name.upper()}": value for name, value in values.items()} | dict(job.environment)
+        if job.kind == "command":
+            assert job.command is not None
+            command = [_filled(part, values) for part in job.command]
+        else:
+            if gpus is None:
+                raise UserError(
+                    f"train.{stage}.resources.gpus: say how many GPUs the job on {self.server.address} takes, or 0"
+                )
+            environment["GRAPE_STORAGE_OPTIONS"] = orjson.dumps(self.release.storage.options).decode()
+            python = "python" if job.pip else self.server.python
+            module = ["-m", f"workers.trainers.{stage}", "--settings", self._write_task(stage, job, values, job_id)]
+            several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+            command = [python, *(several if gpus > 1 else []), *module]
+        return JobRequest(
+            id=job_id,
+            command=command,
+            environment=environment,
+            num_cpus=resources.cpus,
+            num_gpus=gpus or None,
+            memory_bytes=int(resources.memory_gb * 2**30) if resources.memory_gb else None,
+            custom_resources=dict(resources.custom),
+            pip=list(job.pip),
+            working_dir=job.working_dir,
+        )
+
+    def _write_task(self, stage: Stage, job: Job, values: dict[str, str], job_id: str) -> str:
+        """The settings file of a built-in trainer; its address."""
+        shared: dict[str, Any] = {
+            "dataset": self.release.reference,
+            "output": values["output"],
+            "run": self.id,
+            "storage": self.release.storage.options,
+        }
+        task: SftTask | RlTask
+        if isinstance(job, SftJob):
+            task = SftTask(**shared, settings=job.own_settings())
+        else:
+            task = RlTask(**shared, checkpoint=values["checkpoint"], settings=job.own_settings())
+        name = f"{self.id}/{job_id}.json"
+        self.records.storage.write(name, json_bytes(task.model_dump(mode="json")))
+        return self.records.storage.url(name)
+
+    def _webhook(self, stage: Stage, job: Job, values: dict[str, str]) -> tuple[str, str | None, dict[str, Any]]:
+        assert job.webhook is not None
+        state = self.record["stages"][stage]
+        status_url = state.get("status_url")
+        if not status_url:
+            body = {**job.parameters, **values, "run": self.id, "stage": stage}
+            status_url = calls.post_job(job.webhook, body, state["job_id"]).get("status_url")
+            if not status_url:
+                return "sent", None, {}
+            self._set(stage, status_url=status_url)
+        deadline = time.time() + (job.timeout_seconds or float("inf"))
+        while (status := calls.get_status(status_url))["state"] == "running":
+            self.lease.renew()
+            if self.records.read(self.id)["stages"][stage].get("cancel"):
+                return "cancelled", f"{stage} was cancelled here; {job.webhook} may go on", {}
+            if time.time() > deadline:
+                return "failed", f"{stage} took longer than timeout_seconds {job.timeout_seconds:g}", {}
+            time.sleep(POLL_SECONDS)
+        self._set(stage, status_url=None)
+        if status["state"] == "failed":
+            return "failed", f"{stage} failed: {status.get('error') or 'its status gives no reason'}", {}
+        return "succeeded", None, status
+
+    def _deployment(self, job: Job, values: dict[str, str], key: str) -> tuple[str, str | None]:
+        assert job.deployment is not None
+        if self.deploy is None:
+            raise UserError(f"the deployment '{job.deployment}' needs Prefect: start training through the flow 'train'")
+        succeeded, words = self.deploy(job.deployment, {**job.parameters, **values}, key)
+        return ("succeeded", None) if succeeded else ("failed", f"the deployment {job.deployment} ended as {words}")
+
+    # Record and checkpoints
+
+    def _new_record(self, config: TrainConfig, key: str | None) -> Record:
+        now = time.time()
+        stages = {
+            stage: {"state": "waiting", "kind": job.kind, "attempt": 0, "output": self._output(stage, job)}
+            for stage, job in self.jobs.items()
+        }
+        return {
+            "format": FORMAT,
+            "id": self.id,
+            "key": key,
+            "dataset": self.release.reference,
+            "version": self.release.version,
+            "config": without_secrets(config.model_dump(mode="json")),
+            "created": now,
+            "updated": now,
+            "state": "waiting",
+            "lease": None,
+            "stages": stages,
+        }
+
+    def _output(self, stage: Stage, job: Job) -> str:
+        return job.output or self.records.storage.url(f"{self.id}/{stage}")
+
+    def _set(self, stage: Stage, **values: Any) -> dict[str, Any]:
+        def mutate(record: Record) -> None:
+            record["stages"][stage].update(values)
+            states = [entry["state"] for entry in record["stages"].values()]
+            record["state"] = next(
+                (state for state in ("failed", "cancelled", "running", "waiting") if state in states), "succeeded"
+            )
+
+        self.record = self.records.change(self.id, mutate)
+        return self.record["stages"][stage]
+
+    def _values(self, stage: Stage, checkpoint: str | None) -> dict[str, str]:
+        """What commands, webhooks and deployments are told."""
+        output = self.record["stages"][stage]["output"]
+        if stage == "sft":
+            last = checkpoints.last_whole(Storage(output, self.release.storage.options))
+            checkpoint = f"{output}/{last}" if last else ""
+        return {
+            "dataset_path": f"{self.release.path}/data",
+            "dataset_version": self.release.version,
+            "checkpoint": checkpoint or "",
+            "output": output,
+        }
+
+    def _checkpoint_for(self, stage: Stage) -> str | None:
+        """What RL starts from: SFT's checkpoint, checked again, else the model that it names. Raises StageError."""
+        if stage == "sft":
+            return None
+        if "sft" in self.jobs:
+            sft = self.record["stages"]["sft"]
+            if sft["state"] != "succeeded":
+                raise StageError(f"RL starts when SFT has succeeded with a checkpoint, and SFT is '{sft['state']}'")
+            checkpoints.check_whole(Storage(sft["checkpoint"], self.release.storage.options))
+            return sft["checkpoint"]
+        model = getattr(self.jobs["rl"], "model", None) or (self.release.manifest.config.get("target") or {}).get(
+            "model"
+        )
+        if not model and self.jobs["rl"].kind == "builtin":
+            raise UserError("train.rl.model: without an sft section, say which model RL starts from")
+        return model
+
+    def _checkpoint_of(self, output: str) -> tuple[str, dict[str, Any]]:
+        """Address and facts of the whole checkpoint in a job's output. Raises StageError that says what is wrong."""
+        storage = Storage(output, self.release.storage.options)
+        problem: StageError | None = None
+        for name in ["model", "", *checkpoints.step_folders(storage)]:
+            folder = storage.sub(name) if name else storage
+            try:
+                return folder.root, checkpoints.check_whole(folder)
+            except StageError as error:
+                if problem is None or "there is no checkpoint" in str(problem):
+                    problem = error
+        assert problem is not None
+        raise problem
+
+
+def _filled(part: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        part = part.replace(f"{{{name}}}", value)
+    return part
