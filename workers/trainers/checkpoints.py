@@ -125,15 +125,3 @@ def download(storage: Storage, folder: Path) -> Path:
         with storage.open(info.path) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 16 * 2**20)
     return folder
-
-
-def local_model(model: str, storage_options: dict[str, Any], folder: Path) -> str:
-    """The model as transformers takes it: an s3:// folder is copied into `folder`, once."""
-    if not model.startswith("s3://"):
-        return model
-    target = folder / hashlib.sha256(model.encode()).hexdigest()[:16]
-    done = target / ".whole"
-    if not done.exists():
-        download(Storage(model, storage_options), target)
-        done.touch()
-    return str(target)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
+from grape_service.config import PolicyConfig
 from grape_service.errors import UserError
+from grape_service.models import resolve_model
 from grape_service.storage import Storage
 from workers.trainers import checkpoints
 from workers.trainers.settings import OptimizerSettings, SftSettings
@@ -77,6 +80,18 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()
 
 
+class MetricsFile(TrainerCallback):
+    """Writes each line of metrics to metrics.jsonl in the output folder."""
+
+    def __init__(self, output: Output):
+        self.path = output.folder / "metrics.jsonl"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
 def num_processes() -> int:
     """Processes of this job, from torchrun's environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -113,8 +128,6 @@ def shared_arguments(settings: OptimizerSettings, folder: Path) -> dict[str, Any
     """Arguments that SFTConfig and GRPOConfig have in common."""
     autocast, dtype = precision(settings)
     model_arguments: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-    if settings.revision is not None:
-        model_arguments["revision"] = settings.revision
     if settings.attention is not None:
         model_arguments["attn_implementation"] = settings.attention
     return {
@@ -176,24 +189,16 @@ def lora_config(settings: OptimizerSettings) -> Any:
     )
 
 
-def local_model(model: str, options: dict[str, Any], folder: Path) -> str:
-    """The model as transformers takes it; an s3:// one is copied below `folder`."""
+def local_model(model: str, settings: OptimizerSettings, options: dict[str, Any]) -> str:
+    """A hub id, local folder or s3:// folder as a folder on this machine. Raises UserError."""
+    policy = PolicyConfig(model=model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     with one_process_first():
-        return checkpoints.local_model(model, options, folder / "models")
+        return resolve_model(policy, options).folder
 
 
-def load_tokenizer(
-    model: str, settings: OptimizerSettings, options: dict[str, Any], folder: Path, run_config: dict[str, Any]
-) -> Any:
+def load_tokenizer(folder: str, settings: OptimizerSettings, run_config: dict[str, Any]) -> Any:
     """The model's tokenizer, with the chat template with which the release was rendered."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            local_model(model, options, folder),
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except OSError as error:
-        raise UserError(f"the model '{model}' cannot be read: {str(error).splitlines()[0]}") from None
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     template = (run_config.get("render") or {}).get("chat_template")
     if template:
         tokenizer.chat_template = template
@@ -203,10 +208,9 @@ def load_tokenizer(
 def save_final(
     trainer: Any,
     settings: OptimizerSettings,
-    base_model: str,
     output: Output,
     facts: dict[str, Any],
-    scratch: list[Path],
+    scratch: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Write model/ (and adapter/), whole, in the base model's own dtype; remove `scratch`; returns the facts."""
     folder = output.folder / "model"
@@ -215,13 +219,13 @@ def save_final(
         trainer.save_model(str(output.folder / "adapter"))
         if settings.lora.merge and trainer.is_world_process_zero():
             merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-            _save_model(merged, folder, trainer, base_model, settings)
+            _save_model(merged, folder, trainer, settings)
         elif trainer.is_world_process_zero():
             shutil.copytree(output.folder / "adapter", folder, dirs_exist_ok=True)
     elif trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(folder))
     elif trainer.is_world_process_zero():
-        _save_model(trainer.accelerator.unwrap_model(trainer.model), folder, trainer, base_model, settings)
+        _save_model(trainer.accelerator.unwrap_model(trainer.model), folder, trainer, settings)
     trainer.accelerator.wait_for_everyone()
     history = [line for line in trainer.state.log_history if "loss" in line]
     facts = {
@@ -239,11 +243,9 @@ def save_final(
     return facts
 
 
-def _save_model(model: Any, folder: Path, trainer: Any, base_model: str, settings: OptimizerSettings) -> None:
-    source = getattr(model.config, "_name_or_path", "") or base_model
-    dtype = AutoConfig.from_pretrained(
-        source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-    ).dtype
+def _save_model(model: Any, folder: Path, trainer: Any, settings: OptimizerSettings) -> None:
+    source = model.config._name_or_path
+    dtype = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code).dtype
     if dtype is not None and settings.precision != "fp32":
         model = model.to(dtype)
     model.save_pretrained(str(folder))

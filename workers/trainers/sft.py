@@ -65,7 +65,8 @@ def run_sft(task: SftTask) -> dict[str, Any]:
             groups = single_groups(indices)
         return Dataset.from_dict({"rows": rounded_up(groups, multiple)})
 
-    tokenizer = session.load_tokenizer(base_model, settings, task.storage, output.folder, run_config)
+    model = session.local_model(base_model, settings, task.storage)
+    tokenizer = session.load_tokenizer(model, settings, run_config)
     pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     facts = {
         "stage": "sft",
@@ -80,19 +81,18 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     trainer = WeightedSFTTrainer(
         settings=settings,
         pear=pear,
-        metrics_path=output.folder / "metrics.jsonl",
-        model=session.local_model(base_model, task.storage, output.folder),
+        model=model,
         args=arguments,
         train_dataset=dataset_of(train_indices, settings.batch_size, settings.seed if settings.shuffle else None),
         eval_dataset=dataset_of(eval_indices, micro_batch_size * processes, None) if len(eval_indices) else None,
         data_collator=RowCollator(rows, pad_token_id, settings.packing),
         processing_class=tokenizer,
         peft_config=session.lora_config(settings),
-        callbacks=[session.WholeCheckpoints(output, facts)],
+        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output)],
     )
     trainer.train(resume_from_checkpoint=output.resume_from())
     metrics = dict(trainer.evaluate()) if len(eval_indices) else {}
-    return session.save_final(trainer, settings, base_model, output, {**facts, "metrics": metrics}, [rows_path])
+    return session.save_final(trainer, settings, output, {**facts, "metrics": metrics}, [rows_path])
 
 
 def online_config(settings: SftSettings, run_config: dict[str, Any]) -> WeightsConfig | None:
@@ -113,6 +113,11 @@ def _target_model(task: SftTask, run_config: dict[str, Any]) -> str:
     target = run_config.get("target") or {}
     if not target.get("model"):
         raise UserError(f"{task.dataset} does not say which model it was made for: give train.sft.model")
+    if target.get("adapter"):
+        raise UserError(
+            f"{task.dataset} was made for '{target['model']}' with the adapter '{target['adapter']}': "
+            "give train.sft.model a folder in which they are merged"
+        )
     return str(target["model"])
 
 

@@ -8,8 +8,6 @@ DDP averages gradients over processes, so each process multiplies by their numbe
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +35,12 @@ class WeightedSFTTrainer(SFTTrainer):
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
 
-    def __init__(self, settings: SftSettings, pear: WeightsConfig | None, metrics_path: Path | None, **arguments: Any):
+    def __init__(self, settings: SftSettings, pear: WeightsConfig | None, **arguments: Any):
         super().__init__(**arguments)
         # Have transformers count the tokens of a step whatever the model's forward accepts: compute_loss uses it.
         self.model_accepts_loss_kwargs = True
         self.settings = settings
         self.pear = pear
-        self.metrics_path = metrics_path
         config: PretrainedConfig = self.accelerator.unwrap_model(self.model).config
         self.has_dropout = has_dropout(config) or (settings.lora is not None and settings.lora.dropout > 0)
         self._totals = {"train": LossTotals(), "eval": LossTotals()}
@@ -102,7 +99,7 @@ class WeightedSFTTrainer(SFTTrainer):
         return torch.where(own["has_behavior"], online_n, column_n)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures over the tokens since the last line, and write the line to metrics.jsonl."""
+        """Add the figures over the tokens since the last line."""
         is_eval = "eval_loss" in logs
         if is_eval or "loss" in logs:
             figures = self._totals["eval" if is_eval else "train"].figures(self.accelerator.num_processes > 1)
@@ -111,6 +108,3 @@ class WeightedSFTTrainer(SFTTrainer):
                 logs["eval_loss"] = weighted_loss
             logs.update({f"eval_{key}" if is_eval else key: value for key, value in figures.items()})
         super().log(logs, start_time)
-        if self.metrics_path is not None and self.is_world_process_zero():
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
