@@ -41,7 +41,7 @@ def parse_reference(text: str) -> Reference:
     """`s3://t/datasets/name@v0003`, `...@tag`, or without '@' for @latest. Raises UserError."""
     text = text.strip()
     folder, _, last = text.rpartition("/")
-    if not last or "://" in last or text.endswith("://"):
+    if not last or folder.endswith(":/"):
         raise UserError(f"{_shown(text)} is not a dataset reference: write <folder>/<name>@<version or tag>")
     name, at, version_or_tag = last.partition("@")
     if at and not version_or_tag:

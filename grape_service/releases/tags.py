@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from grape_service.errors import StageError, UserError
-from grape_service.releases.claim import iso_time
+from grape_service.releases.claim import BURNED, CLAIM, iso_time
 from grape_service.releases.manifest import MANIFEST
 from grape_service.releases.reference import (
     VERSION_PATTERN,
@@ -93,9 +93,32 @@ def move_tag(
         move = Move(move_id, iso_time(time.time()), version, points_to, who, reason)
         moved = Tag(tag, version, [*(current.history if current else []), move])
         if storage.compare_and_swap(_path(name, tag), json_bytes(asdict(moved)), etag):
+            _check_not_collected(storage, name, moved)
             return True
         time.sleep(random.uniform(0, min(0.02 * 1.5**attempt, 1.0)))
     raise StageError(f"tag '{tag}' of {name} was moved by others {MAX_TRIES} times meanwhile: move it again")
+
+
+def _check_not_collected(storage: Storage, name: str, moved: Tag) -> None:
+    """Take a move back if gc took the version at the same time (it marks the claim before it looks at the tags)."""
+    try:
+        claim = storage.read_json(f"{version_folder(name, moved.version)}/{CLAIM}")
+    except FileNotFoundError:
+        return  # published without this program
+    if claim.get("state") != BURNED:
+        return
+    back = moved.history[-1].previous
+    current, etag = _read(storage, name, moved.name)
+    if current == moved:
+        if back is None:
+            storage.delete(_path(name, moved.name))
+        else:
+            move = Move(
+                uuid.uuid4().hex, iso_time(time.time()), back, moved.version, "grape", "version collected by gc"
+            )
+            reverted = Tag(moved.name, back, [*moved.history, move])
+            storage.compare_and_swap(_path(name, moved.name), json_bytes(asdict(reverted)), etag)
+    raise UserError(f"{storage.root}/{name}@{moved.version} was deleted by gc meanwhile: choose another version")
 
 
 def _path(name: str, tag: str) -> str:
