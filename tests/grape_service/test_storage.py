@@ -273,16 +273,15 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 def test_a_server_that_comes_back_is_waited_for_and_one_that_does_not_is_named(restartable_s3: SeaweedServer) -> None:
     storage = Storage(f"s3://{BUCKET}/drill")
     piece = os.urandom(2**20)
-    for kill_at in (0, 20):
-        with storage.open_write("large.bin") as file:
-            for i in range(40):
-                if i == kill_at:
-                    restartable_s3.kill()
-                    back = threading.Timer(2, restartable_s3.start)
-                    back.start()
-                file.write(piece)
-        back.join()
-        assert storage.read("large.bin") == piece * 40
+    with storage.open_write("large.bin") as file:
+        for i in range(40):
+            if i == 20:
+                restartable_s3.kill()
+                back = threading.Timer(2, restartable_s3.start)
+                back.start()
+            file.write(piece)
+    back.join()
+    assert storage.read("large.bin") == piece * 40
     restartable_s3.kill()
     impatient = Storage(f"s3://{BUCKET}/drill", {"retry_seconds": 2})
     start = time.monotonic()
@@ -292,7 +291,7 @@ def test_a_server_that_comes_back_is_waited_for_and_one_that_does_not_is_named(r
         file.write(piece * 20)
     assert time.monotonic() - start < 15
     assert "\n" not in str(refused.value)
-    print("3 kills of the S3 server, 2 uploads finished after it came back")
+    print("2 kills of the S3 server, an upload finished after it came back")
     restartable_s3.start()
     assert impatient.create_if_absent("x", b"1")
 

@@ -62,9 +62,7 @@ def test_hostile_tags_are_refused(tag: str) -> None:
     assert len(str(refused.value)) < 220
 
 
-@pytest.mark.parametrize(
-    "version", ["v1", "v0000", "v00001", "0001", "v0001/..", "v\u0660\u0660\u0660\u0661", "latest", ""]
-)
+@pytest.mark.parametrize("version", ["v1", "v0000", "v00001", "0001", "v0001/..", "v\u0660\u0660\u0661\u0661", "x", ""])
 def test_hostile_versions_are_refused(version: str) -> None:
     with pytest.raises(UserError, match="is not a version"):
         check_version(version)
