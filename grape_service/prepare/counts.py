@@ -65,7 +65,8 @@ class PieceCounts:
     rejects: dict[str, int] = field(default_factory=dict)
     """By reason; what is wrong with each row is in the map's rejects."""
     num_files: int = 0
-    """Arrow files written."""
+    """Arrow files of rows."""
+    num_reject_files: int = 0
     segment_lines: list[int] = field(default_factory=list)
     """Places of each segment: lines of a .jsonl, rows of others."""
     num_parsed: int = 0

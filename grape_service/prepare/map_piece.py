@@ -30,6 +30,8 @@ BATCH_TOKENS = 2**20
 """A batch is rendered when it has so many rows or about so many tokens, taken as a third of its characters."""
 FILE_BYTES = 96 * 2**20
 """Arrow data that a task holds before it writes a file."""
+FILE_REJECTS = 100_000
+"""Rejects that a task holds before it writes a file."""
 MAX_OTHER_COLUMNS = 1000
 
 MAPPED = pa.schema(
@@ -74,6 +76,16 @@ class Placed:
     place: int
 
 
+def row_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rows, MAPPED."""
+    return f"{plan.folder}/map/{piece.name}-{number:03d}.arrow"
+
+
+def reject_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rejects, MAP_REJECT."""
+    return f"{plan.folder}/map/{piece.name}-rejects-{number:03d}.arrow"
+
+
 def map_piece(
     plan: PreparePlan,
     piece: Piece,
@@ -84,7 +96,7 @@ def map_piece(
 ) -> PieceCounts:
     """Read, filter, normalise and render a piece; returns at once what a finished task counted.
 
-    Writes `map/piece-k-00.arrow` and on, `map/piece-k-rejects.arrow`, then `map/piece-k.json`.
+    Writes `map/piece-k-000.arrow` and on, `map/piece-k-rejects-000.arrow` and on, then `map/piece-k.json`.
     Raises UserError where a file is damaged, gone or changed.
     """
     done = f"{plan.folder}/map/{piece.name}.json"
@@ -126,6 +138,7 @@ class _MapTask:
         self.waiting: list[pa.RecordBatch] = []
         self.waiting_bytes = 0
         self.rejects: list[pa.RecordBatch] = []
+        self.waiting_rejects = 0
 
     def placed(self) -> Iterator[Placed]:
         """Everything of the piece but what is filtered, which is only counted."""
@@ -212,6 +225,18 @@ class _MapTask:
         }
         self.rejects.append(pa.RecordBatch.from_pydict(columns, schema=MAP_REJECT))
 
+        self.waiting_rejects += len(rejected)
+        if self.waiting_rejects >= FILE_REJECTS:
+            self._flush_rejects()
+
+    def _flush_rejects(self) -> None:
+        name = reject_path(self.plan, self.piece, self.counts.num_reject_files)
+        with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAP_REJECT) as writer:
+            for batch in self.rejects:
+                writer.write_batch(batch)
+        self.rejects, self.waiting_rejects = [], 0
+        self.counts.num_reject_files += 1
+
     def _flush(self) -> None:
         """Write what is waiting as one file with a record batch a partition."""
         table = pa.Table.from_batches(self.waiting, MAPPED).combine_chunks()
@@ -224,7 +249,7 @@ class _MapTask:
             partitions = (table["prompt_order"].to_numpy() >> shift).astype(np.int64)
         order = np.argsort(partitions, kind="stable")
         bounds = np.searchsorted(partitions[order], np.arange(num_partitions + 1))
-        name = f"{self.plan.folder}/map/{self.piece.name}-{self.counts.num_files:02d}.arrow"
+        name = row_path(self.plan, self.piece, self.counts.num_files)
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAPPED, options=options) as writer:
             for start, end in itertools.pairwise(bounds.tolist()):
@@ -236,10 +261,7 @@ class _MapTask:
         if self.waiting:
             self._flush()
         if self.rejects:
-            name = f"{self.plan.folder}/map/{self.piece.name}-rejects.arrow"
-            with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAP_REJECT) as writer:
-                for batch in self.rejects:
-                    writer.write_batch(batch)
+            self._flush_rejects()
         counts = self.counts
         counts.filter_columns = self.normaliser.filter_columns_seen
         counts.columns = sorted(self.columns)

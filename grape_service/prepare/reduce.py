@@ -16,8 +16,8 @@ from grape_service.config import Config
 from grape_service.parquet import write_parquet
 from grape_service.pools.column_types import Kind, arrow_type, to_array
 from grape_service.prepare.counts import Example, PartitionCounts, Rejects, ShardCounts, largest, pack_ids
-from grape_service.prepare.map_piece import MAP_REJECT, MAPPED
-from grape_service.prepare.plan import PreparePlan
+from grape_service.prepare.map_piece import MAPPED, reject_path, row_path
+from grape_service.prepare.plan import Piece, PreparePlan
 from grape_service.prepare.summary import MapSummary, column_names
 from grape_service.ragged import Int64s, offsets_from_lengths
 from grape_service.storage import Storage
@@ -25,7 +25,6 @@ from grape_service.storage import Storage
 SAME_CONTENT = "duplicate candidate"
 SAME_ID = "candidate_id is used twice"
 TWO_PROMPTS = "prompt_id names two different prompts"
-REJECT_ROWS = 65_536
 
 
 def shard_path(plan_folder: str, partition: str, number: int) -> str:
@@ -84,7 +83,7 @@ def _read_mapped(plan: PreparePlan, partition: int, summary: MapSummary, storage
     pieces: list[npt.NDArray[np.int32]] = []
     for piece in plan.pieces:
         for number in range(summary.num_files[piece.index]):
-            path = f"{plan.folder}/map/{piece.name}-{number:02d}.arrow"
+            path = row_path(plan, piece, number)
             with _open_at_places(storage, path) as file, pa.ipc.open_file(file) as reader:
                 batch = reader.get_batch(partition)
             if batch.num_rows:
@@ -169,17 +168,20 @@ def _write_piece_rejects(
 ) -> None:
     """The reject tables of every num_partitions-th piece: only now are rows of files known by number."""
     for piece in plan.pieces[partition :: plan.num_partitions]:
-        if not summary.has_rejects[piece.index]:
-            continue
+        if summary.num_reject_files[piece.index]:
+            rejects = _piece_rejects(plan, piece, summary, storage, counts.piece_rejects)
+            write_parquet(storage, f"{plan.folder}/rejects/{piece.name}.parquet", schemas.REJECT, rejects)
 
-        def batches(name: str = piece.name, index: int = piece.index) -> Iterator[pa.RecordBatch]:
-            with storage.open(f"{plan.folder}/map/{name}-rejects.arrow") as file, pa.ipc.open_file(file) as reader:
-                assert reader.schema == MAP_REJECT
-                for number in range(reader.num_record_batches):
-                    batch = pa.Table.from_batches([reader.get_batch(number)])
-                    yield _rejects(plan, batch, [index] * batch.num_rows, summary, counts.piece_rejects)
 
-        write_parquet(storage, f"{plan.folder}/rejects/{piece.name}.parquet", schemas.REJECT, batches())
+def _piece_rejects(
+    plan: PreparePlan, piece: Piece, summary: MapSummary, storage: Storage, count: Rejects
+) -> Iterator[pa.RecordBatch]:
+    for number in range(summary.num_reject_files[piece.index]):
+        path = reject_path(plan, piece, number)
+        with storage.open(path) as file, pa.ipc.open_file(file) as reader:
+            for index in range(reader.num_record_batches):
+                batch = pa.Table.from_batches([reader.get_batch(index)])
+                yield _rejects(plan, batch, [piece.index] * batch.num_rows, summary, count)
 
 
 def _rejects(

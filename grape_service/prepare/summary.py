@@ -26,9 +26,9 @@ class MapSummary:
     tokens: int = 0
     rejected: int = 0
     num_files: list[int] = field(default_factory=list)
-    """Arrow files of each piece."""
-    has_rejects: list[bool] = field(default_factory=list)
-    """Whether a piece has rejects."""
+    """Arrow files of each piece's rows."""
+    num_reject_files: list[int] = field(default_factory=list)
+    """Arrow files of each piece's rejects."""
     first_rows: list[list[int]] = field(default_factory=list)
     """[piece][segment]: the row of its file with which a segment begins."""
     other_columns: dict[str, Kind] = field(default_factory=dict)
@@ -57,7 +57,7 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
         summary.tokens += one.tokens
         summary.rejected += sum(one.rejects.values())
         summary.num_files.append(one.num_files)
-        summary.has_rejects.append(bool(one.rejects))
+        summary.num_reject_files.append(one.num_reject_files)
         num_parsed += one.num_parsed
         columns.update(one.columns)
         fields.update(one.message_fields)

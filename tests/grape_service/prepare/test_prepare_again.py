@@ -149,11 +149,12 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
 
 
 def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, monkeypatch):
-    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(150))
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(150), *[b"{"] * 20])
     config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
     _, expected = prepare(config, Storage(str(tmp_path / "other")))
     monkeypatch.setattr("grape_service.prepare.map_piece.BATCH_ROWS", 5)
     monkeypatch.setattr("grape_service.prepare.map_piece.FILE_BYTES", 1)
+    monkeypatch.setattr("grape_service.prepare.map_piece.FILE_REJECTS", 3)
     plan = plan_prepare(config, "words", storage)
     steps: list[tuple[int, int]] = []
     counts = [
@@ -161,9 +162,11 @@ def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, 
         for piece in plan.pieces
     ]
     assert max(count.num_files for count in counts) > 3
-    assert sum(rows for rows, _ in steps) == 150
+    assert max(count.num_reject_files for count in counts) > 1
+    assert sum(rows for rows, _ in steps) == 170
     assert sum(tokens for _, tokens in steps) == sum(count.tokens for count in counts)
     _, prepared = prepare(config, storage)
+    assert prepared.rejects == expected.rejects
     assert shard_bytes(storage, prepared) == shard_bytes(Storage(str(tmp_path / "other")), expected)
 
 
