@@ -1,4 +1,4 @@
-"""How fast the weights are made: tokens/s on one core, by level and length of response.
+"""How fast the weights are made: tokens per second of one core, by level and length of response.
 
 python benchmarks/weights.py
 """
@@ -36,9 +36,9 @@ def main() -> None:
         for name, config in SETTINGS:
             seconds = []
             for _ in range(arguments.repeat):
-                start = time.perf_counter()
+                start = time.process_time()
                 pear_weights(ratios[: offsets[-1]], offsets, config)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             rate = offsets[-1] / min(seconds) / 1e6
             print(f"{name:28} responses of {mean_length:6} tokens  {rate:6.1f} million tokens/s")
 
