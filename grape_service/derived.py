@@ -91,7 +91,9 @@ def derive_partition(
 ) -> dict[str, Derived]:
     """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`."""
     renderers = {
-        group.name: Renderer.load(group.folder, group.policy, render) for group in groups if not group.is_target
+        group.name: Renderer.load(group.folder, group.policy, render, own_template=True)
+        for group in groups
+        if not group.is_target
     }
     writers = {group.name: ShardCutter(storage, f"{out_folder}/{group.name}", shard_tokens) for group in groups}
     unrenderable = dict.fromkeys(writers, 0)

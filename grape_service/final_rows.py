@@ -56,6 +56,11 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
     for name in ("target_logprobs", "behavior_logprobs"):
         if name in table.column_names:
             made[name] = spread(array_of(table, name), offsets, mask)
+    if "behavior_logprobs" not in made and "recorded_logprobs" in table.column_names:
+        # Kept for `grape weigh`. A turn end that was not recorded is 0.0: NaN has no place in a release.
+        recorded = spread(array_of(table, "recorded_logprobs"), offsets, mask)
+        flat = np.nan_to_num(np.asarray(recorded.values), nan=0.0)
+        made["behavior_logprobs"] = pa.ListArray.from_arrays(recorded.offsets, pa.array(flat), mask=recorded.is_null())
     if "weights" in table.column_names:
         made["weight_source"] = array_of(table, "weight_source")
         weights = scale_weights(array_of(table, "weights"), made["weight_source"], weight_factor)

@@ -66,9 +66,26 @@ class Outcome:
         )
 
 
-def release_columns(prepared: Prepared) -> pa.Schema:
-    """The schema of a release made from a prepared pool."""
-    return schemas.release_schema(prepared.message_fields, prepared.other_fields)
+@dataclass(frozen=True)
+class Columns:
+    """What decides a release's schema."""
+
+    message_fields: list[str]
+    other_fields: list[pa.Field]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema."""
+        return schemas.release_schema(self.message_fields, self.other_fields)
+
+
+@dataclass(frozen=True)
+class WeighedFile:
+    """One partition's rows before they become a data file."""
+
+    partition: str
+    path: str
+    digest: str  # sha256
 
 
 def write_part_task(
@@ -76,15 +93,14 @@ def write_part_task(
     output: Storage,
     version_folder: str,
     index: int,
-    weighed_path: str,
-    message_fields: list[str],
-    other_fields: list[pa.Field],
+    weighed: WeighedFile,
+    columns: Columns,
     factor: float,
 ) -> FileEntry:
     """One data file of a version from one partition's weighed rows (a Ray task)."""
-    schema = schemas.release_schema(message_fields, other_fields)
-    batches = final_batches(workspace, weighed_path, message_fields, other_fields, factor)
-    return write_part(output, version_folder, index, schema, batches)
+    batches = final_batches(workspace, weighed.path, columns.message_fields, columns.other_fields, factor)
+    entry = write_part(output, version_folder, index, columns.schema, batches)
+    return entry.model_copy(update={"partition": weighed.partition})
 
 
 def file_digest(storage: Storage, path: str) -> str:
@@ -104,18 +120,15 @@ def content_digest(schema: pa.Schema, digests: list[str], factor: float) -> str:
 
 def publish_rows(
     run: Run,
-    schema: pa.Schema,
-    message_fields: list[str],
-    other_fields: list[pa.Field],
-    paths: list[str],
-    digests: list[str],
+    columns: Columns,
+    files: list[WeighedFile],
     factor: float,
     fields: dict[str, Any],
     force: bool,
 ) -> tuple[str, bool]:
     """Publish weighed files as a version and move the tags; the version, and whether it is a new one."""
-    name, output = run.config.name, run.output
-    digest = content_digest(schema, digests, factor)
+    name, output = run.name, run.output
+    digest = content_digest(columns.schema, [file.digest for file in files], factor)
     same = None if force else find_identical(output, name, digest)
     if same is not None:
         for tag in run.config.output.tags:
@@ -125,8 +138,7 @@ def publish_rows(
         return same, False
     with claim_version(output, name) as claim:
         arguments = [
-            (run.workspace, output, claim.folder, index, path, message_fields, other_fields, factor)
-            for index, path in enumerate(paths)
+            (run.workspace, output, claim.folder, index, file, columns, factor) for index, file in enumerate(files)
         ]
         reporter().begin("release", len(arguments), "files")
         entries = run_tasks(
@@ -134,7 +146,7 @@ def publish_rows(
         )
         reporter().end("release")
         manifest_fields = ManifestFields(content_digest=digest, tags=run.config.output.tags, **fields)
-        version = publish(output, claim, schema, entries, manifest_fields)
+        version = publish(output, claim, columns.schema, entries, manifest_fields)
     return version.version, True
 
 
@@ -201,14 +213,18 @@ def pool_parents(run: Run, prepared: Prepared) -> list[PoolFile]:
     return [PoolFile(path=f["url"], size=f["size"], etag=f["version"], digest=f["digest"]) for f in files]
 
 
-def parents(run: Run, prepared: Prepared, policies: list[PolicyUse]) -> Parents:
-    """Everything that a release of this run was made from."""
+def common_parents(run: Run, policies: list[PolicyUse]) -> Parents:
+    """What any release of this run was made from: policies, libraries, code."""
     return Parents(
-        pool=pool_parents(run, prepared),
         policies=policies,
         libraries=library_versions(),
         code=code_version(),
         workspace=run.workspace.root,
-        prepare_id=prepared.prepare_id,
         run_id=run.run_id,
     )
+
+
+def parents(run: Run, prepared: Prepared, policies: list[PolicyUse]) -> Parents:
+    """Everything that a release of a pool was made from."""
+    pool = {"pool": pool_parents(run, prepared), "prepare_id": prepared.prepare_id}
+    return common_parents(run, policies).model_copy(update=pool)

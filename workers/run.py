@@ -16,6 +16,7 @@ from typing import Any
 from grape_service.config import Config, PolicyConfig
 from grape_service.models import ModelFiles, policy_id, resolve_model
 from grape_service.progress import reporter
+from grape_service.releases.reference import Reference
 from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage
 
@@ -28,6 +29,7 @@ class Run:
     """What every stage is given."""
 
     config: Config
+    name: str  # of the dataset
     run_id: str
     workspace: Storage
     output: Storage
@@ -75,11 +77,12 @@ class Run:
 
 
 @contextlib.contextmanager
-def new_run(config: Config) -> Iterator[Run]:
-    """A run whose heartbeat beats inside the block."""
+def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]:
+    """A run whose heartbeat beats inside the block. With `reference` it adds to that dataset, not to the config's."""
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     workspace = Storage(config.workspace_path, config.storage)
-    run = Run(config, run_id, workspace, Storage(config.output.path, config.storage))
+    name, output = (reference.name, reference.path) if reference else (config.name, config.output.path)
+    run = Run(config, name, run_id, workspace, Storage(output, config.storage))
     workspace.write_json(f"{run.folder}/config.json", config.model_dump(mode="json"))
     stop = threading.Event()
 

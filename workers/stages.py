@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
 from grape_service.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
 from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
@@ -22,6 +26,7 @@ from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.shards import shard_paths
 from grape_service.prepare.summary import summarise_map
 from grape_service.progress import reporter
+from grape_service.releases.manifest import PolicyUse
 from grape_service.render.compatibility import incompatible_ids
 from grape_service.render.renderer import Renderer
 from grape_service.scores import ScoreStore
@@ -42,7 +47,7 @@ class Kept:
 
     paths: dict[str, str]  # partition -> path in the workspace
     counts: SelectCounts
-    rows: dict[str, int]  # partition -> rows
+    has_scores: bool  # whether target_logprobs are in the files
 
 
 def prepare(run: Run) -> Prepared:
@@ -55,7 +60,7 @@ def prepare(run: Run) -> Prepared:
             prepared = _prepare_anew(run, plan)
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
-        check_compatibility(run, prepared)
+        check_compatibility(run, prepared.used_token_ids)
     return prepared
 
 
@@ -88,8 +93,8 @@ def map_task(plan: PreparePlan, piece: Piece, config: Config, folder: str, works
     return map_piece(plan, piece, config, Renderer.load(folder, config.target, config.render), workspace)
 
 
-def check_compatibility(run: Run, prepared: Prepared) -> None:
-    """Refuse behavior policies under which the pool's token ids mean other bytes, before any scoring."""
+def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:
+    """Refuse behavior policies under which the token ids with loss mean other bytes, before any scoring."""
     config = run.config
     if config.weights is None or config.behavior is None:
         return
@@ -97,8 +102,8 @@ def check_compatibility(run: Run, prepared: Prepared) -> None:
         files = run.files_of(policy)
         if files.folder == run.target_files.folder:
             continue
-        other = Renderer.load(files.folder, policy, config.render)
-        bad = incompatible_ids(run.target_renderer, other, prepared.used_token_ids)
+        other = Renderer.load(files.folder, policy, config.render, own_template=True)
+        bad = incompatible_ids(run.target_renderer, other, used_ids)
         if len(bad):
             raise UserError(
                 f"{config.target.model} and {policy.model} cannot be compared token by token: "
@@ -139,25 +144,24 @@ def score_target(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
 
 def select(run: Run, prepared: Prepared) -> Kept:
     """Keep the best candidates of each prompt."""
+    config = run.config
     partitions = [partition for partition, totals in prepared.partitions.items() if totals.num_shards]
-    store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
+    store = ScoreStore(run.workspace, run.policy_id(config.target)) if config.select.needs_scores else None
     paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
     arguments = [
-        (run.workspace, partition, shard_paths(prepared, partition), store, run.config, None, path)
+        (run.workspace, partition, shard_paths(prepared, partition), store, config, None, path)
         for partition, path in paths.items()
     ]
     with run.stage("select"):
         reporter().begin("select", len(arguments), "partitions")
-        counts = run_tasks(
-            select_partition, arguments, run.config.workers, done=lambda *_: reporter().advance("select", 1)
-        )
+        counts = run_tasks(select_partition, arguments, config.workers, done=lambda *_: reporter().advance("select", 1))
         reporter().end("select")
     rows = {partition: count.kept_rows for partition, count in zip(partitions, counts, strict=True)}
     total = sum(counts, SelectCounts())
     if total.kept_rows == 0:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
         raise UserError(f"no prompt is left after selection ({reasons or 'the pool has no rows'})")
-    return Kept({p: path for p, path in paths.items() if rows[p]}, total, rows)
+    return Kept({p: path for p, path in paths.items() if rows[p]}, total, config.select.needs_scores)
 
 
 def policy_groups(run: Run, kept: Kept) -> list[Group]:
@@ -165,7 +169,7 @@ def policy_groups(run: Run, kept: Kept) -> list[Group]:
     config = run.config
     assert config.behavior is not None
     target, files = config.target, run.target_files
-    temperatures = [] if config.select.needs_scores else [1.0]
+    temperatures = [] if kept.has_scores else [1.0]
     arguments = [(run.workspace, path, config.behavior) for path in kept.paths.values()]
     temperatures += sorted({t for found in run_tasks(recorded_temperatures, arguments, config.workers) for t in found})
     groups = [
@@ -235,6 +239,10 @@ class Weighed:
     digests: dict[str, str]  # sha256 of each file
     counts: WeighCounts
     factor: float  # of normalize: dataset
+
+    def files(self) -> list[publishing.WeighedFile]:
+        """The files in the order of the partitions."""
+        return [publishing.WeighedFile(p, path, self.digests[p]) for p, path in self.paths.items()]
 
 
 def weigh(run: Run, kept: Kept, derivations: Derivations) -> Weighed:
@@ -310,6 +318,16 @@ def refuse_missing_behavior(run: Run, kept: Kept) -> None:
     refuse_missing(census)
 
 
+def policies_used(run: Run, derivations: Derivations) -> list[PolicyUse]:
+    """Every policy that had a part in the release."""
+    used = [publishing.policy_use(run, "target", run.config.target)]
+    for group in derivations.groups:
+        role = "target" if group.is_target else "behavior"
+        if group.temperature != 1.0 or not group.is_target:
+            used.append(publishing.policy_use(run, role, group.policy, group.temperature))
+    return used
+
+
 def release(
     run: Run,
     prepared: Prepared,
@@ -323,10 +341,7 @@ def release(
     totals = [scored, *derivations.totals.values()]
     failed = sum(total.failed for total in totals)
     publishing.check_failed_share(run.config, failed, prepared.rows)
-    policies = [publishing.policy_use(run, "target", run.config.target)]
-    for group in derivations.groups:
-        role = "target" if group.is_target else "behavior"
-        policies.append(publishing.policy_use(run, role, group.policy, group.temperature))
+    policies = policies_used(run, derivations)
     counts = {
         "pool": pool_counts(prepared),
         "select": kept.counts.to_json(),
@@ -344,19 +359,13 @@ def release(
             "events": run.events,
         },
     }
+    message_fields, other_fields = prepared.message_fields, list(prepared.other_fields)
+    other_fields += [pa.field("sampling", pa.string())] if prepared.recorded else []
+    other_fields += [pa.field("tools", pa.string())] if "tool_calls" in message_fields else []
     with run.stage("release"):
-        version, is_new = publishing.publish_rows(
-            run,
-            publishing.release_columns(prepared),
-            prepared.message_fields,
-            prepared.other_fields,
-            list(weighed.paths.values()),
-            list(weighed.digests.values()),
-            weighed.factor,
-            fields,
-            force,
-        )
-    reference = f"{run.output.root}/{run.config.name}@{version}"
+        columns = publishing.Columns(message_fields, other_fields)
+        version, is_new = publishing.publish_rows(run, columns, weighed.files(), weighed.factor, fields, force)
+    reference = f"{run.output.root}/{run.name}@{version}"
     run.workspace.delete_folder(run.folder)
     return Outcome(
         reference=reference,
@@ -366,7 +375,7 @@ def release(
         rejected=prepared.rejects.total,
         failed=failed,
         seconds=publishing.run_seconds(run),
-        report=f"{run.output.root}/{run.config.name}/versions/{version}/report.html",
+        report=f"{run.output.root}/{run.name}/versions/{version}/report.html",
         scored=sum(total.rows for total in totals),
         reused=sum(total.reused for total in totals),
         is_new=is_new,

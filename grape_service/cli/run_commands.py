@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+from grape_service.cli.output import (
+    ConfigArgument,
+    JsonOption,
+    ReferenceArgument,
+    config_of,
+    print_json,
+    print_table,
+    say,
+)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
 SHOWN_ROWS = 12
@@ -19,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: grape run examples/quickstart/grape.yaml")(run)
     app.command(epilog="Example: grape score config.yaml")(score)
     app.command(epilog="Example: grape select config.yaml --json")(select)
+    app.command(epilog="Example: grape weigh s3://team/datasets/math-sft@v0003 --config weights.yaml")(weigh)
 
 
 def run(config: ConfigArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
@@ -52,6 +61,28 @@ def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
     sources = outcome.counts["select"]["sources"]
     rows = [(source, f"{count['candidates']:,}", f"{count['kept']:,}") for source, count in sorted(sources.items())]
     print_table("by source", ["source", "candidates", "kept"], rows)
+
+
+def weigh(
+    reference: ReferenceArgument,
+    config: Annotated[str, typer.Option("--config", help="The config with target, behavior and weights.")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new version with PEAR weights from the rows of an existing release, scoring only what is missing."""
+    from grape_service.cli.bars import Bars
+
+    settings = config_of(config)
+    quiet_prefect()
+    from flows.weigh import weigh_release
+
+    with Bars():
+        outcome = weigh_release(reference, settings, force=force)
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    say(outcome.sentence())
+    say(f"release   {outcome.reference}")
 
 
 def run_flow(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:

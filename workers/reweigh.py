@@ -1,0 +1,94 @@
+"""Weighing a release again: its rows become kept rows, at the same or another target, and a new version."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grape_service.errors import UserError
+from grape_service.releases.load import Release
+from grape_service.reopened import other_fields_of, write_kept_rows
+from grape_service.select import SelectCounts
+from workers import publishing
+from workers.cluster import run_tasks
+from workers.publishing import Outcome
+from workers.run import Run
+from workers.stages import Derivations, Kept, Weighed, check_compatibility, policies_used
+
+
+def reopen(run: Run, release: Release) -> Kept:
+    """The release's rows as kept files; the target's scores are taken over where the target is the same policy.
+
+    Raises UserError where the config has no weights, or a target that reads the tokens differently.
+    """
+    if run.config.weights is None:
+        raise UserError("the config has no weights: add 'weights: {method: pear}' and a behavior to weigh a release")
+    target_id = run.policy_id(run.config.target)
+    same_target = any(p.role == "target" and p.policy_id == target_id for p in release.manifest.parents.policies)
+    other = other_fields_of(release.schema)
+    paths: dict[str, str] = {}
+    arguments = []
+    for entry in release.manifest.files:
+        partition = getattr(entry, "partition", "b")
+        paths[partition] = f"{run.folder}/kept/{partition}.parquet"
+        part = f"{release.folder}/{entry.path}"
+        turn_end = run.target_renderer.turn_end_id
+        arguments.append((release.storage, part, run.workspace, paths[partition], other, turn_end, same_target))
+    with run.stage("reopen"):
+        done = run_tasks(write_kept_rows, arguments, run.config.workers)
+    used = np.unique(np.concatenate([ids for _, ids in done]))
+    if len(used) and used[-1] >= run.target_renderer.vocab_size:
+        raise UserError(f"{run.config.target.model} does not have the tokens of {release.reference}: token {used[-1]}")
+    check_compatibility(run, used)
+    rows = sum(count for count, _ in done)
+    prompts = release.manifest.counts.get("select", {}).get("kept_prompts", rows)
+    return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target)
+
+
+def release_again(
+    run: Run, release: Release, kept: Kept, derivations: Derivations, weighed: Weighed, force: bool = False
+) -> Outcome:
+    """Publish the weighed rows as a new version whose parent is `release`."""
+    failed = sum(total.failed for total in derivations.totals.values())
+    publishing.check_failed_share(run.config, failed, kept.counts.kept_rows)
+    columns = publishing.Columns(
+        [field.name for field in release.schema.field("messages").type.value_type],
+        [field for field in release.schema if field.name in _extra_names(release)],
+    )
+    old = release.manifest
+    parents = publishing.common_parents(run, policies_used(run, derivations)).model_copy(
+        update={"pool": old.parents.pool, "prepare_id": old.parents.prepare_id, "release": release.reference}
+    )
+    config = {**run.config.model_dump(mode="json"), "select": old.config.get("select"), "pool": old.config.get("pool")}
+    fields = {
+        "counts": {**old.counts, "weigh": weighed.counts.to_json()},
+        "config": config,
+        "parents": parents,
+        "statistics": {
+            "weights": weighed.counts.totals.figures(),
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
+            "engines": run.engines,
+            "events": run.events,
+        },
+    }
+    version, is_new = publishing.publish_rows(run, columns, weighed.files(), weighed.factor, fields, force)
+    run.workspace.delete_folder(run.folder)
+    totals = derivations.totals.values()
+    return Outcome(
+        reference=f"{run.output.root}/{run.name}@{version}",
+        version=version,
+        prompts=weighed.counts.prompts,
+        rows=weighed.counts.rows,
+        failed=failed,
+        seconds=publishing.run_seconds(run),
+        report=f"{run.output.root}/{run.name}/versions/{version}/report.html",
+        scored=sum(total.rows for total in totals),
+        reused=sum(total.reused for total in totals),
+        is_new=is_new,
+        storage_options=run.config.storage,
+    )
+
+
+def _extra_names(release: Release) -> set[str]:
+    return {field.name for field in other_fields_of(release.schema)} | (
+        {"sampling", "tools"} & set(release.schema.names)
+    )
