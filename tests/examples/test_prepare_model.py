@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import prepare_model
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from examples.quickstart import prepare_model
 from tests.smollm2 import smollm2_folder
 
 
