@@ -5,11 +5,12 @@ Shape legend: R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from functools import cache
-from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 BLOCK = 4096
 """Logits a Triton program reads at a time."""
@@ -44,9 +45,11 @@ def fused_token_logprobs(
 ) -> torch.Tensor:
     """The same as one Triton kernel: each row is read once, with a running maximum and sum."""
     assert logits_RV.stride(1) == 1, "the logits of a row must lie next to each other"
+    from workers.engines.token_logprobs_kernel import row_logprob
+
     rows, vocab = logits_RV.shape
     logprobs_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
-    _triton_kernel()[(rows,)](
+    row_logprob[(rows,)](
         logits_RV,
         logits_RV.stride(0),
         targets_R,
@@ -70,41 +73,6 @@ def fused_kernel_works(device: torch.device) -> bool:
     try:
         fused_R = fused_token_logprobs(logits_RV, targets_R, temperatures_R)
     except Exception as error:  # a host without a compiler, a Triton too old: PyTorch's operations do it too
-        torch._logging._internal.log.info("no fused log-softmax on %s: %s", device, error)
+        log.info("no fused log-softmax on %s: %s", device, error)
         return False
     return torch.allclose(fused_R, plain_token_logprobs(logits_RV, targets_R, temperatures_R), atol=1e-4, rtol=0)
-
-
-@cache
-def _triton_kernel() -> Callable[..., Any]:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def kernel(  # type: ignore[no-untyped-def]
-        logits, row_stride, targets, temperatures, logprobs, vocab, HEATED: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        start = logits + row * row_stride
-        inverse = 1.0
-        if HEATED:
-            inverse = 1.0 / tl.load(temperatures + row)
-        columns = tl.arange(0, BLOCK)
-        largest = tl.full([BLOCK], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, vocab, BLOCK):
-            inside = first + columns < vocab
-            values = tl.load(start + first + columns, mask=inside, other=float("-inf")).to(tl.float32) * inverse
-            grown = tl.maximum(largest, values)
-            # Lanes that have seen no value yet hold -inf; their sums stay 0.
-            seen = grown > float("-inf")
-            kept = tl.where(seen, tl.exp(largest - grown), 0.0)
-            added = tl.where(seen, tl.exp(values - grown), 0.0)
-            total = total * kept + added
-            largest = grown
-        top = tl.max(largest, axis=0)
-        normaliser = top + tl.log(tl.sum(tl.where(largest > float("-inf"), total * tl.exp(largest - top), 0.0), axis=0))
-        target = tl.load(start + tl.load(targets + row)).to(tl.float32) * inverse
-        tl.store(logprobs + row, tl.minimum(target - normaliser, 0.0))
-
-    return kernel

@@ -140,8 +140,8 @@ class VllmEngine:
         longest = int(batch.lengths.max())
         if longest > self._core.max_row_tokens:
             raise UserError(
-                f"a row of {longest} tokens is longer than {self._policy.model} takes, {self._core.max_row_tokens}: "
-                "set render.max_tokens to the model's length"
+                f"a row of {longest} tokens is longer than the {self._core.max_row_tokens} tokens that "
+                f"{self._policy.model} takes: set render.max_tokens to the model's length"
             )
         job = _Job(batch, temperature)
         self._jobs.put(job)
@@ -218,6 +218,8 @@ class VllmEngine:
             "enable_chunked_prefill": True,
             "enforce_eager": True,
             "disable_log_stats": True,
+            # On a CPU vLLM's own choice of 128 would share no prompt that is shorter.
+            **({} if cuda else {"block_size": 32}),
             **given,
         }
         adapter = self._policy.adapter
@@ -229,6 +231,7 @@ class VllmEngine:
                 if isinstance(error, UserError) or _out_of_memory(error):
                     raise
                 why_not = f"the scoring head did not start ({error})"
+                vllm_head.free_device()
         if why_not is not None:
             log.warning(
                 "scoring %s through prompt_logprobs because %s; %s", self._policy.model, why_not, PROMPT_LOGPROBS_COST

@@ -12,7 +12,6 @@ and scales included), in chunks over all requests of a step, and keeps only log-
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -47,21 +46,19 @@ HEAD_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """How large the logits of one chunk of rows may be, by device."""
 
 VERSION: str = vllm.__version__
-_VERSION = "_v" + re.sub(r"\W", "_", VERSION)
-"""Part of the class names: vLLM caches what it found out about a class by its name, over upgrades too."""
 
 
 def register() -> None:
     """Add a scoring model for each causal language model of vLLM's registry. Called in every vLLM process."""
     for architecture in list(ModelRegistry.models):
         if architecture.endswith(CAUSAL_SUFFIXES) and not architecture.startswith(SCORING):
-            ModelRegistry.register_model(SCORING + architecture, f"{__name__}:{SCORING}{architecture}{_VERSION}")
+            ModelRegistry.register_model(SCORING + architecture, f"{__name__}:{SCORING}{architecture}")
 
 
 def __getattr__(name: str) -> Any:
     """The class of a registered scoring model, made when vLLM asks for it by name."""
-    if name.startswith(SCORING) and name.endswith(_VERSION):
-        return scoring_class(name.removeprefix(SCORING).removesuffix(_VERSION))
+    if name.startswith(SCORING):
+        return scoring_class(name.removeprefix(SCORING))
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
@@ -304,7 +301,12 @@ class VllmCore:
         """End worker processes and free the device."""
         self._engine.engine_core.shutdown()
         del self._engine
-        cleanup_dist_env_and_memory()
+        free_device()
+
+
+def free_device() -> None:
+    """Give back what an engine of this process held, also one that did not come up."""
+    cleanup_dist_env_and_memory()
 
 
 def why_no_head(architecture: str) -> str | None:
@@ -320,7 +322,8 @@ def start_with_head(
     architecture: str, adapter: str | None, options: dict[str, Any], settings: dict[str, Any]
 ) -> VllmCore:
     """vLLM with the scoring head. `options` are the head's (chunk_bytes), `settings` vLLM's EngineArgs."""
-    register()
+    # The class itself: given a name alone, vLLM starts a process to look at it, which takes many seconds.
+    ModelRegistry.register_model(SCORING + architecture, scoring_class(architecture))
     mine = {
         "enable_prefix_caching": True,
         "scheduler_cls": f"{__name__}.PromptCacheScheduler",
