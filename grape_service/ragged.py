@@ -7,10 +7,13 @@ loss of all sequences together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Int64s = npt.NDArray[np.int64]
 
@@ -51,6 +54,8 @@ def list_offsets_and_values(column: pa.ListArray) -> tuple[Int64s, npt.NDArray]:
 
 def list_array(offsets: Int64s, values: npt.NDArray, value_type: pa.DataType) -> pa.ListArray:
     """Offsets [N + 1] and flat values -> a list column."""
+    import pyarrow as pa
+
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, type=value_type))
 
 

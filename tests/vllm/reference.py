@@ -61,9 +61,7 @@ def load_reference(folder: str, adapter: str | None = None) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def reference_scores(
-    model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0
-) -> npt.NDArray[np.float32]:
+def reference_scores(model: torch.nn.Module, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
     """log p of each token with loss, flat, in the batch's order."""
     scores = []
     for row in range(len(batch)):

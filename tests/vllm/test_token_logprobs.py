@@ -46,7 +46,8 @@ for dtype in (torch.bfloat16, torch.float32):
             targets = torch.tensor([0, vocab - 1, vocab // 2, 0])
             wide = logits.double() / (1.0 if heat is None else heat[:, None].double())
             expected = torch.log_softmax(wide, dim=1).gather(1, targets[:, None]).squeeze(1)
-            torch.testing.assert_close(fused_token_logprobs(logits, targets, heat).double(), expected, rtol=0, atol=1e-4)
+            fused = fused_token_logprobs(logits, targets, heat).double()
+            torch.testing.assert_close(fused, expected, rtol=0, atol=1e-4)
 """
 
 FOR_AN_H100 = """

@@ -14,13 +14,14 @@ from grape_service.errors import UserError
 from workers.engines.lora_merge import load_adapter
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run make test-vllm")
-peft = pytest.importorskip("peft", reason="PEFT is not installed: run make test-vllm")
 
 from tests.vllm.reference import assert_exact, engine_of, load_reference, random_ids, row, tiny_model
 
 
 def make_adapter(base: str, folder: Path, **settings: Any) -> str:
     """A LoRA whose B matrices are random too, so that it changes the model a lot."""
+    import peft
+
     model = peft.get_peft_model(load_reference(base), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -57,9 +58,11 @@ def test_an_adapter_is_part_of_the_policy(tmp_path: Path, arch: str) -> None:
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "base", "gpt2")
     adapter = make_adapter(tiny_model(tmp_path / "other"), tmp_path / "adapter", **SETTINGS["llama"])
-    with pytest.raises(UserError, match=r"changes model\.layers\.\d.*, which the model's files do not have"):
-        with engine_of(folder, adapter=adapter):
-            pass
+    with (
+        pytest.raises(UserError, match=r"changes model\.layers\.\d.*, which the model's files do not have"),
+        engine_of(folder, adapter=adapter),
+    ):
+        pass
 
 
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path) -> None:

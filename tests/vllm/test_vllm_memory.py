@@ -65,6 +65,7 @@ def test_out_of_memory_halves_the_steps_and_goes_on(tmp_path: Path, monkeypatch:
         with pytest.raises(OutOfMemory, match="out of memory"):
             engine.score(TokenBatch.from_rows(rows))
         assert engine.stats()["out_of_memory"] == 1
+        assert engine.max_batch_tokens == 128
         assert_exact(engine, model, rows)
         assert max(sizes[1:]) <= 128
         assert engine.stats()["rescored_rows"] == 0
@@ -82,7 +83,9 @@ def test_memory_for_scores_does_not_grow_with_the_response(tmp_path: Path, monke
     model = load_reference(folder)
     largest = []
     with engine_of(folder, max_batch_tokens=512, head_chunk_bytes=4 * 544 * 40) as engine:
-        pooler = engine._core._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.pooler
+        pooler = (
+            engine._core._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.pooler
+        )
         compute = pooler._compute_logits
 
         def measured(hidden_states: torch.Tensor) -> torch.Tensor:

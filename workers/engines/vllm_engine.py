@@ -36,6 +36,9 @@ DEFAULT_MAX_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 STEPS_AHEAD = 4
 """How many steps' tokens vLLM holds at most: rows beyond that wait here, so that memory does not grow with a call."""
 
+MIN_STEP_TOKENS = 64
+"""What does not fit the memory in steps of this size will not fit it at all."""
+
 PROMPT_LOGPROBS_COST = (
     "this computes the output head for prompt tokens too and each prompt once for every candidate: "
     "about 0.7 times the scoring head's speed for a 7B model on an H100"
@@ -104,7 +107,7 @@ class VllmEngine:
         self._policy = policy
         self._folder = folder
         self._max_batch_tokens = max_batch_tokens
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self._waiting: deque[tuple[_Job, int, bool]] = deque()  # job, row, whether the prefix cache may be read
         self._running: dict[str, tuple[_Job, int, bool]] = {}  # the same, by request id
@@ -144,7 +147,7 @@ class VllmEngine:
                 f"{self._policy.model} takes: set render.max_tokens to the model's length"
             )
         job = _Job(batch, temperature)
-        self._jobs.put(job)
+        self._inbox.put(job)
         return job.answer.result()
 
     @property
@@ -165,7 +168,7 @@ class VllmEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._jobs.put(None)
+            self._inbox.put(None)
             self._thread.join()
 
     # What follows runs in the engine's own thread.
@@ -187,8 +190,8 @@ class VllmEngine:
                 self._give_up(error)
             self._seconds += time.monotonic() - begun
         self._broken = self._broken or RuntimeError("the engine was closed")
-        while not self._jobs.empty():
-            if (job := self._jobs.get()) is not None:
+        while not self._inbox.empty():
+            if (job := self._inbox.get()) is not None:
                 job.answer.set_exception(self._broken)
         self._core.shut_down()
 
@@ -259,7 +262,7 @@ class VllmEngine:
         """Wait for something to do; False when the engine is to close."""
         while True:
             try:
-                job = self._jobs.get(block=not self._waiting and not self._running)
+                job = self._inbox.get(block=not self._waiting and not self._running)
             except queue.Empty:
                 return True
             if job is None:
@@ -306,7 +309,7 @@ class VllmEngine:
         self._running.clear()
         self._held_tokens = 0
         full = _out_of_memory(error)
-        if full is None:
+        if full is None or self._step_tokens // 2 < MIN_STEP_TOKENS:
             self._broken = error
         else:
             self._out_of_memory += 1
