@@ -63,8 +63,14 @@ def read_catalog(storage: Storage, name: str) -> list[CatalogEntry]:
 
 
 def add_to_catalog(storage: Storage, manifest: Manifest) -> None:
-    """List a version; if others keep writing, it is left to be read from its manifest."""
-    _change(storage, manifest.name, lambda known, gone: known.__setitem__(manifest.version, CatalogEntry.of(manifest)))
+    """List a version, and those that are missing; if others keep writing, it is left to be read from its manifest."""
+    entries = {entry.version: entry for entry in read_catalog(storage, manifest.name)}
+    entries[manifest.version] = CatalogEntry.of(manifest)
+
+    def add(known: dict[str, CatalogEntry], gone: set[str]) -> None:
+        known.update({version: entry for version, entry in entries.items() if version not in gone})
+
+    _change(storage, manifest.name, add)
 
 
 def remove_from_catalog(storage: Storage, name: str, versions: list[str]) -> None:

@@ -23,7 +23,6 @@ from grape_service.releases.load import Release
 
 ROWS_PER_BUCKET = 250_000
 MAX_BUCKETS = 512
-_BATCH_ROWS = 4096
 _COLUMNS = ["prompt_id", "candidate_id", "source", "grape_score", "input_ids", "loss_mask", "loss_weights"]
 _DIGEST = pa.schema(
     [
@@ -83,7 +82,7 @@ class Diff:
     columns_added: list[str] = field(default_factory=list)
     columns_removed: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self)
 
@@ -189,10 +188,7 @@ def _deal(release: Release, folder: Path, side: str, buckets: int) -> None:
         raise UserError(f"{release.reference} has no column '{missing[0]}', so its choices cannot be compared")
     with contextlib.ExitStack() as stack:
         writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-        batches = release.dataset.to_batches(
-            columns=_COLUMNS, batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=1
-        )
-        for batch in batches:
+        for batch in release.batches(_COLUMNS):
             digest = _digest(batch)
             dealt = ragged_hash(*_bytes_of(batch["prompt_id"])) % np.uint64(buckets)
             for bucket in np.unique(dealt):

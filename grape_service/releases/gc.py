@@ -40,7 +40,7 @@ class Garbage:
     num_bytes: int
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self)
 

@@ -23,19 +23,18 @@ class Node:
     label: str
     children: list[Node] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For --json."""
-        return {"label": self.label, "children": [child.to_dict() for child in self.children]}
+        return {"label": self.label, "children": [child.to_json() for child in self.children]}
+
+    def render_text(self) -> str:
+        """The tree as text; names from outside are escaped."""
+        return "\n".join(_lines(self))
 
 
-def lineage(release: Release) -> Node:
+def lineage_tree(release: Release) -> Node:
     """The tree of a version: counts, pool, policies, code, its parent version with its own tree, training runs."""
     return _version_node(release, set())
-
-
-def render_text(node: Node) -> str:
-    """The tree as text; names from outside are escaped."""
-    return "\n".join(_lines(node))
 
 
 def training_runs(storage: Storage, name: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,20 @@ class Release:
         if not paths:
             return pads.dataset(self.schema.empty_table())
         return pads.dataset(paths, schema=self.schema, format="parquet", filesystem=self.storage.arrow)
+
+    def batches(
+        self, columns: list[str] | None = None, filter: pads.Expression | None = None, batch_rows: int = 4096
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows in order, a row group or two at a time, so that memory stays small however large the version is.
+        Raises UserError where a data file is missing or damaged."""
+        try:
+            yield from self.dataset.to_batches(
+                columns=columns, filter=filter, batch_size=batch_rows, batch_readahead=4, fragment_readahead=1
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"the data of {self.reference} cannot be read ({_one_line(error)}): see `grape datasets verify`"
+            ) from error
 
     def open_file(self, path: str) -> pq.ParquetFile:
         """One data file, by its path in the manifest. Raises UserError if it is missing or not Parquet."""

@@ -23,7 +23,10 @@ class Problem:
     path: str  # relative to the version's folder
     problem: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def __str__(self) -> str:
+        return f"{ascii(self.path)[1:-1]} {self.problem}"
+
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -54,7 +57,7 @@ def render_text(release: Release, problems: list[Problem]) -> str:
             f"{manifest.num_bytes:,} bytes, every size and sha256 as in the manifest"
         )
     lines = [f"{release.reference} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
-    return "\n".join([*lines, *[f"  {ascii(item.path)[1:-1]} {item.problem}" for item in problems]])
+    return "\n".join([*lines, *[f"  {problem}" for problem in problems]])
 
 
 def _check(release: Release, entry: FileEntry | DocumentEntry, size: int | None) -> str | None:

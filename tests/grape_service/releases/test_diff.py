@@ -69,7 +69,7 @@ def test_a_diff_finds_what_a_plain_loop_finds(
     assert found.weights.mean_a == pytest.approx(np.mean(weights), rel=1e-6)
     assert len(found.examples) == 20
     assert all(f"{item.candidate_a}-new" == item.candidate_b for item in found.examples)
-    assert b'"prompts_changed": 36' in json_bytes(found.to_dict())
+    assert b'"prompts_changed": 36' in json_bytes(found.to_json())
     text = render_text(found)
     assert "+66 added, -56 removed, 144 in both, 1 of them with other tokens" in text
     assert "36 with another choice" in text

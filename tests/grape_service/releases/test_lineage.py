@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from grape_service.releases.lineage import lineage, render_text
+from grape_service.releases.lineage import lineage_tree
 from grape_service.releases.load import load
 from grape_service.releases.manifest import CodeVersion, Parents, PolicyUse, PoolFile
 from grape_service.storage import Storage, json_bytes
@@ -35,8 +35,8 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
     any_storage.write_json("math-sft/runs/sft-8.json", {**record, "version": "v0001"})
     any_storage.write("math-sft/runs/broken.json", b"{")
 
-    tree = lineage(load(f"{any_storage.root}/math-sft@v0002"))
-    text = render_text(tree)
+    tree = lineage_tree(load(f"{any_storage.root}/math-sft@v0002"))
+    text = tree.render_text()
     print(text)
     lines = text.splitlines()
     assert lines[0].startswith(f"{any_storage.root}/math-sft@v0002  3 rows")
@@ -60,7 +60,7 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
     runs = [line for line in lines if "trained on it" in line]
     assert ["sft-8" in run for run in runs] == [True, False]
     assert len(runs[0]) - len(runs[0].lstrip("│ ├└─")) > len(runs[1]) - len(runs[1].lstrip("│ ├└─"))
-    assert b'"label"' in json_bytes(tree.to_dict())
+    assert b'"label"' in json_bytes(tree.to_json())
 
 
 def test_a_parent_that_is_gone_or_goes_round_ends_the_tree(tmp_path) -> None:
@@ -68,8 +68,8 @@ def test_a_parent_that_is_gone_or_goes_round_ends_the_tree(tmp_path) -> None:
     publish_version(storage, parts=[rows(0, 1)], parents=Parents(release=f"{tmp_path}/math-sft@v0002"))
     publish_version(storage, parts=[rows(0, 1)], parents=Parents(release=f"{tmp_path}/math-sft@v0001"))
     publish_version(storage, parts=[rows(0, 1)], parents=Parents(release=f"{tmp_path}/gone@v0009"))
-    assert render_text(lineage(load(f"{tmp_path}/math-sft@v0002"))).count("weighed from") == 2
-    assert "gone: " in render_text(lineage(load(f"{tmp_path}/math-sft@v0003")))
+    assert lineage_tree(load(f"{tmp_path}/math-sft@v0002")).render_text().count("weighed from") == 2
+    assert "gone: " in lineage_tree(load(f"{tmp_path}/math-sft@v0003")).render_text()
 
 
 def test_the_card_escapes_what_comes_from_outside(tmp_path) -> None:
