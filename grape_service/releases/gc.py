@@ -20,6 +20,7 @@ from grape_service.releases.tags import list_tags
 from grape_service.storage import FileInfo, Storage, json_bytes
 
 DAY = 86_400.0
+_LOOK_AGAIN_SECONDS = 10.0
 UNFINISHED, VERSION, SCORES, PREPARED, RUN, TEMPORARY = (
     "unfinished version",
     "old version",
@@ -85,7 +86,7 @@ def collect(
     garbage += [item for name, version, item in old if dry_run or _delete_version(output, name, version)]
     if workspace is not None and not alive:
         unused = _workspace_garbage(workspace, kept, now - keep_days * DAY)
-        garbage += [item for item in unused if dry_run or _delete_unused(workspace, item, now, stale_seconds)]
+        garbage += unused if dry_run else _delete_unused(workspace, unused, now, stale_seconds)
     if not dry_run:
         for storage in {storage.root: storage for storage in (output, workspace) if storage}.values():
             freed = storage.delete_unfinished(older_than=DAY)
@@ -248,12 +249,16 @@ def _alive_runs(workspace: Storage, now: float, stale_seconds: float) -> set[str
     return {info.path.split("/")[1] for info in beats if now - info.modified < stale_seconds}
 
 
-def _delete_unused(workspace: Storage, item: Garbage, now: float, stale_seconds: float) -> bool:
-    """Delete a folder of the workspace, unless a run has begun meanwhile."""
-    if _alive_runs(workspace, now, stale_seconds):
-        return False
-    workspace.delete_folder(item.path.removeprefix(f"{workspace.root}/"))
-    return True
+def _delete_unused(workspace: Storage, unused: list[Garbage], now: float, stale_seconds: float) -> list[Garbage]:
+    """Delete folders of the workspace; stops when a run begins meanwhile. Returns those that are gone."""
+    checked = 0.0
+    for i, item in enumerate(unused):
+        if time.monotonic() - checked > _LOOK_AGAIN_SECONDS:
+            if _alive_runs(workspace, now, stale_seconds):
+                return unused[:i]
+            checked = time.monotonic()
+        workspace.delete_folder(item.path.removeprefix(f"{workspace.root}/"))
+    return unused
 
 
 def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], before: float) -> list[Garbage]:

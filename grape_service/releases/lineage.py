@@ -111,10 +111,14 @@ def _policy_node(policy: PolicyUse) -> Node:
 
 
 def _run_node(run: dict[str, Any]) -> Node:
-    hidden = {"id", "version", "reference", "kind", "state", "config"}
-    known = {key: value for key, value in run.items() if key not in hidden and value not in (None, [], {})}
-    label = f"trained on it: {run.get('kind', 'run')} {run['id']}, {run.get('state', 'state unknown')}"
-    return Node(label, _value_nodes(known))
+    shown = ("kind", "job_id", "checkpoint", "output", "metrics")
+    stages = run.get("stages")
+    children = [
+        Node(f"{stage}: {entry.get('state', 'state unknown')}", _value_nodes({k: entry.get(k) for k in shown}))
+        for stage, entry in (stages.items() if isinstance(stages, dict) else ())
+        if isinstance(entry, dict)
+    ]
+    return Node(f"trained on it: {run['id']}, {run.get('state', 'state unknown')}", children)
 
 
 def _value_nodes(value: dict[str, Any]) -> list[Node]:

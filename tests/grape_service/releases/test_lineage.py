@@ -24,13 +24,8 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
     publish_version(any_storage, parts=[rows(0, 3)], parents=made_from, counts=counts, config=config)
     weighed = Parents(policies=[policy], release=f"{any_storage.root}/math-sft@v0001")
     publish_version(any_storage, parts=[rows(0, 3)], parents=weighed, tags=("best",))
-    record = {
-        "version": "v0002",
-        "kind": "sft",
-        "state": "succeeded",
-        "checkpoint": "s3://ckpt/1",
-        "metrics": {"loss": 1.5},
-    }
+    sft = {"state": "succeeded", "kind": "builtin", "checkpoint": "s3://ckpt/1", "metrics": {"loss": 1.5}}
+    record = {"version": "v0002", "state": "succeeded", "stages": {"sft": sft, "rl": {"state": "waiting"}}}
     any_storage.write_json("math-sft/runs/sft-7.json", record)
     any_storage.write_json("math-sft/runs/sft-8.json", {**record, "version": "v0001"})
     any_storage.write("math-sft/runs/broken.json", b"{")
@@ -52,8 +47,11 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
         "code: grape-service 0.1.0, commit c0ffee",
         "libraries: pyarrow 26.0.1, torch 2.13.0",
         "method: grape",
-        "trained on it: sft sft-7, succeeded",
+        "trained on it: sft-7, succeeded",
+        "sft: succeeded",
         "checkpoint: s3://ckpt/1",
+        "loss: 1.5",
+        "rl: waiting",
     ):
         assert part in text
     assert any(f"weighed from {any_storage.root}/math-sft@v0001" in line for line in lines)
