@@ -13,8 +13,6 @@ from workers.engines.base import EngineDescription
 class ConstantEngine:
     """Scores that depend on the token ids alone, made in constant time a token."""
 
-    max_batch_tokens = 2**20
-
     def __init__(self, policy: PolicyConfig, folder: str):
         self.description = EngineDescription(
             engine="constant",
@@ -26,6 +24,10 @@ class ConstantEngine:
             device="cpu",
         )
         self.tokens = 0
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return 2**20
 
     def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
         """A number between -4 and 0 from each token and the one before it."""

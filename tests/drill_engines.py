@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
+from benchmarks.constant_engine import ConstantEngine
+from grape_service.config import PolicyConfig
 from grape_service.ragged import TokenBatch
+from workers.engines.base import OutOfMemory
 from workers.engines.transformers_engine import TransformersEngine
 
 
@@ -18,3 +24,50 @@ class SlowEngine(TransformersEngine):
     def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
         time.sleep(float(os.environ["DRILL_SECONDS"]))
         return super().score(batch, temperature)
+
+
+class DrillEngine(ConstantEngine):
+    """Does what the JSON file DRILL_FILE says at each call; scores are those of the constant engine.
+
+    Keys: seconds (a call takes), slow_factor (of the first engine that was started), fail_token (a batch with this
+    token id raises), oom_above (tokens: a larger batch runs out of memory), die_once (the process ends in a call,
+    once for each value), missing_token (rows with this token id get no score).
+    """
+
+    def __init__(self, policy: PolicyConfig, folder: str):
+        super().__init__(policy, folder)
+        self.path = Path(os.environ["DRILL_FILE"])
+        self.is_first = self._once(f"first-{self._drill().get('name')}")
+        self.budget = 4096
+
+    @property
+    def max_batch_tokens(self) -> int:  # type: ignore[override]
+        return self.budget
+
+    def _drill(self) -> dict[str, Any]:
+        return orjson.loads(self.path.read_bytes())
+
+    def _once(self, name: str) -> bool:
+        try:
+            self.path.with_name(name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
+        drill = self._drill()
+        time.sleep(drill.get("seconds", 0) * (drill.get("slow_factor", 1) if self.is_first else 1))
+        if "die_once" in drill and self._once(f"died-{drill['die_once']}"):
+            os._exit(1)
+        if drill.get("fail_token") in batch.input_ids.tolist():
+            raise RuntimeError("this batch always fails")
+        if "oom_above" in drill and self.budget > drill["oom_above"]:
+            self.budget //= 2
+            raise OutOfMemory(f"no room for {self.budget * 2} tokens")
+        scores = super().score(batch, temperature)
+        if "missing_token" in drill:
+            hit = batch.input_ids == drill["missing_token"]
+            rows = np.unique(np.searchsorted(batch.offsets, np.flatnonzero(hit), side="right") - 1)
+            for row in rows:
+                scores[batch.loss_offsets[row] : batch.loss_offsets[row + 1]] = np.nan
+        return scores
