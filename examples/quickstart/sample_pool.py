@@ -1,6 +1,6 @@
 """Writes the quickstart's sampled candidates, pool/sampled.jsonl: what SmolLM2-135M-Instruct itself answers.
 
-    python examples/quickstart/sample_pool.py        (about six minutes on 2 cores; the result is in the repository)
+    python examples/quickstart/sample_pool.py        (some ten minutes on 2 cores; the result is in the repository)
 
 Two policies answer every question of questions.json, both the same model under a system prompt of their own:
 
@@ -9,7 +9,8 @@ Two policies answer every question of questions.json, both the same model under 
 - smollm2-brief at temperature 1.0. Only the text is kept, as with most pools; its behavior policy has to be scored.
 
 Each draws six answers, of which the pool gets the first right one, or else the first that ended by itself:
-a model of this size is often wrong. Those stay in, with `correct` false. Everything is seeded by policy and question.
+a model of this size is often wrong. Those stay in, with `correct` false. Everything is seeded by policy and question,
+but another machine or torch version may draw other answers: then read them again (READ_AND_FOUND_WRONG).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def test_filters_leave_a_choice() -> None:
 
 
 def test_correct_answers_satisfy_the_rule_of_their_question() -> None:
-    """Wrong ones of people break it; of sampled ones, some satisfy it and are wrong in what else they say."""
+    """Wrong written ones break it; of sampled ones, some satisfy it and are wrong in what else they say."""
     mismarked = [
         (row["prompt_id"], row["source"])
         for row in ROWS
