@@ -116,7 +116,16 @@ def main() -> int:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
     console.print(f"{what}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompts} prompts a workload")
     table = Table(title="tokens/s, 8 candidates a prompt")
-    columns = "prompt/response", "one row", "padded by 8", "engine", "engine/padded", "K(P+R)/(P+KR)", "share", "largest"
+    columns = (
+        "prompt/response",
+        "one row",
+        "padded by 8",
+        "engine",
+        "engine/padded",
+        "K(P+R)/(P+KR)",
+        "share",
+        "largest",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     lowest = np.inf

@@ -18,7 +18,7 @@ from grape_service.ragged import Int64s
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_model(policy: PolicyConfig, folder: str, adapter_folder: str | None, device: torch.device) -> PreTrainedModel:
+def load_model(policy: PolicyConfig, folder: str, device: torch.device) -> PreTrainedModel:
     """The policy's model in eval mode on `device`, its adapter put in. Raises UserError if it cannot be loaded."""
     had_progress_bar = is_progress_bar_enabled()
     disable_progress_bar()
@@ -32,29 +32,42 @@ def load_model(policy: PolicyConfig, folder: str, adapter_folder: str | None, de
     finally:
         if had_progress_bar:
             enable_progress_bar()
-    if adapter_folder is not None:
-        model = _with_adapter(model, policy, adapter_folder)
+    if policy.adapter is not None:
+        model = _with_adapter(model, policy.adapter, policy.dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-def _with_adapter(model: Any, policy: PolicyConfig, adapter_folder: str) -> Any:
+def _with_adapter(model: Any, adapter: str, dtype: str) -> Any:
     """The model with its LoRA layers put in; in float32 they are merged, elsewhere that would round the weights."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError:
-        raise UserError(f"adapter '{policy.adapter}' needs the package peft: pip install peft") from None
-    config = PeftConfig.from_pretrained(adapter_folder)
+        raise UserError(f"adapter '{adapter}' needs the package peft: pip install peft") from None
+    config = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
-        raise UserError(f"adapter '{policy.adapter}' is a {config.peft_type} adapter: only LoRA folders are scored")
-    adapted = PeftModel.from_pretrained(model, adapter_folder)
-    return adapted.merge_and_unload() if policy.dtype == "float32" else adapted.get_base_model()
+        raise UserError(f"adapter '{adapter}' is a {config.peft_type} adapter: only LoRA folders are scored")
+    adapted = PeftModel.from_pretrained(model, adapter)
+    return adapted.merge_and_unload() if dtype == "float32" else adapted.get_base_model()
 
 
 class HiddenStates(torch.nn.Module):
-    """Stands where a causal model has its base model and answers with the hidden states that it is given."""
+    """Stands in for a base model: called with hidden states, it answers with them; else it is the base model.
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+    The base model's own modules are stood in for too, for models that call one of those instead.
+    """
+
+    def __init__(self, real: torch.nn.Module):
+        super().__init__()
+        self._real = (real,)  # not a submodule
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if inputs_embeds is None:
+            return self._real[0](*args, **kwargs)
         return _Output(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_real"][0], name)
+        return HiddenStates(value) if isinstance(value, torch.nn.Module) else value
 
 
 class _Output(SimpleNamespace):
@@ -77,10 +90,12 @@ class CausalModel:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.base = model.base_model
-        assert self.base is not model, "a causal model has a base model"
+        base_name = next((name for name in (model.base_model_prefix, "model") if name in model._modules), None)
+        if base_name is None:
+            raise UserError(f"{type(model).__name__} has no base model that transformers names: use engine: vllm")
+        self.base: Any = model._modules[base_name]
         self._head = copy.copy(model)
-        self._head._modules = {**model._modules, model.base_model_prefix: HiddenStates()}
+        self._head._modules = {**model._modules, base_name: HiddenStates(self.base)}
 
     @property
     def device(self) -> torch.device:

@@ -98,9 +98,10 @@ def packed_attention(
 
     A token at position i sees keys at positions j <= i of its row with i - j < sliding_window.
     """
-    assert attention_mask is None, "a packed batch has no mask"
     assert query.shape[0] == 1, "a packed batch is one sequence"
     layout = LAYOUT.get()
+    if attention_mask is not None:
+        layout.unknown.add("a mask of its own")
     layout.windows.append(sliding_window)
     layout.unknown |= {name for name, given in kwargs.items() if given is not None} - UNDERSTOOD - HARMLESS
     if not (kwargs.get("is_causal") or getattr(module, "is_causal", True)):

@@ -42,11 +42,10 @@ class TransformersEngine:
         self,
         policy: PolicyConfig,
         folder: str,
-        adapter_folder: str | None = None,
         max_batch_tokens: int | None = None,
         logits_chunk_rows: int | None = None,
     ):
-        """`folder` is the model's local folder, `adapter_folder` that of policy.adapter (None: policy.adapter itself).
+        """`folder` is the model's local folder; policy.adapter is a local folder too.
 
         `max_batch_tokens` is the most tokens that are computed at once, unless one row alone is longer;
         `logits_chunk_rows` the most tokens whose logits exist at once. Both can be given in policy.engine_args.
@@ -60,7 +59,7 @@ class TransformersEngine:
         self.max_batch_tokens = int(max_batch_tokens or args.get("max_batch_tokens") or MAX_BATCH_TOKENS[kind])
         self.logits_chunk_rows = int(logits_chunk_rows or args.get("logits_chunk_rows") or LOGITS_CHUNK_ROWS[kind])
         self._policy = policy
-        self._model = CausalModel(load_model(policy, folder, adapter_folder or policy.adapter, device))
+        self._model = CausalModel(load_model(policy, folder, device))
         self._rope = LengthDependentRope(self._model.base)
         self.why_padded = self._try_packing()
         self._description = EngineDescription(
@@ -167,6 +166,7 @@ class TransformersEngine:
         (packed,) = pack(probe, probe.num_tokens)
         layout = packed_attention.Layout.of(packed.groups)
         token = packed_attention.LAYOUT.set(layout)
+        expected: torch.Tensor | None = None
         ids, positions, index, order = (
             torch.from_numpy(array).to(self._model.device)
             for array in (packed.input_ids, packed.position_ids, packed.hidden_index, packed.loss_index)
@@ -178,12 +178,16 @@ class TransformersEngine:
                     return "its attention cannot be replaced"
                 model.set_attn_implementation(packed_attention.IMPLEMENTATION)
                 got = self._model.hidden_states(ids[None], positions[None])[0, index]
+            why = _why_not_packed(config, layout)
+            difference = float((got - expected).float().norm() / expected.float().norm())
+            if not why and not difference <= HIDDEN_TOLERANCE[got.dtype]:
+                why = f"packed and plain hidden states differ by {difference:.1e}"
+        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            if expected is None or _is_out_of_memory(error):
+                raise
+            why = f"its forward does not take a packed batch ({type(error).__name__}: {error})"
         finally:
             packed_attention.LAYOUT.reset(token)
-        difference = float((got - expected).float().norm() / expected.float().norm())
-        why = _why_not_packed(config, layout)
-        if not why and not difference <= HIDDEN_TOLERANCE[got.dtype]:
-            why = f"packed and plain hidden states differ by {difference:.1e}"
         if why:
             model.set_attn_implementation(plain)
         return why
