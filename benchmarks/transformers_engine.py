@@ -22,9 +22,10 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from grape_service.config import PolicyConfig
 from grape_service.ragged import TokenBatch
@@ -37,15 +38,27 @@ PADDED_BATCH = 8
 Floats = npt.NDArray[np.float32]
 
 
-def made_up_rows(num_prompts: int, prompt_len: int, response_len: int, vocab_size: int) -> TokenBatch:
-    """Prompts of random tokens, each with its candidates next to each other."""
+def text_tokens(folder: str, vocab_size: int) -> list[int]:
+    """The text of this repository in the model's tokens; random ones where the folder has no tokenizer."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return np.random.default_rng(1).integers(0, vocab_size, 50_000).tolist()
+    text = "\n".join(path.read_text() for path in sorted(ROOT.glob("*/*.py")))
+    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
+def rows_of(text: list[int], num_prompts: int, prompt_len: int, response_len: int) -> TokenBatch:
+    """Pieces of text as prompts, each with other pieces as its candidates next to each other."""
     random = np.random.default_rng(0)
+
+    def piece(length: int) -> list[int]:
+        begin = int(random.integers(0, len(text) - length))
+        return text[begin : begin + length]
+
     rows = []
     for _ in range(num_prompts):
-        prompt = random.integers(0, vocab_size, prompt_len).tolist()
-        for _ in range(CANDIDATES):
-            response = random.integers(0, vocab_size, response_len).tolist()
-            rows.append((prompt + response, [False] * prompt_len + [True] * response_len))
+        prompt = piece(prompt_len)
+        mask = [False] * prompt_len + [True] * response_len
+        rows += [(prompt + piece(response_len), mask) for _ in range(CANDIDATES)]
     return TokenBatch.from_rows(rows)
 
 
@@ -114,6 +127,7 @@ def main() -> int:
         policy = PolicyConfig(model=folder, dtype=args.dtype, engine="transformers", engine_args={"device": "cpu"})
         engine = TransformersEngine(policy, folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+        text = text_tokens(folder, model.config.vocab_size)
     console.print(f"{what}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompts} prompts a workload")
     table = Table(title="tokens/s, 8 candidates a prompt")
     columns = (
@@ -130,7 +144,7 @@ def main() -> int:
         table.add_column(name, justify="right")
     lowest = np.inf
     for prompt_len, response_len in WORKLOADS:
-        batch = made_up_rows(args.prompts, prompt_len, response_len, model.config.vocab_size)
+        batch = rows_of(text, args.prompts, prompt_len, response_len)
         ways: list[Callable[[], Floats]] = [
             lambda batch=batch: padded_loop(model, batch, 1),
             lambda batch=batch: padded_loop(model, batch, PADDED_BATCH),
@@ -153,7 +167,7 @@ def main() -> int:
             f"{np.abs(expected - got).max():.1e}",
         )
     console.print(table)
-    console.print("largest: the largest difference of a log-probability, engine against one row at a time")
+    console.print("difference: the largest of a log-probability, engine against one row at a time")
     if lowest < args.at_least:
         console.print(f"the lowest share, {lowest:.2f}, is below {args.at_least}")
         return 1

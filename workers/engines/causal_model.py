@@ -93,7 +93,7 @@ class CausalModel:
         base_name = next((name for name in (model.base_model_prefix, "model") if name in model._modules), None)
         if base_name is None:
             raise UserError(f"{type(model).__name__} has no base model that transformers names: use engine: vllm")
-        self.base: Any = model._modules[base_name]
+        self.base: Any = model.get_submodule(base_name)
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, base_name: HiddenStates(self.base)}
 
