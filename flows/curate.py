@@ -7,8 +7,11 @@ from typing import Literal
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import show_outcome, shown
+from flows.limits import TIMEOUT_SECONDS
 from grape_service.config import Config
-from workers import stages
+from grape_service.notify import ending_told
+from workers import jobs_api, stages
 from workers.cluster import ray_for
 from workers.publishing import Outcome
 from workers.run import new_run
@@ -20,12 +23,25 @@ select = task(name="select", cache_policy=NO_CACHE)(stages.select)
 score_policies = task(name="score policies", cache_policy=NO_CACHE)(stages.score_policies)
 weigh = task(name="weigh", cache_policy=NO_CACHE)(stages.weigh)
 release = task(name="release", cache_policy=NO_CACHE)(stages.release)
+submit = task(name="submit", cache_policy=NO_CACHE)(jobs_api.run_as_job)
+
+Until = Literal["score", "select", "release"]
 
 
-@flow(name="curate", persist_result=False)
-def curate(config: Config, until: Literal["score", "select", "release"] = "release", force: bool = False) -> Outcome:
+@flow(name="curate", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
+def curate(config: Config, until: Until = "release", force: bool = False) -> Outcome:
     """Score a pool with the model to be trained, keep what fits it best, weigh it, release it."""
-    with new_run(config) as run, ray_for(config.workers), engines_of(run) as engines:
+    with ending_told(config) as told:
+        elsewhere = jobs_api.runs_elsewhere(config)
+        outcome = submit(config, until, force) if elsewhere else do_stages(config, until, force)
+        show_outcome(config, outcome)
+        told.append(outcome.to_json())
+    return outcome
+
+
+def do_stages(config: Config, until: Until, force: bool) -> Outcome:
+    """The stages, one after the other, on a Ray of this run's own or on the cluster that it is a job of."""
+    with new_run(config) as run, shown(run), ray_for(config.workers), engines_of(run) as engines:
         prepared = prepare(run)
         scored = score_target(run, engines, prepared)
         if until == "score":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import shown
 from grape_service.config import Config
 from grape_service.releases.load import load
 from grape_service.releases.reference import parse_reference
@@ -24,7 +25,12 @@ release = task(name="release", cache_policy=NO_CACHE)(reweigh.release_again)
 def weigh_release(reference: str, config: Config, force: bool = False) -> Outcome:
     """Make a new version with weights from the rows of an existing one, scoring only what is missing."""
     old = load(reference, config.storage)
-    with new_run(config, parse_reference(reference)) as run, ray_for(config.workers), engines_of(run) as engines:
+    with (
+        new_run(config, parse_reference(reference)) as run,
+        shown(run),
+        ray_for(config.workers),
+        engines_of(run) as engines,
+    ):
         kept = reopen(run, old)
         derivations = score_policies(run, engines, kept)
         engines.close()

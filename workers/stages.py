@@ -17,6 +17,7 @@ from grape_service.behavior import add_census, behavior_census, recorded_tempera
 from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
 from grape_service.errors import UserError
+from grape_service.plan import estimate_against_actual
 from grape_service.prepare.counts import PieceCounts
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map_piece import map_piece
@@ -356,6 +357,7 @@ def release(
             "weights": weighed.counts.totals.figures() if run.config.weights else None,
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
+            "estimate": estimate_against_actual(run.workspace, run.config, run.engines, sum(t.tokens for t in totals)),
             "events": run.events,
         },
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import grape_service
-from grape_service.cli import dataset_commands, run_commands
+from grape_service.cli import cluster_commands, dataset_commands, plan_commands, run_commands
 
 app = typer.Typer(
     name="grape",
@@ -34,3 +34,5 @@ def grape(
 
 run_commands.register(app)
 dataset_commands.register(app)
+plan_commands.register(app)
+cluster_commands.register(app)

@@ -58,7 +58,7 @@ def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
         print_json(outcome.to_json())
         return
     say(f"{outcome.rows:,} rows of {outcome.prompts:,} prompts kept; {outcome.failed:,} failed")
-    sources = outcome.counts["select"]["sources"]
+    sources = outcome.counts.get("select", {}).get("sources", {})
     rows = [(source, f"{count['candidates']:,}", f"{count['kept']:,}") for source, count in sorted(sources.items())]
     print_table("by source", ["source", "candidates", "kept"], rows)
 

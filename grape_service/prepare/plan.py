@@ -77,7 +77,7 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
     """
     files = _pool_files(config, storage)
-    sized = list(_sized_segments(files, config))
+    sized = list(sized_segments(files, config))
     pieces = tuple(_packed(sized, config.workers.partition_bytes))
     num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
     prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
@@ -144,7 +144,7 @@ def _packed(sized: Iterable[tuple[Segment, int]], piece_bytes: int) -> Iterator[
         yield Piece(index, tuple(waiting))
 
 
-def _sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tuple[Segment, int]]:
+def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tuple[Segment, int]]:
     """Segments of all files, and about how many bytes of rows each holds."""
     most = config.workers.partition_bytes
     with ThreadPoolExecutor(16, thread_name_prefix="footers") as pool:

@@ -25,6 +25,7 @@ IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: training jobs go to that job's cluster."""
 
 STARTUP_SECONDS = 60.0
+_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,38 @@ class JobServer:
             if "404" in str(error):
                 return None
             raise
-        return {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}.get(status, "running")
+        return _STATES.get(status, "running")
 
     def log_tail(self, job_id: str, lines: int = 30) -> str:
         """The last lines of a job's output, and Ray's own message where the job never ran."""
         log = self._client.get_job_logs(job_id).strip().splitlines()
         message = self._client.get_job_info(job_id).message or ""
         return "\n".join([*log[-lines:], message] if len(log) < 3 else log[-lines:])
+
+    def log(self, job_id: str) -> str:
+        """A job's whole output until now."""
+        text: str = self._client.get_job_logs(job_id)
+        return text
+
+    def exit_code(self, job_id: str) -> int | None:
+        """What the job's process ended with; None while it runs or where it never ran."""
+        code: int | None = self._client.get_job_info(job_id).driver_exit_code
+        return code
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Every submitted job, newest first: id, state, started and ended in ms since 1970, message."""
+        found = [job for job in self._client.list_jobs() if job.submission_id]
+        found.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [
+            {
+                "id": job.submission_id,
+                "state": _STATES.get(job.status.value, "running"),
+                "started": job.start_time,
+                "ended": job.end_time,
+                "message": job.message,
+            }
+            for job in found
+        ]
 
     def stop(self, job_id: str) -> None:
         """End a job and wait until it has ended."""

@@ -1,0 +1,140 @@
+"""What one sees of a run in Prefect: progress by stage, counts, links, the resolved config, log lines."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+
+from grape_service.config import Config
+from grape_service.progress import Silent, StageClock, reporter, set_reporter
+from grape_service.releases.manifest import without_secrets
+from workers.publishing import Outcome
+from workers.run import Run
+
+UPDATE_SECONDS = 5.0
+
+
+class PrefectProgress:
+    """A reporter: a progress artifact a stage, a log line an event. A server that is away stops nothing."""
+
+    def __init__(self, name: str, run_id: str):
+        self.name, self.run_id = name, run_id
+        self.clocks: dict[str, StageClock] = {}
+        self.artifacts: dict[str, UUID] = {}
+        self.updated: dict[str, float] = {}
+        self.stage = "start"
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.stage = stage
+        self.clocks[stage] = StageClock(total, unit)
+        self.updated[stage] = time.monotonic()
+        self.event(f"{total:,} {unit} to do")
+        with contextlib.suppress(Exception):
+            description = f"{stage}: 0 of {total:,} {unit}"
+            made = create_progress_artifact(progress=0.0, key=key(self.name, stage), description=description)
+            assert isinstance(made, UUID)
+            self.artifacts[stage] = made
+
+    def advance(self, stage: str, amount: int) -> None:
+        self.clocks[stage].done += amount
+        if time.monotonic() - self.updated[stage] >= UPDATE_SECONDS:
+            self.updated[stage] = time.monotonic()
+            self._update(stage)
+
+    def end(self, stage: str) -> None:
+        clock = self.clocks[stage]
+        self._update(stage, ended=True)
+        self.event(f"{clock.done:,} {clock.unit} in {clock.seconds:.1f} s")
+
+    def event(self, text: str) -> None:
+        with contextlib.suppress(MissingContextError):
+            get_run_logger().info("run=%s stage=%s %s", self.run_id, self.stage.replace(" ", "-"), text)
+
+    def _update(self, stage: str, ended: bool = False) -> None:
+        if stage not in self.artifacts:
+            return
+        clock = self.clocks[stage]
+        share = 100.0 if ended else min(100.0, 100 * clock.done / max(clock.total, 1))
+        left = f", {clock.eta:,.0f} s left" if clock.eta is not None and not ended else ""
+        text = f"{stage}: {clock.done:,} of {clock.total:,} {clock.unit}, {clock.rate:,.0f} {clock.unit}/s{left}"
+        with contextlib.suppress(Exception):
+            update_progress_artifact(self.artifacts[stage], progress=round(share, 2), description=text)
+
+
+@contextlib.contextmanager
+def shown(run: Run) -> Iterator[None]:
+    """Progress goes to Prefect inside the block, unless somebody (the CLI) shows it already."""
+    if not isinstance(reporter(), Silent):
+        yield
+        return
+    set_reporter(PrefectProgress(run.name, run.run_id))
+    try:
+        show_config(run.config, run.run_id)
+        yield
+    finally:
+        set_reporter(Silent())
+
+
+def show_config(config: Config, run_id: str) -> None:
+    """The resolved config, secrets hidden."""
+    text = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block that no line of text can end
+    with contextlib.suppress(Exception):
+        create_markdown_artifact(
+            f"Run `{run_id}`\n\n{indented}\n", key=key(config.name, "config"), description="Resolved config"
+        )
+
+
+def show_outcome(config: Config, outcome: Outcome) -> None:
+    """Counts with every reason, and links to the release and its report; the CLI shows its own."""
+    if not isinstance(reporter(), Silent):
+        return
+    with contextlib.suppress(Exception):
+        create_table_artifact(count_table(outcome), key=key(config.name, "counts"), description=outcome.sentence())
+        links = {"report": outcome.report, "release": outcome.reference}
+        for name, address in links.items():
+            if address:
+                create_link_artifact(address, link_text=address, key=key(config.name, name), description=name)
+
+
+def count_table(outcome: Outcome) -> list[dict[str, Any]]:
+    """Rows of the table of counts: what came in, what was left out and why, what was released."""
+    pool = outcome.counts.get("pool", {})
+    rows = [("pool rows", pool.get("rows_in"), "")]
+    rows.append(("filtered", pool.get("filtered"), "pool.where"))
+    reasons = sorted(pool.get("rejected_by_reason", {}).items(), key=lambda item: -item[1])
+    rows += [("rejected", count, reason) for reason, count in reasons]
+    rows += [
+        ("scored now", outcome.scored, ""),
+        ("had scores", outcome.reused, ""),
+        ("failed", outcome.failed, ""),
+    ]
+    left_out = outcome.counts.get("select", {}).get("prompts_left_out") or {}
+    rows += [("prompts left out", count, reason) for reason, count in sorted(left_out.items())]
+    rows.append(("rows of the release" if outcome.reference else "rows", outcome.rows, f"{outcome.prompts:,} prompts"))
+    return [{"what": what, "rows": count, "note": escape(note)} for what, count, note in rows if count is not None]
+
+
+def escape(text: str) -> str:
+    """Text of a pool as a table cell that no Markdown or HTML reader takes for its own."""
+    return re.sub(r"[<>&|`\[\]]", " ", str(text))[:200]
+
+
+def key(*parts: str) -> str:
+    """An artifact's key: a-z, 0-9 and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

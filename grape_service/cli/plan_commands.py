@@ -1,0 +1,48 @@
+"""grape plan: counts, tokens, GPU hours, time and money before anything runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from grape_service.cli.bars import duration
+from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog="Example: grape plan config.yaml --replicas 8 --price 2.5")(plan)
+
+
+def plan(
+    config: ConfigArgument,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Scoring engines at the same time.")] = 1,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs.")
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option("--tokens-per-second", min=0.001, help="Of one replica, where you know it.")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="Price of a GPU hour.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Count the whole pool instead of a sample.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the pool's tokens and estimate what scoring it takes. Starts no engine."""
+    from grape_service.plan import make_plan
+
+    made = make_plan(config_of(config), replicas, device, tokens_per_second, price, exact)
+    if as_json:
+        print_json(made.to_json())
+        return
+    print_table("pool", ["", "count"], [[name.replace("_", " "), f"{count:,.0f}"] for name, count in made.pool.items()])
+    say(made.counted)
+    rows = [
+        [p.role, p.model, f"{p.rows:,.0f}", f"{p.tokens:,.0f}", f"{p.tokens_per_second:,.0f}", f"{p.gpu_hours:,.3g}"]
+        for p in made.policies
+    ]
+    print_table("to score", ["policy", "model", "rows", "tokens", "tokens/s a replica", "GPU hours"], rows)
+    for origin in sorted({f"{p.device}: {p.origin}" for p in made.policies}):
+        say(f"tokens/s on {origin}")
+    say(f"scoring   {duration(made.wall_seconds)} with {replicas} replica{'s' * (replicas > 1)}")
+    say(f"GPU time  {made.gpu_hours:,.3g} hours" + (f", {made.cost:,.2f} at {price:g} an hour" if price else ""))
