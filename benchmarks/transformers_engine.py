@@ -11,6 +11,7 @@ log-probabilities are compared. Exit status 1 where a share is below --at-least.
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 import tempfile
 import time
@@ -24,13 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from grape_service.config import PolicyConfig
 from grape_service.ragged import TokenBatch
 from workers.engines.transformers_engine import TransformersEngine
 
+ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = 8
 WORKLOADS = ((200, 50), (200, 400), (800, 100))  # prompt and response tokens
 PADDED_BATCH = 8
@@ -89,11 +88,10 @@ def model_folder(given: str | None, scratch: str) -> tuple[str, str]:
     """A folder with SmolLM2-135M, or with a random model of its shape; and what it is."""
     if given:
         return given, given
-    from examples.quickstart import prepare_model
-
+    prepare = runpy.run_path(str(ROOT / "examples" / "quickstart" / "prepare_model.py"))
     try:
-        prepare_model.prepare_model(prepare_model.DEFAULT_FOLDER)
-        return str(prepare_model.DEFAULT_FOLDER), "SmolLM2-135M-Instruct"
+        prepare["prepare_model"]()
+        return str(prepare["DEFAULT_FOLDER"]), "SmolLM2-135M-Instruct"
     except SystemExit:
         config = LlamaConfig(
             vocab_size=49152,
@@ -112,7 +110,7 @@ def model_folder(given: str | None, scratch: str) -> tuple[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=2, help="prompts a workload, with 8 candidates each")
-    parser.add_argument("--repeats", type=int, default=2, help="times each way is measured; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="times each way is measured; the fastest counts")
     parser.add_argument("--model", help="a model folder (default: SmolLM2-135M-Instruct from its package)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(

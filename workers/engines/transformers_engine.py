@@ -26,7 +26,7 @@ from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.causal_model import CausalModel, LengthDependentRope, load_model
 from workers.engines.packing import PackedBatch, pack
 
-MAX_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 LOGITS_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 ENGINE_ARGS = ("max_batch_tokens", "logits_chunk_rows", "device")
 
