@@ -129,6 +129,8 @@ class RecordedBehavior(Model):
 
     column: str = "behavior_logprobs"
     """The pool's column: one float for each of response_ids."""
+    policy: PolicyConfig | None = None
+    """The policy that wrote them, where it can be run: `grape check` scores a sample again and compares."""
 
 
 Missing = Literal["error", "uniform", "drop"]

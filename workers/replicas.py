@@ -91,6 +91,7 @@ class Replicas:
         environment = {
             "PYTHONPATH": os.pathsep.join(import_path()),
             "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning costs twenty times the work where cores are shared
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_NO_USAGE_STATS": "1",
         }

@@ -18,7 +18,7 @@ from grape_service.models import ModelFiles, policy_id, resolve_model
 from grape_service.progress import reporter
 from grape_service.releases.reference import Reference
 from grape_service.render.renderer import Renderer
-from grape_service.storage import Storage
+from grape_service.storage import Storage, check_writable
 
 HEARTBEAT_SECONDS = 20
 """How often runs/<run_id>/heartbeat.json is written; gc leaves runs alone whose heartbeat is young."""
@@ -83,6 +83,8 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     workspace = Storage(config.workspace_path, config.storage)
     name, output = (reference.name, reference.path) if reference else (config.name, config.output.path)
     run = Run(config, name, run_id, workspace, Storage(output, config.storage))
+    check_writable(workspace)
+    check_writable(run.output)
     workspace.write_json(f"{run.folder}/config.json", config.model_dump(mode="json"))
     stop = threading.Event()
 

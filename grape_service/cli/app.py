@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import grape_service
-from grape_service.cli import cluster_commands, dataset_commands, plan_commands, run_commands
+from grape_service.cli import check_commands, cluster_commands, dataset_commands, plan_commands, run_commands
 
 app = typer.Typer(
     name="grape",
@@ -33,6 +33,7 @@ def grape(
 
 
 run_commands.register(app)
+check_commands.register(app)
 dataset_commands.register(app)
 plan_commands.register(app)
 cluster_commands.register(app)
