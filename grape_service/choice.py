@@ -24,6 +24,25 @@ LEFT_OUT_REASONS = ("", "failed candidate", "no eligible candidate", "margin bel
 
 
 @dataclass(frozen=True)
+class Detail:
+    """What a report wants to know of N candidates beside what selection looks at."""
+
+    prompt_ids: pa.Array  # [num_prompts]
+    counted_tokens: Int64s  # [N], tokens that count in the score
+    turn_end_scores: Float64s | None  # [N], the score if the turn end counted (or did not, where it does)
+
+    @classmethod
+    def concatenate(cls, parts: list[Detail]) -> Detail:
+        """Details of different prompts together."""
+        scores = [part.turn_end_scores for part in parts if part.turn_end_scores is not None]
+        return cls(
+            pa.concat_arrays([part.prompt_ids for part in parts]),
+            np.concatenate([part.counted_tokens for part in parts]),
+            np.concatenate(scores) if scores else None,
+        )
+
+
+@dataclass(frozen=True)
 class Candidates:
     """What selection looks at: N candidates of whole prompts."""
 
@@ -35,6 +54,7 @@ class Candidates:
     scores: Float64s | None  # [N], NaN where there is none; None: the method needs none
     failed: npt.NDArray[np.bool_]  # [N], has no score although one is needed
     random: npt.NDArray[np.uint64] | None = None  # [N], from random_keys; for method random and max_source_share
+    detail: Detail | None = None  # for an observer
 
     @classmethod
     def concatenate(cls, parts: list[Candidates]) -> Candidates:
@@ -50,6 +70,7 @@ class Candidates:
             None if first.scores is None else np.concatenate([part.scores for part in parts]),
             np.concatenate([part.failed for part in parts]),
             None if first.random is None else np.concatenate([part.random for part in parts]),
+            None if first.detail is None else Detail.concatenate([part.detail for part in parts if part.detail]),
         )
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.behavior import NO_SOURCE
-from grape_service.choice import KEPT, LEFT_OUT_REASONS, Candidates, Choice, choose, random_keys
+from grape_service.choice import KEPT, LEFT_OUT_REASONS, Candidates, Choice, Detail, choose, random_keys
 from grape_service.config import Config, SelectConfig
 from grape_service.counts import Counts
 from grape_service.errors import StageError
@@ -104,6 +104,7 @@ def select_partition(
         keys = [table["row_key"].combine_chunks() for table in read_tables(storage, shards, ["row_key"])]
         scores = store.read(partition, pa.chunked_array(keys, type=pa.binary(16)))
     reader = _CandidateReader(select, scores, KeyIndex(failures) if failures is not None else None)
+    reader.with_detail = observer is not None
     counts = SelectCounts()
 
     def kept_tables() -> Iterator[pa.Table]:
@@ -153,6 +154,7 @@ class _CandidateReader:
         self.failures = failures
         self.row = 0
         self.last_prompt: pa.Scalar = None
+        self.with_detail = False
 
     def read(self, table: pa.Table, counts: SelectCounts) -> Candidates:
         """The next candidates; counts those that have failed."""
@@ -168,9 +170,13 @@ class _CandidateReader:
         ties[order.to_numpy()] = np.arange(table.num_rows)
         offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
         loss_tokens = segment_sums(mask > 0, offsets)
-        values, failed = None, np.zeros(table.num_rows, dtype=bool)
+        values, other, failed = None, None, np.zeros(table.num_rows, dtype=bool)
         if self.scores is not None:
-            values, failed = self._scores(row_keys, mask, loss_tokens, counts)
+            values, other, failed = self._scores(row_keys, mask, loss_tokens, counts)
+        detail = None
+        if self.with_detail:
+            counted = loss_tokens if self.select.count_turn_end else segment_sums(mask == LOSS_TOKEN, offsets)
+            detail = Detail(prompt_ids.dictionary, counted, other)
         random = None
         if self.select.method == "random" or self.select.max_source_share is not None:
             random = random_keys(self.select.seed, array_of(table, "prompt_id"), array_of(table, "candidate_id"))
@@ -184,11 +190,12 @@ class _CandidateReader:
             scores=values,
             failed=failed,
             random=random,
+            detail=detail,
         )
 
     def _scores(
         self, row_keys: pa.Array, mask: npt.NDArray[np.uint8], loss_tokens: npt.NDArray[np.int64], counts: SelectCounts
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None, npt.NDArray[np.bool_]]:
         assert self.scores is not None
         assert self.finite is not None
         rows = np.arange(self.row, self.row + len(row_keys))
@@ -197,20 +204,22 @@ class _CandidateReader:
         if wrong.any():
             key = row_keys[int(np.flatnonzero(wrong)[0])].as_py().hex()
             raise StageError(f"the stored score of row {key} does not have one value for each of its tokens with loss")
-        counted = (
-            np.ones(int(loss_tokens.sum()), dtype=bool) if self.select.count_turn_end else mask[mask > 0] == LOSS_TOKEN
-        )
-        counted &= np.repeat(finite, loss_tokens)
+        usable = np.repeat(finite, loss_tokens)
+        counted = usable if self.select.count_turn_end else usable & (mask[mask > 0] == LOSS_TOKEN)
         logprobs = np.zeros(len(counted), dtype=np.float32)
         logprobs[np.repeat(found, loss_tokens)] = self.scores.take(rows)
         values = grape_scores(logprobs, counted, offsets_from_lengths(loss_tokens))
+        other = None
+        if self.with_detail:
+            counted = usable & (mask[mask > 0] == LOSS_TOKEN) if self.select.count_turn_end else usable
+            other = grape_scores(logprobs, counted, offsets_from_lengths(loss_tokens))
         failed = ~finite
         reported = self.failures.places(row_keys) >= 0 if self.failures is not None else np.zeros(len(rows), dtype=bool)
         counts.failed_candidates += int(failed.sum())
         counts.unexplained_failures += int((~found & ~reported).sum())
         counts.not_finite += int((found & ~finite).sum())
         counts.nothing_counted += int((finite & np.isnan(values)).sum())
-        return values, failed
+        return values, other, failed
 
 
 def _kept_table(

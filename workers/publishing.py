@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from grape_service.releases.claim import claim_version
 from grape_service.releases.manifest import CodeVersion, FileEntry, ManifestFields, Parents, PolicyUse, PoolFile
 from grape_service.releases.tags import move_tag, read_tag
 from grape_service.releases.writer import find_identical, publish, write_part
+from grape_service.report.page import facts_of_fields, render_page
 from grape_service.storage import Storage
 from workers.cluster import run_tasks
 from workers.run import Run
@@ -125,6 +127,7 @@ def publish_rows(
     factor: float,
     fields: dict[str, Any],
     force: bool,
+    examples: Callable[[], list[dict[str, Any]]] = list,
 ) -> tuple[str, bool]:
     """Publish weighed files as a version and move the tags; the version, and whether it is a new one."""
     name, output = run.name, run.output
@@ -146,7 +149,8 @@ def publish_rows(
         )
         reporter().end("release")
         manifest_fields = ManifestFields(content_digest=digest, tags=run.config.output.tags, **fields)
-        version = publish(output, claim, columns.schema, entries, manifest_fields)
+        page = render_page(facts_of_fields(manifest_fields, claim.name, claim.version, entries), examples())
+        version = publish(output, claim, columns.schema, entries, manifest_fields, report_html=page)
     return version.version, True
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from grape_service.errors import UserError
 from grape_service.releases.load import Release
 from grape_service.reopened import other_fields_of, write_kept_rows
+from grape_service.report.statistics import SelectStatistics, source_names
 from grape_service.select import SelectCounts
 from workers import publishing
 from workers.cluster import run_tasks
 from workers.publishing import Outcome
 from workers.run import Run
-from workers.stages import Derivations, Kept, Weighed, check_compatibility, policies_used
+from workers.stages import Derivations, Kept, Weighed, check_compatibility, policies_used, report_statistics
 
 
 def reopen(run: Run, release: Release) -> Kept:
@@ -41,7 +44,12 @@ def reopen(run: Run, release: Release) -> Kept:
     check_compatibility(run, used)
     rows = sum(count for count, _ in done)
     prompts = release.manifest.counts.get("select", {}).get("kept_prompts", rows)
-    return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target)
+    names = (_old_report(release).get("select") or {}).get("names") or source_names({})
+    return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target, SelectStatistics.empty(names))
+
+
+def _old_report(release: Release) -> dict[str, Any]:
+    return release.manifest.statistics.get("report") or {}
 
 
 def release_again(
@@ -65,6 +73,7 @@ def release_again(
         "parents": parents,
         "statistics": {
             "weights": weighed.counts.totals.figures(),
+            "report": {**report_statistics(kept, weighed), "select": _old_report(release).get("select")},
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
             "events": run.events,

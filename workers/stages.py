@@ -16,6 +16,7 @@ import pyarrow as pa
 from grape_service.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
 from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
+from grape_service.digests import partition_of
 from grape_service.errors import UserError
 from grape_service.plan import estimate_against_actual
 from grape_service.prepare.counts import PieceCounts
@@ -30,6 +31,8 @@ from grape_service.progress import reporter
 from grape_service.releases.manifest import PolicyUse
 from grape_service.render.compatibility import incompatible_ids
 from grape_service.render.renderer import Renderer
+from grape_service.report.examples import add_token_texts, read_examples
+from grape_service.report.statistics import SelectStatistics, WeighStatistics, source_names
 from grape_service.scores import ScoreStore
 from grape_service.select import SelectCounts, select_partition
 from grape_service.storage import Storage
@@ -49,6 +52,7 @@ class Kept:
     paths: dict[str, str]  # partition -> path in the workspace
     counts: SelectCounts
     has_scores: bool  # whether target_logprobs are in the files
+    statistics: SelectStatistics
 
 
 def prepare(run: Run) -> Prepared:
@@ -149,20 +153,37 @@ def select(run: Run, prepared: Prepared) -> Kept:
     partitions = [partition for partition, totals in prepared.partitions.items() if totals.num_shards]
     store = ScoreStore(run.workspace, run.policy_id(config.target)) if config.select.needs_scores else None
     paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
+    names = source_names(prepared.sources, prepared.without_source)
     arguments = [
-        (run.workspace, partition, shard_paths(prepared, partition), store, config, None, path)
+        (run.workspace, partition, shard_paths(prepared, partition), store, config, path, names)
         for partition, path in paths.items()
     ]
     with run.stage("select"):
         reporter().begin("select", len(arguments), "partitions")
-        counts = run_tasks(select_partition, arguments, config.workers, done=lambda *_: reporter().advance("select", 1))
+        done = run_tasks(select_task, arguments, config.workers, done=lambda *_: reporter().advance("select", 1))
         reporter().end("select")
+    counts = [count for count, _ in done]
     rows = {partition: count.kept_rows for partition, count in zip(partitions, counts, strict=True)}
     total = sum(counts, SelectCounts())
     if total.kept_rows == 0:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
         raise UserError(f"no prompt is left after selection ({reasons or 'the pool has no rows'})")
-    return Kept({p: path for p, path in paths.items() if rows[p]}, total, config.select.needs_scores)
+    statistics = sum((found for _, found in done), SelectStatistics.empty(names))
+    return Kept({p: path for p, path in paths.items() if rows[p]}, total, config.select.needs_scores, statistics)
+
+
+def select_task(
+    storage: Storage,
+    partition: str,
+    shards: list[str],
+    store: ScoreStore | None,
+    config: Config,
+    out_path: str,
+    names: list[str],
+) -> tuple[SelectCounts, SelectStatistics]:
+    """select_partition and its statistics for the report (a Ray task)."""
+    statistics = SelectStatistics.empty(names)
+    return select_partition(storage, partition, shards, store, config, None, out_path, statistics), statistics
 
 
 def policy_groups(run: Run, kept: Kept) -> list[Group]:
@@ -240,6 +261,7 @@ class Weighed:
     digests: dict[str, str]  # sha256 of each file
     counts: WeighCounts
     factor: float  # of normalize: dataset
+    statistics: WeighStatistics | None = None
 
     def files(self) -> list[publishing.WeighedFile]:
         """The files in the order of the partitions."""
@@ -253,8 +275,9 @@ def weigh(run: Run, kept: Kept, derivations: Derivations) -> Weighed:
         found = run_tasks(file_digest, [(run.workspace, path) for path in kept.paths.values()], config.workers)
         counts = WeighCounts(rows=kept.counts.kept_rows, prompts=kept.counts.kept_prompts)
         return Weighed(kept.paths, dict(zip(partitions, found, strict=True)), counts, factor=1.0)
+    names = kept.statistics.names
     arguments = [
-        (run.workspace, partition, kept.paths[partition], _lookups(run, derivations, partition), config, out)
+        (run.workspace, partition, kept.paths[partition], _lookups(run, derivations, partition), config, out, names)
         for partition, out in ((partition, f"{run.folder}/weighed/{partition}.parquet") for partition in partitions)
     ]
     with run.stage("weigh"):
@@ -263,11 +286,12 @@ def weigh(run: Run, kept: Kept, derivations: Derivations) -> Weighed:
         reporter().begin("weigh", len(arguments), "partitions")
         done = run_tasks(weigh_task, arguments, config.workers, done=lambda *_: reporter().advance("weigh", 1))
         reporter().end("weigh")
-    counts = sum((count for count, _ in done), WeighCounts())
+    counts = sum((count for count, _, _ in done), WeighCounts())
+    statistics = sum((found for _, _, found in done), WeighStatistics.empty(names))
     factor = dataset_factor(counts, config.weights)
-    paths = {partition: arguments[place][-1] for place, partition in enumerate(partitions)}
-    digests = {partition: digest for partition, (_, digest) in zip(partitions, done, strict=True)}
-    return Weighed(paths, digests, counts, factor)
+    paths = {partition: arguments[place][-2] for place, partition in enumerate(partitions)}
+    digests = {partition: digest for partition, (_, digest, _) in zip(partitions, done, strict=True)}
+    return Weighed(paths, digests, counts, factor, statistics)
 
 
 @dataclass(frozen=True)
@@ -294,9 +318,10 @@ def _lookups(run: Run, derivations: Derivations, partition: str) -> Lookups:
 
 
 def weigh_task(
-    storage: Storage, partition: str, kept_path: str, lookups: Lookups, config: Config, out_path: str
-) -> tuple[WeighCounts, str]:
-    """weigh_partition and the digest of what it wrote (a Ray task)."""
+    storage: Storage, partition: str, kept_path: str, lookups: Lookups, config: Config, out_path: str, names: list[str]
+) -> tuple[WeighCounts, str, WeighStatistics]:
+    """weigh_partition, the digest of what it wrote and its statistics for the report (a Ray task)."""
+    statistics = WeighStatistics.empty(names)
     counts = weigh_partition(
         storage,
         partition,
@@ -306,8 +331,9 @@ def weigh_task(
         config,
         out_path,
         at_temperature=lookups.at_temperature,
+        observer=statistics,
     )
-    return counts, file_digest(storage, out_path)
+    return counts, file_digest(storage, out_path), statistics
 
 
 def refuse_missing_behavior(run: Run, kept: Kept) -> None:
@@ -355,6 +381,7 @@ def release(
         "parents": publishing.parents(run, prepared, policies),
         "statistics": {
             "weights": weighed.counts.totals.figures() if run.config.weights else None,
+            "report": report_statistics(kept, weighed),
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
             "estimate": estimate_against_actual(run.workspace, run.config, run.engines, sum(t.tokens for t in totals)),
@@ -366,7 +393,15 @@ def release(
     other_fields += [pa.field("tools", pa.string())] if "tool_calls" in message_fields else []
     with run.stage("release"):
         columns = publishing.Columns(message_fields, other_fields)
-        version, is_new = publishing.publish_rows(run, columns, weighed.files(), weighed.factor, fields, force)
+        version, is_new = publishing.publish_rows(
+            run,
+            columns,
+            weighed.files(),
+            weighed.factor,
+            fields,
+            force,
+            examples=lambda: report_examples(run, prepared, kept, weighed),
+        )
     reference = f"{run.output.root}/{run.name}@{version}"
     run.workspace.delete_folder(run.folder)
     return Outcome(
@@ -384,6 +419,30 @@ def release(
         counts=counts,
         storage_options=run.config.storage,
     )
+
+
+def report_statistics(kept: Kept, weighed: Weighed) -> dict[str, Any]:
+    """What report.html is made from, beside its examples."""
+    weights = weighed.statistics.to_json() if weighed.statistics is not None else None
+    return {"select": kept.statistics.to_json(), "weights": weights}
+
+
+def report_examples(run: Run, prepared: Prepared, kept: Kept, weighed: Weighed) -> list[dict[str, Any]]:
+    """The report's examples: a few prompts with all candidates, token by token."""
+    store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
+    wanted: dict[str, list[str]] = {}
+    for prompt_id in kept.statistics.examples.prompt_ids():
+        wanted.setdefault(partition_of(prompt_id, prepared.num_partitions), []).append(prompt_id)
+    arguments = [
+        (run.workspace, p, shard_paths(prepared, p), store, ids, run.config.select, weighed.paths.get(p))
+        for p, ids in wanted.items()
+    ]
+    prompts: dict[str, dict[str, Any]] = {}
+    for found in run_tasks(read_examples, arguments, run.config.workers):
+        prompts.update(found)
+    add_token_texts(prompts.values(), run.target_renderer.token_bytes)
+    chosen = kept.statistics.examples.chosen
+    return [{**prompts[row[2]], "kind": kind} for kind, rows in chosen.items() for row in rows if row[2] in prompts]
 
 
 def outcome_of_scores(run: Run, prepared: Prepared, scored: ScoreTotals) -> Outcome:

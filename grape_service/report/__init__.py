@@ -1,0 +1,1 @@
+"""What was chosen and why, as statistics that add up and as one page."""

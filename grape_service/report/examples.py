@@ -1,0 +1,172 @@
+"""Single prompts with all of their candidates, token by token: for the report's examples and `grape explain`."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.config import SelectConfig
+from grape_service.grape import grape_scores
+from grape_service.parquet import array_of, open_parquet
+from grape_service.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.schemas import LOSS_TOKEN
+from grape_service.scores import ScoreStore
+from grape_service.storage import Storage
+
+MAX_TOKENS = 160
+"""Tokens of a response that a page shows; the others are counted."""
+MAX_CANDIDATES = 6
+MAX_TEXT = 1_500
+"""Characters of a prompt that a page shows."""
+
+COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "truncated", "messages"]
+
+
+def rows_of_prompts(storage: Storage, paths: list[str], prompt_ids: list[str], columns: list[str]) -> pa.Table:
+    """The rows of some prompts in Parquet files; of files without one the ids alone are read."""
+    wanted = pa.array(prompt_ids, type=pa.string())
+    found = []
+    for path in paths:
+        with open_parquet(storage, path) as file:
+            there = [name for name in columns if name in file.schema_arrow.names]
+            for group in range(file.num_row_groups):
+                ids = file.read_row_group(group, columns=["prompt_id"])["prompt_id"]
+                rows = pc.is_in(ids, value_set=wanted)
+                if pc.any(rows).as_py():
+                    found.append(file.read_row_group(group, columns=there).filter(rows))
+    return pa.concat_tables(found).combine_chunks() if found else pa.table({"prompt_id": pa.array([], pa.string())})
+
+
+def read_examples(
+    storage: Storage,
+    partition: str,
+    shards: list[str],
+    store: ScoreStore | None,
+    prompt_ids: list[str],
+    select: SelectConfig,
+    final_path: str | None,
+    max_tokens: int = MAX_TOKENS,
+) -> dict[str, dict[str, Any]]:
+    """Prompts of one partition by id, each with its candidates, best first (a Ray task).
+
+    `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights.
+    Token values are cut to `max_tokens`; `num_tokens` says how many there are.
+    """
+    table = rows_of_prompts(storage, shards, prompt_ids, COLUMNS)
+    if table.num_rows == 0:
+        return {}
+    offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
+    _, ids = list_offsets_and_values(array_of(table, "input_ids"))
+    lengths = segment_sums(mask > 0, offsets)
+    loss_offsets = offsets_from_lengths(lengths)
+    loss_ids, loss_kind = ids[mask > 0], mask[mask > 0]
+    counted = np.ones(len(loss_ids), dtype=bool) if select.count_turn_end else loss_kind == LOSS_TOKEN
+    logprobs: npt.NDArray[np.float32] | None = None
+    has_score = np.zeros(table.num_rows, dtype=bool)
+    scores = np.full(table.num_rows, np.nan)
+    if store is not None:
+        found = store.read(partition, array_of(table, "row_key"))
+        logprobs = np.full(len(loss_ids), np.nan, dtype=np.float32)
+        has_score = found.finite() & (found.lengths == lengths)
+        logprobs[np.repeat(has_score, lengths)] = found.take(np.flatnonzero(has_score))
+        scores = grape_scores(np.nan_to_num(logprobs), counted & np.repeat(has_score, lengths), loss_offsets)
+    final = _final_rows(storage, final_path, prompt_ids)
+    prompts: dict[str, dict[str, Any]] = {}
+    for row, light in enumerate(table.drop_columns(["input_ids", "loss_mask"]).to_pylist()):
+        span = slice(int(loss_offsets[row]), min(int(loss_offsets[row + 1]), int(loss_offsets[row]) + max_tokens))
+        kept = final.get((light["prompt_id"], light["candidate_id"]))
+        candidate = {
+            "candidate_id": light["candidate_id"],
+            "source": light["source"],
+            "truncated": light["truncated"],
+            "score": _number(scores[row]),
+            "kept": kept is not None,
+            "num_tokens": int(lengths[row]),
+            "counted_tokens": int(counted[loss_offsets[row] : loss_offsets[row + 1]].sum()),
+            "ids": loss_ids[span].tolist(),
+            "logprobs": _rounded(logprobs[span]) if logprobs is not None and has_score[row] else None,
+            "ratios": None,
+            "weights": None,
+        }
+        if kept is not None:
+            candidate.update({key: _rounded(values[:max_tokens]) for key, values in kept.items()})
+        prompt = prompts.setdefault(
+            light["prompt_id"],
+            {"prompt_id": light["prompt_id"], "prompt": prompt_text(light["messages"]), "candidates": []},
+        )
+        prompt["candidates"].append(candidate)
+    for prompt in prompts.values():
+        rank(prompt["candidates"])
+    return prompts
+
+
+def rank(candidates: list[dict[str, Any]]) -> None:
+    """Sort candidates, best first; those without a score last. Equal scores: the smaller candidate_id."""
+    candidates.sort(key=lambda c: (-c["score"] if c["score"] is not None else float("inf"), c["candidate_id"]))
+    for place, candidate in enumerate(candidates, start=1):
+        candidate["rank"] = place if candidate["score"] is not None else None
+
+
+def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What is known of kept rows, by prompt and candidate: arrays of one value a token with loss."""
+    if path is None:
+        return {}
+    columns = ["prompt_id", "candidate_id", "target_logprobs", "behavior_logprobs", "weights", "weight_source"]
+    table = rows_of_prompts(storage, [path], prompt_ids, columns)
+    found = {}
+    for row in table.to_pylist():
+        values: dict[str, Any] = {}
+        target, behavior = row.get("target_logprobs"), row.get("behavior_logprobs")
+        if target is not None:
+            values["logprobs"] = np.array(target)
+        if target is not None and behavior is not None:
+            values["ratios"] = np.array(target) - np.array(behavior)
+        if row.get("weights") is not None and row.get("weight_source") == "pear":
+            values["weights"] = np.array(row["weights"])
+        found[row["prompt_id"], row["candidate_id"]] = values
+    return found
+
+
+def prompt_text(messages: str) -> str:
+    """A conversation up to the last response as text, a role before each turn where there are several."""
+    turns = orjson.loads(messages)
+    last = next((i for i in range(len(turns) - 1, -1, -1) if turns[i].get("role") != "assistant"), 0)
+    shown = turns[: last + 1]
+    texts = [content_text(turn.get("content")) for turn in shown]
+    if len(shown) == 1:
+        return texts[0]
+    return "\n\n".join(f"{turn.get('role')}: {text}" for turn, text in zip(shown, texts, strict=True))
+
+
+def content_text(content: Any) -> str:
+    """A message's content as text."""
+    return content if isinstance(content, str) else "" if content is None else orjson.dumps(content).decode()
+
+
+def add_token_texts(
+    prompts: Iterable[dict[str, Any]], token_bytes: Callable[[list[int]], list[bytes | None]] | None
+) -> None:
+    """Give each candidate `texts`, one a token: a character that several tokens share stands at its last one."""
+    for prompt in prompts:
+        for candidate in prompt["candidates"]:
+            ids = candidate["ids"]
+            if token_bytes is None:
+                candidate["texts"] = [f"[{number}]" for number in ids]
+                continue
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            candidate["texts"] = [decoder.decode(b"\xef\xbf\xbd" if b is None else b) for b in token_bytes(ids)]
+
+
+def _rounded(values: npt.NDArray) -> list[float | None]:
+    return [_number(round(float(value), 4)) for value in values]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

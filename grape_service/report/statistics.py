@@ -1,0 +1,407 @@
+"""Statistics of a run that add up over partitions: fixed size, whole numbers, so any order gives the same.
+
+Sums of fractions are kept in whole units of 2**-12 (scores, logarithms of lengths) or 2**-16 (weights).
+S sources (the largest by name, then all others together), N candidates, L tokens with loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.behavior import NO_SOURCE
+from grape_service.choice import KEPT, Candidates, Choice
+from grape_service.digests import prompt_order
+from grape_service.ragged import Int64s
+from grape_service.weigh import WeightBatch
+
+MAX_SOURCES = 12
+OTHER_SOURCES = "(other sources)"
+UNIT, WEIGHT_UNIT = 2.0**12, 2.0**16
+
+SCORE_EDGES = np.linspace(-8.0, 0.0, 81)
+MARGIN_EDGES = np.concatenate([[0.0], np.logspace(-4, 1, 51)])
+LENGTH_EDGES = 2.0 ** np.arange(0, 18.5, 0.5)
+WEIGHT_EDGES = np.linspace(-5.0, 3.0, 81)  # log10
+RATIO_EDGES = np.linspace(-4.0, 4.0, 81)
+NUM_POSITIONS = 20
+LENGTH_MATCH = 1.25
+"""A length-matched choice is among candidates at most this factor away from their prompt's median length."""
+
+EXAMPLES_EACH = 3
+EXAMPLE_KINDS = ("closest", "clearest", "random")
+
+
+def source_names(rows_by_source: dict[str, int], without_source: int = 0) -> list[str]:
+    """The names that statistics are kept by: the largest sources, and one for all others."""
+    counted = {**rows_by_source, **({NO_SOURCE: without_source} if without_source else {})}
+    largest = sorted(counted, key=lambda name: (-counted[name], name))[:MAX_SOURCES]
+    return [*largest, *([OTHER_SOURCES] if len(counted) > MAX_SOURCES or not counted else [])]
+
+
+def source_codes(sources: pa.Array, names: list[str]) -> Int64s:
+    """The place of each source [N] in `names`, the last place for one that is not there."""
+    found = pc.index_in(pc.fill_null(sources, NO_SOURCE), value_set=pa.array(names, type=pa.string()))
+    return pc.fill_null(found, len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+@dataclass
+class Statistics:
+    """Base of statistics: arrays of int64, whole numbers, dicts of those, and Examples; all add up."""
+
+    names: list[str]
+
+    def __add__(self, other: Self) -> Self:
+        assert self.names == other.names, "statistics are kept by the same sources"
+        summed = {
+            item.name: _sum(getattr(self, item.name), getattr(other, item.name))
+            for item in fields(self)
+            if item.name != "names"
+        }
+        return type(self)(self.names, **summed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+
+def _sum(left: Any, right: Any) -> Any:
+    if isinstance(left, dict):
+        return {
+            key: _sum(left[key], right[key]) if key in left and key in right else left.get(key, right.get(key))
+            for key in sorted(left.keys() | right.keys())
+        }
+    return left + right
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Examples):
+        return value.chosen
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@dataclass
+class Moments:
+    """Sums of pairs (x, y) in whole units of 2**-12, for a correlation."""
+
+    count: int = 0
+    x: int = 0
+    y: int = 0
+    xx: int = 0
+    yy: int = 0
+    xy: int = 0
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Moments)))
+
+    @classmethod
+    def of(cls, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Moments:
+        """Sums over pairs [N]; values beyond 64 count as 64."""
+        left, right = (np.rint(np.clip(values, -64, 64) * UNIT).astype(np.int64) for values in (x, y))
+        sums = (left, right, left * left, right * right, left * right)
+        return cls(len(x), *(int(values.sum()) for values in sums))
+
+    def correlation(self) -> float | None:
+        """Pearson's r; None where it is not defined."""
+        spread_x = self.count * self.xx - self.x**2
+        spread_y = self.count * self.yy - self.y**2
+        if self.count < 3 or spread_x <= 0 or spread_y <= 0:
+            return None
+        return (self.count * self.xy - self.x * self.y) / math.sqrt(spread_x) / math.sqrt(spread_y)
+
+
+@dataclass
+class Examples:
+    """A few prompts of each kind, [key, order of the id, prompt id], smallest first: the same in any order."""
+
+    chosen: dict[str, list[list[Any]]] = field(default_factory=lambda: {kind: [] for kind in EXAMPLE_KINDS})
+
+    def __add__(self, other: Examples) -> Examples:
+        both = {kind: sorted([*self.chosen[kind], *other.chosen[kind]]) for kind in EXAMPLE_KINDS}
+        return Examples({kind: rows[:EXAMPLES_EACH] for kind, rows in both.items()})
+
+    def offer(self, kind: str, keys: npt.NDArray[np.float64], prompt_ids: pa.Array, rows: Int64s) -> None:
+        """Prompts `rows` [M] with their keys [M], smallest wanted."""
+        if len(rows) == 0:
+            return
+        limit = np.partition(keys, min(EXAMPLES_EACH, len(keys)) - 1)[min(EXAMPLES_EACH, len(keys)) - 1]
+        near = np.flatnonzero(keys <= limit)
+        ids = prompt_ids.take(pa.array(rows[near])).to_pylist()
+        found = [[key, prompt_order(i), i] for key, i in zip(keys[near].tolist(), ids, strict=True)]
+        self.chosen[kind] = sorted([*self.chosen[kind], *found])[:EXAMPLES_EACH]
+
+    def offer_random(self, prompt_ids: pa.Array, rows: Int64s) -> None:
+        """Of prompts `rows` [M] those whose ids come first in the order of their digests."""
+        worst = self.chosen["random"][-1][1] if len(self.chosen["random"]) == EXAMPLES_EACH else None
+        for prompt_id in prompt_ids.take(pa.array(rows)).to_pylist():
+            order = prompt_order(prompt_id)
+            if worst is None or order < worst:
+                self.chosen["random"] = sorted([*self.chosen["random"], [0.0, order, prompt_id]])[:EXAMPLES_EACH]
+                worst = self.chosen["random"][-1][1] if len(self.chosen["random"]) == EXAMPLES_EACH else None
+
+    def prompt_ids(self) -> list[str]:
+        """All of them, each once."""
+        return list(dict.fromkeys(row[2] for kind in EXAMPLE_KINDS for row in self.chosen[kind]))
+
+
+def _histogram(values: npt.NDArray, edges: npt.NDArray[np.float64]) -> Int64s:
+    """The bin [N] of each value; those outside are in the first or the last."""
+    return np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+
+
+def _table(codes: Int64s, bins: Int64s, num_codes: int, num_bins: int) -> Int64s:
+    return np.bincount(codes * num_bins + bins, minlength=num_codes * num_bins).reshape(num_codes, num_bins)
+
+
+@dataclass
+class SelectStatistics(Statistics):
+    """What selection saw and chose. A SelectObserver."""
+
+    candidates: Int64s  # [S]
+    kept: Int64s  # [S]
+    prompts_with: Int64s  # [S] kept prompts with two scored candidates or more, one of this source
+    wins: Int64s  # [S] of those, the prompts whose first choice is of this source
+    beats: Int64s  # [S, S] candidates of source j that lost to a first choice of source i
+    scores: Int64s  # [S, bins of SCORE_EDGES]
+    score_sum: Int64s  # [S] units
+    margins: Int64s  # [S, bins of MARGIN_EDGES], by the winner's source
+    lengths: Int64s  # [bins of LENGTH_EDGES] of all candidates
+    kept_lengths: Int64s  # [bins of LENGTH_EDGES]
+    length_scores: Int64s  # [bins of LENGTH_EDGES, bins of SCORE_EDGES]
+    winner_tokens: int = 0  # of first choices of contested prompts
+    rival_tokens: int = 0  # of the other candidates of those prompts, their mean in each, in units
+    contested: int = 0  # kept prompts with two scored candidates or more
+    chance: int = 0  # expected agreement of a random choice, in units
+    agree: dict[str, int] = field(default_factory=dict)  # alternative choice -> prompts where it is kept
+    overall: Moments = field(default_factory=Moments)  # log2 length, score
+    within: Moments = field(default_factory=Moments)  # the same, less the prompt's means
+    examples: Examples = field(default_factory=Examples)
+
+    @classmethod
+    def empty(cls, names: list[str]) -> SelectStatistics:
+        """Of nothing."""
+        s, scores, lengths = len(names), len(SCORE_EDGES) - 1, len(LENGTH_EDGES) - 1
+
+        def zeros(*shape: int) -> Int64s:
+            return np.zeros(shape, dtype=np.int64)
+
+        return cls(
+            names,
+            *(zeros(s) for _ in range(4)),
+            zeros(s, s),
+            zeros(s, scores),
+            zeros(s),
+            zeros(s, len(MARGIN_EDGES) - 1),
+            zeros(lengths),
+            zeros(lengths),
+            zeros(lengths, scores),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Also the figures that follow from the sums."""
+        plain = super().to_json()
+        plain["overall"], plain["within"] = self.overall.correlation(), self.within.correlation()
+        plain["chance"] = self.chance / UNIT / max(1, self.contested)
+        plain["winner_tokens"] = self.winner_tokens / max(1, self.contested)
+        plain["rival_tokens"] = self.rival_tokens / UNIT / max(1, self.contested)
+        plain["score_mean"] = (self.score_sum / UNIT / np.maximum(1, self.scores.sum(axis=1))).tolist()
+        del plain["score_sum"]
+        return plain
+
+    def add_candidates(self, candidates: Candidates, choice: Choice) -> None:
+        """Whole prompts, a prompt's rows next to each other."""
+        detail = candidates.detail
+        assert detail is not None, "a report needs the details of candidates"
+        if len(candidates.prompts) == 0:
+            return
+        codes = source_codes(candidates.sources, self.names)
+        num_sources = len(self.names)
+        self.candidates += np.bincount(codes, minlength=num_sources)
+        self.kept += np.bincount(codes[choice.kept], minlength=num_sources)
+        length_bins = _histogram(detail.counted_tokens, LENGTH_EDGES)
+        self.lengths += np.bincount(length_bins, minlength=len(self.lengths))
+        self.kept_lengths += np.bincount(length_bins[choice.kept], minlength=len(self.lengths))
+        chosen_prompts = np.flatnonzero(choice.left_out == KEPT)
+        self.examples.offer_random(detail.prompt_ids, chosen_prompts)
+        if candidates.scores is not None and choice.ranking is not None:
+            self._add_scores(candidates, choice, codes, length_bins)
+
+    def _add_scores(self, c: Candidates, choice: Choice, codes: Int64s, length_bins: Int64s) -> None:
+        detail = c.detail
+        assert detail is not None
+        assert c.scores is not None
+        assert choice.ranking is not None
+        scored = np.flatnonzero(np.isfinite(c.scores))
+        scores, prompts, codes, lengths = c.scores[scored], c.prompts[scored], codes[scored], length_bins[scored]
+        tokens = detail.counted_tokens[scored]
+        bins = _histogram(scores, SCORE_EDGES)
+        num_sources, num_bins = len(self.names), len(SCORE_EDGES) - 1
+        self.scores += _table(codes, bins, num_sources, num_bins)
+        units = np.rint(np.clip(scores, -64, 0) * UNIT)
+        self.score_sum += np.bincount(codes, weights=units, minlength=num_sources).astype(np.int64)
+        self.length_scores += _table(lengths, bins, len(self.lengths), num_bins)
+        log_tokens = np.log2(np.maximum(1, tokens))
+        self.overall += Moments.of(log_tokens, scores)
+        if len(scored) == 0:
+            return
+
+        # Prompts with something to choose from, each with its first choice.
+        starts = np.flatnonzero(np.concatenate([[True], prompts[1:] != prompts[:-1]]))
+        sizes = np.diff(np.append(starts, len(prompts)))
+        group = np.repeat(np.arange(len(starts)), sizes)
+        means = [np.repeat(np.add.reduceat(v, starts) / sizes, sizes) for v in (log_tokens, scores)]
+        many = np.repeat(sizes > 1, sizes)
+        self.within += Moments.of((log_tokens - means[0])[many], (scores - means[1])[many])
+        kept = choice.kept[scored]
+        rank = np.where(kept, choice.ranking.rank[scored], np.iinfo(np.int32).max)
+        best = np.minimum.reduceat(rank, starts)
+        contested = (sizes > 1) & (best < np.iinfo(np.int32).max)
+        first = kept & (rank == best[group]) & contested[group]
+        rows, group_winner = np.flatnonzero(first), np.zeros(len(starts), dtype=np.int64)
+        group_winner[group[rows]] = codes[rows]
+        present = np.zeros((len(starts), num_sources), dtype=bool)
+        present[group, codes] = True
+        self.prompts_with += present[contested].sum(axis=0)
+        self.wins += np.bincount(codes[rows], minlength=num_sources)
+        losers = contested[group] & ~kept
+        self.beats += _table(group_winner[group[losers]], codes[losers], num_sources, num_sources)
+        margins = choice.ranking.margin[scored[rows]]
+        known = np.isfinite(margins)
+        self.margins += _table(
+            codes[rows[known]], _histogram(margins[known], MARGIN_EDGES), num_sources, len(MARGIN_EDGES) - 1
+        )
+        self.contested += len(rows)
+        self.winner_tokens += int(tokens[rows].sum())
+        totals = np.add.reduceat(tokens, starts)[group[rows]]
+        rivals = (totals - tokens[rows]) / (sizes[group[rows]] - 1)
+        self.rival_tokens += int(np.rint(rivals * UNIT).sum())
+        num_kept = np.add.reduceat(kept.astype(np.int64), starts)
+        self.chance += int(np.rint(num_kept[contested] / sizes[contested] * UNIT).sum())
+        self._add_alternatives(c, scored, starts, group, contested, kept, scores, tokens)
+        numbers = prompts[rows[known]]
+        self.examples.offer("closest", margins[known], detail.prompt_ids, numbers)
+        self.examples.offer("clearest", -margins[known], detail.prompt_ids, numbers)
+
+    def _add_alternatives(
+        self,
+        c: Candidates,
+        scored: Int64s,
+        starts: Int64s,
+        group: Int64s,
+        contested: npt.NDArray[np.bool_],
+        kept: npt.NDArray[np.bool_],
+        scores: npt.NDArray[np.float64],
+        tokens: Int64s,
+    ) -> None:
+        """How often what another rule would choose first is among what was kept."""
+        detail = c.detail
+        assert detail is not None
+        median = _medians(tokens, group, starts)[group]
+        matched = (tokens <= median * LENGTH_MATCH) & (tokens * LENGTH_MATCH >= median)
+        keys = {
+            "mean log-probability": scores,
+            "sum of log-probabilities": scores * tokens,
+            "mean, among candidates of like length": np.where(matched, scores, -np.inf),
+            "longest": tokens.astype(np.float64),
+            "shortest": -tokens.astype(np.float64),
+        }
+        if detail.turn_end_scores is not None:
+            keys["the turn end counted the other way"] = np.nan_to_num(detail.turn_end_scores[scored], nan=-np.inf)
+        ties = c.ties[scored]
+        for name, key in keys.items():
+            best = np.maximum.reduceat(key, starts)
+            tied = np.where(key == best[group], ties, np.iinfo(np.int64).max)
+            winner = tied == np.minimum.reduceat(tied, starts)[group]
+            agree = int((winner & kept & contested[group]).sum())
+            self.agree[name] = self.agree.get(name, 0) + agree
+
+
+def _medians(values: Int64s, group: Int64s, starts: Int64s) -> npt.NDArray[np.float64]:
+    """Lower median of each group of adjacent rows."""
+    ordered = values[np.lexsort((values, group))]
+    sizes = np.diff(np.append(starts, len(values)))
+    return ordered[starts + (sizes - 1) // 2].astype(np.float64)
+
+
+@dataclass
+class WeighStatistics(Statistics):
+    """Weights of tokens, before `normalize: dataset`. A WeighObserver."""
+
+    weights: Int64s  # [S, bins of WEIGHT_EDGES] log10
+    ratios: Int64s  # [bins of RATIO_EDGES] known log ratios
+    positions: Int64s  # [NUM_POSITIONS, bins of WEIGHT_EDGES] by relative position in the response
+    position_sum: list[int]  # [NUM_POSITIONS] units of 2**-16
+
+    @classmethod
+    def empty(cls, names: list[str]) -> WeighStatistics:
+        """Of nothing."""
+        bins = len(WEIGHT_EDGES) - 1
+        return cls(
+            names,
+            np.zeros((len(names), bins), dtype=np.int64),
+            np.zeros(len(RATIO_EDGES) - 1, dtype=np.int64),
+            np.zeros((NUM_POSITIONS, bins), dtype=np.int64),
+            [0] * NUM_POSITIONS,
+        )
+
+    def __add__(self, other: Self) -> Self:
+        summed = [a + b for a, b in zip(self.position_sum, other.position_sum, strict=True)]
+        return type(self)(
+            self.names,
+            self.weights + other.weights,
+            self.ratios + other.ratios,
+            self.positions + other.positions,
+            summed,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Also mean, quantiles and share of the weight by position."""
+        plain = super().to_json()
+        counts = np.maximum(1, self.positions.sum(axis=1))
+        sums = np.array([value / WEIGHT_UNIT for value in self.position_sum])
+        plain["position_mean"] = (sums / counts).tolist()
+        for share in (0.1, 0.5, 0.9):
+            plain[f"position_q{share * 100:.0f}"] = [_quantile(row, share) for row in self.positions]
+        total = sums.sum()
+        plain["last_tenth"] = float(sums[-NUM_POSITIONS // 10 :].sum() / total) if total else None
+        del plain["position_sum"], plain["positions"]
+        return plain
+
+    def add_weights(self, batch: WeightBatch) -> None:
+        """Weights [L] of responses [N]."""
+        lengths = np.diff(batch.offsets)
+        codes = np.repeat(source_codes(batch.sources, self.names), lengths)
+        place = np.arange(int(batch.offsets[-1])) - np.repeat(batch.offsets[:-1], lengths)
+        position = place * NUM_POSITIONS // np.maximum(1, np.repeat(lengths, lengths))
+        step = WEIGHT_EDGES[1] - WEIGHT_EDGES[0]
+        num_bins = len(WEIGHT_EDGES) - 1
+        logs = np.log10(np.maximum(batch.weights, 10.0 ** WEIGHT_EDGES[0]))
+        bins = np.clip((logs - WEIGHT_EDGES[0]) / step, 0, num_bins - 1).astype(np.int64)
+        self.weights += _table(codes, bins, len(self.names), num_bins)
+        self.positions += _table(position, bins, NUM_POSITIONS, num_bins)
+        units = np.rint(np.minimum(batch.weights, 2.0**20) * WEIGHT_UNIT)
+        sums = np.bincount(position, weights=units, minlength=NUM_POSITIONS)
+        self.position_sum = [total + int(value) for total, value in zip(self.position_sum, sums, strict=True)]
+        known = batch.ratios[~np.isnan(batch.ratios)]
+        ratio_bins = (np.clip(known, RATIO_EDGES[0], RATIO_EDGES[-1]) - RATIO_EDGES[0]) / (
+            RATIO_EDGES[1] - RATIO_EDGES[0]
+        )
+        last = len(self.ratios) - 1
+        self.ratios += np.bincount(np.minimum(ratio_bins.astype(np.int64), last), minlength=last + 1)
+
+
+def _quantile(row: Int64s, share: float) -> float | None:
+    """A weight of which about `share` of a histogram's values are at or below; None of nothing."""
+    total = int(row.sum())
+    if not total:
+        return None
+    place = int(np.searchsorted(np.cumsum(row), share * total))
+    return float(10 ** ((WEIGHT_EDGES[place] + WEIGHT_EDGES[place + 1]) / 2))

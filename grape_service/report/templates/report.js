@@ -1,0 +1,50 @@
+"use strict";
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const narrow = window.matchMedia("(max-width: 720px)").matches;
+  window.plotsDrawn = Promise.all([...document.querySelectorAll(".plot")].map((div) => {
+    const figure = figures[div.dataset.figure];
+    if (narrow) figure.layout.font.size = 11;
+    return Plotly.newPlot(div, figure.data, figure.layout, { responsive: true, displayModeBar: false, scrollZoom: false });
+  })).then((all) => all.length);
+
+  const names = ["log-probability", "ratio", "weight"];
+  const readout = document.getElementById("readout");
+  if (!readout) return;
+  const shade = (mode, value) => {
+    if (value === undefined) return "";
+    const v = Number(value);
+    if (mode === 0) return `rgba(217,105,43,${Math.min(0.55, -v / 10).toFixed(3)})`;
+    const signed = mode === 1 ? v : Math.log(Math.max(v, 1e-5));
+    const strength = Math.min(0.55, Math.abs(signed) / (mode === 1 ? 3 : 5));
+    return signed < 0 ? `rgba(217,105,43,${strength.toFixed(3)})` : `rgba(61,125,202,${strength.toFixed(3)})`;
+  };
+  const paint = (mode) => {
+    for (const token of document.querySelectorAll(".tokens span")) token.style.background = shade(mode, token.dataset[mode]);
+  };
+  const tell = (token) => {
+    const parts = names.map((name, i) => (token.dataset[i] === undefined ? null : `${name} ${token.dataset[i]}`)).filter(Boolean);
+    readout.textContent = `“${token.textContent}”: ${parts.join(", ") || "no numbers"}`;
+  };
+  for (const radio of document.querySelectorAll("input[name=mode]")) radio.addEventListener("change", () => paint(Number(radio.value)));
+  for (const box of document.querySelectorAll(".tokens")) {
+    let at = -1;
+    const move = (place) => {
+      const tokens = box.children;
+      if (!tokens.length) return;
+      if (at >= 0) tokens[at].classList.remove("at");
+      at = Math.max(0, Math.min(tokens.length - 1, place));
+      tokens[at].classList.add("at");
+      tokens[at].scrollIntoView({ block: "nearest", inline: "nearest" });
+      tell(tokens[at]);
+    };
+    box.addEventListener("mouseover", (event) => { if (event.target !== box) tell(event.target); });
+    box.addEventListener("keydown", (event) => {
+      if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
+        move(at + (event.key === "ArrowRight" ? 1 : -1));
+        event.preventDefault();
+      }
+    });
+  }
+  paint(0);
+})();

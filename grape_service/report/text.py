@@ -1,0 +1,49 @@
+"""Text from a pool made fit to be shown: cut, and with what cannot be seen written out."""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+_UNSEEN = re.compile(
+    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """Control, zero-width and direction characters as <U+200B>, so that they are seen and have no effect.
+
+    The zero-width joiner inside of emoji and the tab and newline stay as they are.
+    """
+    found = []
+    for place, character in enumerate(text):
+        if character == "\u200d" and 0 < place < len(text) - 1 and _is_symbol(text[place - 1], text[place + 1]):
+            found.append(character)
+        elif _UNSEEN.match(character):
+            found.append(f"<U+{ord(character):04X}>")
+        else:
+            found.append(character)
+    return "".join(found)
+
+
+def _is_symbol(before: str, after: str) -> bool:
+    return all(unicodedata.category(c) in ("So", "Sk", "Mn") for c in (before, after))
+
+
+def cut(text: str, most: int) -> str:
+    """At most `most` characters, with a note of how many more there are."""
+    if len(text) <= most:
+        return visible(text)
+    return f"{visible(text[:most])} … [cut: {len(text) - most:,} more characters]"
+
+
+def short(text: str, most: int = 40) -> str:
+    """One line of a name."""
+    line = " ".join(visible(str(text)).split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def plot_label(text: str) -> str:
+    """A name in a plot: plotly reads a little HTML in its texts."""
+    return html.escape(short(text, 24))
