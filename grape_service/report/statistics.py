@@ -195,14 +195,17 @@ class SelectStatistics(Statistics):
 
         return cls(
             names,
-            *(zeros(s) for _ in range(4)),
-            zeros(s, s),
-            zeros(s, scores),
-            zeros(s),
-            zeros(s, len(MARGIN_EDGES) - 1),
-            zeros(lengths),
-            zeros(lengths),
-            zeros(lengths, scores),
+            candidates=zeros(s),
+            kept=zeros(s),
+            prompts_with=zeros(s),
+            wins=zeros(s),
+            beats=zeros(s, s),
+            scores=zeros(s, scores),
+            score_sum=zeros(s),
+            margins=zeros(s, len(MARGIN_EDGES) - 1),
+            lengths=zeros(lengths),
+            kept_lengths=zeros(lengths),
+            length_scores=zeros(lengths, scores),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _checks(facts: dict[str, Any]) -> list[Warning]:
 
 
 def _sources(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
-    found = []
+    found: list[Warning] = []
     contested = select["contested"]
     method = (facts["config"].get("select") or {}).get("method", "grape")
     if contested < MIN_PROMPTS or str(method).startswith("source:"):

@@ -1,0 +1,84 @@
+"""The page as text: what is on it, what is escaped, and which warnings it has."""
+
+from __future__ import annotations
+
+import html.parser
+
+import plotly.graph_objects as go
+import pytest
+
+from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
+from grape_service.report.text import cut, visible
+from grape_service.report.warnings import warnings_of
+from tests.grape_service.report.made_report import NAMES, examples, facts
+
+
+class Elements(html.parser.HTMLParser):
+    """Tags and addresses of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
+    page = render_page(facts(), examples())
+    elements = Elements(page)
+    assert elements.tags.count("script") == 3
+    assert "img" not in elements.tags
+    assert elements.handlers == []
+    assert all(address.startswith(("#", "data:")) for address in elements.addresses)
+    assert "{{ 7 * 7 }}" in page
+    assert "[cut: 98,500 more characters]" in page
+    assert "&lt;U+202E&gt;gnp.exe" in page
+    assert "zero&lt;U+200B&gt;width" in page
+    assert 'dir="auto"' in page
+    assert len(page) < 6_500_000
+
+
+def test_a_clean_release_has_no_warning_and_bad_ones_have_their_own() -> None:
+    assert warnings_of(facts()) == []
+    assert "wins" in warnings_of(facts(better="teacher"))[0].text
+    texts = " ".join(warning.text for warning in warnings_of(facts(collapse=True)))
+    for part in ("effective sample size", "lower bound", "last tenth"):
+        assert part in texts
+    bad = facts()
+    bad["counts"]["pool"] |= {"rejected": 300, "truncated": 200}
+    assert [w.text.split(" of ")[1][:8] for w in warnings_of(bad)] == ["the pool", "the cand"]
+    assert all(warning.change for warning in warnings_of(bad))
+
+
+def test_plotly_knows_every_figure() -> None:
+    made = facts()["statistics"]["report"]
+    figures = {**_select_figures(made["select"]), **_weight_figures(made["weights"], [-0.08, 0.3])}
+    assert len(figures) == 10
+    for figure in figures.values():
+        assert go.Figure(figure).data
+
+
+@pytest.mark.parametrize("empty", ["report", "weights"])
+def test_releases_with_fewer_statistics_have_a_page(empty: str) -> None:
+    made = facts()
+    made["statistics"].pop(empty)
+    assert "Lineage and cost" in render_page(made)
+    assert "Warnings" in render_page({**made, "statistics": {}, "counts": {}, "config": {}, "parents": {}})
+
+
+def test_scripts_cannot_be_closed_by_data() -> None:
+    assert "<" not in script_json({"a": "</script>"})
+    assert NAMES[2] not in render_page(facts())
+
+
+def test_unseen_characters_are_written_out() -> None:
+    assert visible("a\u200bb\u202ec\x07\n\t") == "a<U+200B>b<U+202E>c<U+0007>\n\t"
+    family = "\U0001f468\u200d\U0001f469"
+    assert visible(family) == family
+    assert cut("abcdef", 4) == "abcd … [cut: 2 more characters]"
