@@ -2,11 +2,19 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const narrow = window.matchMedia("(max-width: 720px)").matches;
-  window.plotsDrawn = Promise.all([...document.querySelectorAll(".plot")].map((div) => {
+  const draw = (div) => {
     const figure = figures[div.dataset.figure];
     if (narrow) figure.layout.font.size = 11;
-    return Plotly.newPlot(div, figure.data, figure.layout, { responsive: true, displayModeBar: false, scrollZoom: false });
-  })).then((all) => all.length);
+    return Plotly.newPlot(div, figure.data, figure.layout, { responsive: true, displayModeBar: false });
+  };
+  // One plot at a time, so that the page can be read and scrolled from the start.
+  const pause = () => new Promise((done) => setTimeout(done, 0));
+  window.plotsDrawn = (async () => {
+    for (const div of document.querySelectorAll(".plot")) {
+      await draw(div);
+      await pause();
+    }
+  })();
 
   const names = ["log-probability", "ratio", "weight"];
   const readout = document.getElementById("readout");

@@ -1,0 +1,118 @@
+"""The page in a real browser: drawn, quiet, hovered, reached by keyboard, readable, unharmed by what it shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grape_service.report.page import render_page
+from tests.chromium import BINARY, Browser, running_browser
+from tests.grape_service.report.made_report import HOSTILE, examples, facts
+
+pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here: apt-get install chromium")
+
+SHOTS = os.environ.get("GRAPE_SCREENSHOTS")
+DRAWN = ".cartesianlayer .trace, .cartesianlayer image"
+SIZES = [(1280, 900, False), (390, 844, True)]
+
+CONTRASTS = """(() => {
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (c) => { 
+    const f = c.slice(0, 3).map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+  const behind = (node) => { const layers = [];
+    for (let n = node; n; n = n.parentElement) { const c = rgb(getComputedStyle(n).backgroundColor);
+      if (c.length === 3 || c[3] > 0) { layers.push(c); if (c.length === 3 || c[3] === 1) break; } }
+    return layers.reverse().reduce((low, top) => { const a = top.length === 3 ? 1 : top[3];
+      return low.map((v, i) => v * (1 - a) + top[i] * a); }, [255, 255, 255]); };
+  const low = [];
+  for (const node of document.querySelectorAll("body *")) {
+    if (node.closest("svg, script, style, .skip")) continue;
+    if (![...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim())) continue;
+    const a = light(rgb(getComputedStyle(node).color)), b = light(behind(node));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
+  }
+  for (const text of document.querySelectorAll(".js-plotly-plot .xtick text, .js-plotly-plot .ytick text")) {
+    const a = light(rgb(getComputedStyle(text).fill)), b = light(behind(text.closest(".plot")));
+    if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) low.push(`plot text ${text.textContent}`);
+  }
+  return low;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render_page(facts(better="teacher", collapse=True), examples()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with running_browser(tmp_path_factory.mktemp("chromium")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("width", "height", "dark"), SIZES, ids=["laptop-light", "phone-dark"])
+def test_page_is_drawn_quiet_and_readable(browser: Browser, page: Path, width: int, height: int, dark: bool) -> None:
+    browser.errors.clear()
+    browser.asked.clear()
+    seconds = browser.open(page, width, height, dark)
+    plots = browser.run("document.querySelectorAll('.plot').length")
+    assert plots == 11
+    assert browser.run(f"[...document.querySelectorAll('.plot')].every((p) => p.querySelector({DRAWN!r}))")
+    assert browser.run("[...document.querySelectorAll('.plot')].every((p) => p.clientHeight > 100)")
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "the page is wider than the window"
+    assert browser.run("window.hacked") is None
+    for text in (HOSTILE[0], HOSTILE[5]):
+        assert browser.run(f"document.body.innerText.includes({text!r})")
+    assert browser.run(CONTRASTS) == []
+    assert browser.errors == []
+    assert [url for url in browser.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    print(f"{width} wide: {seconds:.2f} s until all plots are drawn")
+    if SHOTS:
+        browser.screenshot(Path(SHOTS) / f"{width}-{'dark' if dark else 'light'}.png")
+
+
+def test_hover_and_keyboard(browser: Browser, page: Path) -> None:
+    browser.open(page, 1280, 900, dark=False)
+    x, y = browser.run(
+        "(() => { const p = document.querySelector('#plot-wins .point path'); p.scrollIntoView({block: 'center'});"
+        " const r = p.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+    )
+    browser.mouse(x, y)
+    browser.run("new Promise((done) => setTimeout(done, 500))")
+    assert browser.run("document.querySelectorAll('#plot-wins .hoverlayer .hovertext').length") == 1
+    assert "%" in browser.run("document.querySelector('#plot-wins .hoverlayer').textContent")
+
+    x, y = browser.run(
+        "(() => { const t = document.querySelector('.tokens span'); t.scrollIntoView({block: 'center'});"
+        " const r = t.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+    )
+    browser.mouse(x, y)
+    assert "log-probability -0.1, ratio 0.1, weight 0.5" in browser.run("readout.textContent")
+
+    before = browser.run("getComputedStyle(document.querySelectorAll('.tokens span')[1]).backgroundColor")
+    browser.run("document.querySelector('input[value=\"2\"]').click()")
+    after = browser.run("getComputedStyle(document.querySelectorAll('.tokens span')[1]).backgroundColor")
+    assert before != after
+
+    browser.run("document.querySelector('.tokens').focus()")
+    browser.key("ArrowRight")
+    browser.key("ArrowRight")
+    assert "weight 1.5" in browser.run("readout.textContent")
+
+    browser.open(page, 1280, 900, dark=False)
+    reached = set()
+    for _ in range(25):
+        browser.key("Tab")
+        reached.add(
+            browser.run(
+                "document.activeElement.id || document.activeElement.className || document.activeElement.tagName"
+            )
+        )
+    assert {"skip", "A", "plot-flow"} <= {name.split(" ")[0] for name in reached}
