@@ -1,0 +1,207 @@
+"""Deployments for real: a Prefect server, `prefect deploy`, a worker, runs that start, fail, and are cancelled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests import tiny_models
+from tests.flows.test_curate import num_scores, wait_for_scores
+from tests.jobs import ROOT, Job, pool_rows, tiny_job, write_jsonl
+from tests.ray_cluster import free_port
+
+pytestmark = pytest.mark.timeout(1500)
+
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
+class Service:
+    """A Prefect server and a worker of a job's own; both carry the job's mark."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        port = free_port()
+        self.api = f"http://127.0.0.1:{port}/api"
+        job.environment |= {
+            "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "GRAPE_HOME": str(ROOT),
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        }
+        self.client = httpx.Client(base_url=self.api, timeout=60)
+        self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
+        self.wait(self._healthy, 180, "the server does not start")
+
+    def _healthy(self) -> bool:
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`prefect ARGUMENTS`, its output in a file."""
+        log = (self.job.folder / f"prefect-{arguments[0]}.log").open("ab")
+        return subprocess.Popen(
+            [*PREFECT, *arguments], env=self.job.environ(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def prefect(self, *arguments: str) -> None:
+        """`prefect ARGUMENTS` to its end, which must be a good one."""
+        done = subprocess.run(
+            [*PREFECT, *arguments], env=self.job.environ(), cwd=ROOT, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    @staticmethod
+    def wait(done: Any, seconds: float, what: str) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := done()):
+            assert time.monotonic() < deadline, what
+            time.sleep(0.5)
+        return value
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        answer = self.client.get(f"/deployments/name/{name}")
+        answer.raise_for_status()
+        return answer.json()
+
+    def run(self, name: str, **body: Any) -> str:
+        """Ask for a run now; its id."""
+        answer = self.client.post(f"/deployments/{self.deployment(name)['id']}/create_flow_run", json=body)
+        assert answer.status_code in (200, 201), answer.text
+        return answer.json()["id"]
+
+    def state(self, run_id: str) -> dict[str, Any]:
+        return self.client.get(f"/flow_runs/{run_id}").json()
+
+    def wait_final(self, run_id: str, seconds: float = 400) -> dict[str, Any]:
+        return self.wait(
+            lambda: (run := self.state(run_id))["state_type"] in FINAL and run, seconds, f"run {run_id} does not end"
+        )
+
+    def logs(self, run_id: str) -> list[str]:
+        body = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200}
+        return [entry["message"] for entry in self.client.post("/logs/filter", json=body).json()]
+
+    def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
+        body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "limit": 100}
+        return {one["key"]: one for one in self.client.post("/artifacts/filter", json=body).json()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_models.make_model(tmp_path_factory.mktemp("model"), arch="llama"))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Service]:
+    with tiny_job(tmp_path_factory.mktemp("prefect"), model, pool_rows(4)) as job:
+        made = Service(job)
+        made.prefect("work-pool", "create", "grape", "--type", "process", "--concurrency-limit", "1")
+        values = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
+        for deployment in values["deployments"]:
+            environment = deployment["work_pool"]["job_variables"]["env"]
+            environment["PREFECT_FLOWS_DEFAULT_RETRY_DELAY_SECONDS"] = "3"
+            deployment["schedules"] = []
+            if "config" in deployment["parameters"]:
+                deployment["parameters"]["config"] = job.config
+        soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
+        values["deployments"][0]["schedules"] = [{"interval": 86400, "anchor_date": soon, "timezone": "UTC"}]
+        path = job.folder / "prefect.yaml"
+        path.write_text(yaml.safe_dump(values))
+        made.prefect("deploy", "--all", "--prefect-file", str(path))
+        made.start("worker", "start", "--pool", "grape", "--type", "process", "--limit", "1")
+        yield made
+
+
+def test_a_scheduled_run_starts_by_itself_and_shows_what_it_did(service: Service) -> None:
+    deployment = service.deployment("curate/curate")
+    assert deployment["tags"] == ["grape", "release"]
+
+    def scheduled() -> Any:
+        body = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        runs = service.client.post("/flow_runs/filter", json=body).json()
+        return next((run["id"] for run in runs if run["auto_scheduled"]), None)
+
+    run_id = service.wait(scheduled, 120, "the server schedules nothing")
+    run = service.wait_final(run_id)
+    assert run["state_type"] == "COMPLETED", "\n".join(service.logs(run_id))
+    artifacts = service.artifacts(run_id)
+    assert artifacts["tiny-score-target"]["type"] == "progress"
+    assert artifacts["tiny-score-target"]["data"] == 100.0
+    assert "tokens/s" in artifacts["tiny-score-target"]["description"]
+    assert artifacts["tiny-counts"]["type"] == "table"
+    assert "scored now" in artifacts["tiny-counts"]["data"]
+    assert "tiny@v0001" in artifacts["tiny-release"]["data"]
+    assert "report.html" in artifacts["tiny-report"]["data"]
+    assert "shard_tokens: 400" in artifacts["tiny-config"]["data"]
+    assert any("run=2" in line and "stage=score-target" in line for line in service.logs(run_id))
+
+
+def test_the_form_shows_every_key_and_refuses_bad_values(service: Service) -> None:
+    deployment = service.deployment("curate/curate")
+    schema = deployment["parameter_openapi_schema"]
+    definitions = schema["definitions"]
+    assert definitions["PoolConfig"]["properties"]["path"]["description"].startswith("File, folder or glob")
+    bad = {**service.job.config, "select": {"keep": 0}}
+    answer = service.client.post(
+        f"/deployments/{deployment['id']}/create_flow_run", json={"parameters": {"config": bad}}
+    )
+    assert answer.status_code == 409, answer.text
+    assert "keep" in answer.text or "minimum" in answer.text
+
+
+def test_a_run_that_fails_is_retried(service: Service, tmp_path: Path) -> None:
+    config = {**service.job.config, "name": "late", "pool": {"path": str(tmp_path / "late")}}
+    run_id = service.run("score-pool/score-pool", parameters={"config": config})
+    service.wait(lambda: service.state(run_id)["state_name"] == "AwaitingRetry", 240, "it does not fail")
+    write_jsonl(tmp_path / "late" / "pool.jsonl", pool_rows(2))
+    run = service.wait_final(run_id)
+    assert run["state_type"] == "COMPLETED", "\n".join(service.logs(run_id))
+    assert run["run_count"] >= 2
+
+
+def test_a_cancelled_run_is_gone_in_30_seconds_and_the_next_goes_on(service: Service, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", pool_rows(40))
+    config = {
+        **service.job.config,
+        "name": "long",
+        "pool": {"path": str(tmp_path / "pool")},
+        "output": {"path": str(tmp_path / "datasets")},
+    }
+    slow = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "1"}
+    environment = service.deployment("curate/curate")["job_variables"]["env"]
+    before = set(service.job.processes())
+    run_id = service.run("curate/curate", parameters={"config": config}, job_variables={"env": {**environment, **slow}})
+    probe = Job(tmp_path, config)
+    wait_for_scores(probe, files=1, seconds=300)
+    service.client.post(f"/flow_runs/{run_id}/set_state", json={"state": {"type": "CANCELLING"}})
+    started = time.monotonic()
+    left: dict[int, str] = {}
+    while time.monotonic() - started < 30:
+        left = {pid: line for pid, line in service.job.processes().items() if pid not in before}
+        if not left:
+            break
+        time.sleep(0.5)
+    assert left == {}
+    assert service.wait_final(run_id, 60)["state_name"] == "Cancelled"
+    stored = num_scores(probe)
+    assert 0 < stored < 160
+    next_id = service.run("curate/curate", parameters={"config": config})
+    assert service.wait_final(next_id)["state_type"] == "COMPLETED", "\n".join(service.logs(next_id))
+    counts = service.artifacts(next_id)["long-counts"]["data"]
+    assert f'"scored now", "rows": {160 - stored}' in counts
+    assert os.path.exists(tmp_path / "datasets" / "long" / "versions" / "v0001" / "manifest.json")
