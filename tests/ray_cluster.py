@@ -61,9 +61,18 @@ class RayCluster:
         environment = {**os.environ, **self.environment, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0"}
         environment |= {"OMP_NUM_THREADS": "1", "PREFECT_HOME": str(self.folder / "prefect"), "PYTHONPATH": str(ROOT)}
         environment["PATH"] = f"{RAY.parent}{os.pathsep}{environment['PATH']}"
+        agent = f"--dashboard-agent-listen-port={free_port()}"
         log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
         process = subprocess.Popen(
-            [str(RAY), "start", "--block", f"--num-cpus={num_cpus}", "--object-store-memory=100000000", *arguments],
+            [
+                str(RAY),
+                "start",
+                "--block",
+                f"--num-cpus={num_cpus}",
+                "--object-store-memory=100000000",
+                agent,
+                *arguments,
+            ],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -85,7 +94,8 @@ class RayCluster:
                     return
             except OSError:
                 pass
-            assert time.monotonic() < deadline, (self.folder / "node-0.log").read_text()[-2000:]
+            alive = self.nodes[0].poll() is None and time.monotonic() < deadline
+            assert alive, (self.folder / "node-0.log").read_text()[-2000:]
             time.sleep(0.5)
 
     def processes(self) -> list[int]:
@@ -147,7 +157,7 @@ def ray_cluster(folder: Path, head_cpus: int = 4) -> Iterator[RayCluster]:
                 "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={cluster.dashboard_port}",
                 f"--metrics-export-port={cluster.metrics_port}",
-                "--ray-client-server-port=0",
+                f"--ray-client-server-port={free_port()}",
                 f"--temp-dir={scratch}",
                 num_cpus=head_cpus,
             )

@@ -99,12 +99,13 @@ class ScoringActor:
         """The engine's description and running counts, JSON-able."""
         return {**asdict(self.engine.description), "stats": self.engine.stats(), "pid": os.getpid()}
 
-    def progress(self) -> tuple[int, list[str]]:
-        """Tokens scored since the start, and what happened since the last call."""
+    def progress(self) -> tuple[int, list[str], float]:
+        """Tokens scored since the start, what happened since the last call, share of tokens found in the cache."""
         events = []
         while self.events:
             events.append(self.events.popleft())
-        return self.tokens_done, events
+        stats = self.engine.stats()
+        return self.tokens_done, events, stats.get("cached_tokens", 0.0) / max(1.0, stats.get("tokens", 0.0))
 
     def take_back(self, path: str) -> bool:
         """Give up a unit that waits here for the engine; False when it was begun."""

@@ -17,6 +17,7 @@ from grape_service.errors import StageError, UserError
 from grape_service.progress import reporter
 from workers.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.cluster import import_path, num_cores, num_gpus
+from workers.metrics import ScoringMetrics
 from workers.run import utc_now
 
 IN_FLIGHT = 2
@@ -45,6 +46,7 @@ class Replica:
     started: ray.ObjectRef
     in_flight: dict[ray.ObjectRef, Work] = field(default_factory=dict)
     tokens_seen: int = 0
+    looked_at: float = field(default_factory=time.monotonic)
     description: dict[str, Any] = field(default_factory=dict)
 
 
@@ -75,6 +77,7 @@ class Replicas:
         self.spec = spec
         self.events: list[dict[str, str]] = []
         self.failed_starts = 0
+        self.metrics = ScoringMetrics(config.name, spec.policy_id, spec.policy.tensor_parallel if num_gpus() else 0)
         reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
         self.count = count
         self.replicas = [self._start() for _ in range(count)]
@@ -156,8 +159,10 @@ class Replicas:
                 self._collect(reference, queue, totals)
             if time.monotonic() - last_progress >= 1.0:
                 self._poll(advance)
+                self.metrics.queue(len(queue) + sum(len(replica.in_flight) for replica in self.replicas))
                 last_progress = time.monotonic()
         self._poll(advance)
+        self.metrics.queue(0)
         return totals
 
     def _give(self, replica: Replica, work: Work) -> None:
@@ -189,6 +194,7 @@ class Replicas:
             return
         if result is None:
             return
+        self.metrics.unit_done(result.scored, result.reused, result.failed, result.seconds)
         totals.rows += result.scored
         totals.failed += result.failed
         totals.reused += result.reused
@@ -200,6 +206,7 @@ class Replicas:
         if work.attempts >= ATTEMPTS:
             totals.failed_units.append((work, reason))
             return
+        self.metrics.retried()
         unit = work.unit
         work.unit = Unit(unit.path, unit.partition, unit.rows, unit.tokens, check=True)
         queue.appendleft(work)
@@ -218,12 +225,14 @@ class Replicas:
                     self._give(replica, work)
 
     def _poll(self, advance: Callable[[int], None]) -> None:
-        for replica in self.replicas:
+        for place, replica in enumerate(self.replicas):
             with contextlib.suppress(ray.exceptions.RayError):
-                tokens, events = ray.get(replica.actor.progress.remote(), timeout=5)
-                if tokens > replica.tokens_seen:
-                    advance(tokens - replica.tokens_seen)
-                    replica.tokens_seen = tokens
+                tokens, events, cached = ray.get(replica.actor.progress.remote(), timeout=5)
+                seen, now = max(0, tokens - replica.tokens_seen), time.monotonic()
+                self.metrics.replica(place, seen, now - replica.looked_at, cached)
+                replica.tokens_seen, replica.looked_at = tokens, now
+                if seen:
+                    advance(seen)
                 for event in events:
                     self._event(event)
 

@@ -39,6 +39,7 @@ from grape_service.storage import Storage
 from grape_service.weigh import BehaviorScores, WeighCounts, dataset_factor, weigh_partition
 from workers import publishing
 from workers.cluster import num_cores, run_tasks
+from workers.metrics import count_rejects
 from workers.publishing import Outcome, file_digest
 from workers.replicas import ScoreTotals
 from workers.run import Run
@@ -66,6 +67,7 @@ def prepare(run: Run) -> Prepared:
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_compatibility(run, prepared.used_token_ids)
+        count_rejects(run.name, prepared.rejects.by_reason)
     return prepared
 
 

@@ -110,7 +110,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Service]:
     with tiny_job(tmp_path_factory.mktemp("prefect"), model, pool_rows(4)) as job:
         made = Service(job)
-        made.prefect("work-pool", "create", "grape", "--type", "process", "--concurrency-limit", "1")
+        made.prefect("work-pool", "create", "grape", "--type", "process")
+        made.prefect("work-pool", "set-concurrency-limit", "grape", "1")
         values = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
         for deployment in values["deployments"]:
             environment = deployment["work_pool"]["job_variables"]["env"]
@@ -118,8 +119,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Se
             deployment["schedules"] = []
             if "config" in deployment["parameters"]:
                 deployment["parameters"]["config"] = job.config
-        soon = (datetime.now(UTC) + timedelta(seconds=30)).isoformat()
-        values["deployments"][0]["schedules"] = [{"interval": 86400, "anchor_date": soon, "timezone": "UTC"}]
         path = job.folder / "prefect.yaml"
         path.write_text(yaml.safe_dump(values))
         made.prefect("deploy", "--all", "--prefect-file", str(path))
@@ -130,6 +129,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Se
 def test_a_scheduled_run_starts_by_itself_and_shows_what_it_did(service: Service) -> None:
     deployment = service.deployment("curate/curate")
     assert deployment["tags"] == ["grape", "release"]
+    soon = (datetime.now(UTC) + timedelta(seconds=8)).isoformat()
+    schedule = {"schedule": {"interval": 86400, "anchor_date": soon, "timezone": "UTC"}, "active": True}
+    answer = service.client.post(f"/deployments/{deployment['id']}/schedules", json=[schedule])
+    assert answer.status_code in (200, 201), answer.text
 
     def scheduled() -> Any:
         body = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}

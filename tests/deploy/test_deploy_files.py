@@ -1,0 +1,172 @@
+"""Everything in deploy/ that can be checked without a cluster: schemas, and that what is named exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from grape_service.cli.app import app
+from grape_service.config_file import parse_config
+from tests.jobs import ROOT
+
+DEPLOY = ROOT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+CODE = "\n".join(
+    path.read_text() for package in ("grape_service", "workers", "flows") for path in (ROOT / package).rglob("*.py")
+)
+OWN = re.compile(r"\bGRAPE_[A-Z_]+\b")
+RAY_CLUSTER_KEYS = {
+    "rayVersion",
+    "authOptions",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
+WORKER_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+RAY_JOB_KEYS = {
+    "entrypoint",
+    "runtimeEnvYAML",
+    "backoffLimit",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "activeDeadlineSeconds",
+    "rayClusterSpec",
+}
+
+
+def _manifests() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")):
+        for manifest in yaml.safe_load_all(path.read_text()):
+            yield f"{path.name}-{manifest['kind']}", manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest"), list(_manifests()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_manifests_follow_their_schemas(name: str, manifest: dict[str, Any]) -> None:
+    if not manifest["apiVersion"].startswith("ray.io"):
+        kubernetes_validate.validate(manifest, "1.34", strict=True)
+        return
+    assert manifest["apiVersion"] == "ray.io/v1"
+    spec = manifest["spec"]
+    if manifest["kind"] == "RayJob":
+        assert set(spec) <= RAY_JOB_KEYS
+        spec = spec["rayClusterSpec"]
+    assert set(spec) <= RAY_CLUSTER_KEYS
+    assert spec["rayVersion"] == _pinned("ray")
+    assert set(spec["headGroupSpec"]) <= {"rayStartParams", "template"}
+    groups = spec["workerGroupSpecs"]
+    assert any("nvidia.com/gpu" in str(group["template"]) for group in groups)
+    for group in groups:
+        assert set(group) <= WORKER_KEYS
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for template in [spec["headGroupSpec"]["template"], *(group["template"] for group in groups)]:
+        metadata = {"name": "pod", **template.get("metadata", {})}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+        kubernetes_validate.validate(pod, "1.34", strict=True)
+
+
+def _pinned(name: str) -> str:
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    return next(line.split("==")[1] for line in lines if line.startswith(f"{name}=="))
+
+
+def test_the_compose_file_follows_its_schema() -> None:
+    schema = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    jsonschema.validate(COMPOSE, json.loads(schema.read_text()))
+    services = COMPOSE["services"]
+    assert set(services) == {
+        "postgres",
+        "prefect-server",
+        "prefect-worker",
+        "seaweedfs",
+        "ray-head",
+        "ray-worker",
+        "prometheus",
+        "grafana",
+    }
+    named = {volume.split(":")[0] for one in services.values() for volume in one.get("volumes", [])}
+    for source in named:
+        if source.startswith("./"):
+            assert (DEPLOY / source).exists(), source
+        else:
+            assert source in COMPOSE["volumes"]
+    for one in services.values():
+        for port in one.get("ports", []):
+            assert port.startswith("127.0.0.1:"), "nothing is open to the network unless somebody says so"
+    scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"][0]
+    for target in scraped["targets"]:
+        host, _, port = target.partition(":")
+        assert f"--metrics-export-port={port}" in services[host]["command"]
+
+
+def test_addresses_name_services_and_their_ports() -> None:
+    text = (DEPLOY / "compose.yaml").read_text() + (DEPLOY / "grafana" / "datasource.yaml").read_text()
+    for host, port in re.findall(r"https?://([a-z-]+):(\d+)", text):
+        if host != "localhost":
+            service = COMPOSE["services"][host]
+            assert any(str(entry).endswith(f":{port}") for entry in service["ports"]), (host, port)
+
+
+def test_commands_exist() -> None:
+    named = {command.name or command.callback.__name__ for command in app.registered_commands}
+    named |= {group.name for group in app.registered_groups}
+    text = "\n".join(path.read_text() for path in DEPLOY.rglob("*") if path.is_file())
+    used = set(re.findall(r"`grape ([a-z]+)", text)) | set(re.findall(r"^ *grape ([a-z]+)", text, re.MULTILINE))
+    assert used <= named, used - named
+    used = set(re.findall(r"grape_service\.cli ([a-z]+)", text))
+    assert used <= named
+
+
+def test_environment_variables_exist_in_the_code() -> None:
+    for path in DEPLOY.rglob("*"):
+        if path.is_file():
+            for name in set(OWN.findall(path.read_text())) - {"GRAPE_HOME", "GRAPE_IMAGE"}:
+                assert f'"{name}"' in CODE, f"{path.name}: {name}"
+
+
+def test_prefect_settings_exist() -> None:
+    from prefect.settings import get_current_settings
+
+    known = set(get_current_settings().to_environment_variables(exclude_unset=False))
+    known |= {"PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_UI_API_URL", "PREFECT_API_URL"}
+    for path in DEPLOY.rglob("*"):
+        if path.is_file():
+            for name in set(re.findall(r"\bPREFECT_[A-Z_]+\b", path.read_text())):
+                assert name in known, f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_container_files_copy_what_exists_and_their_shell_is_clean(name: str, tmp_path: Path) -> None:
+    text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker" / name).read_text())
+    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
+        for source in shlex.split(line)[:-1]:
+            assert (ROOT / source).exists(), source
+    commands = re.findall(r"^RUN (.*)$", text, re.MULTILINE)
+    script = tmp_path / "run.sh"
+    script.write_text("#!/bin/sh\n" + "\n".join(commands) + "\n")
+    checker = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([str(checker), str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "USER grape" in text
+
+
+def test_the_run_in_the_rayjob_has_a_good_config() -> None:
+    manifests = dict(_manifests())
+    text = manifests["rayjob.yaml-ConfigMap"]["data"]["config.yaml"]
+    assert parse_config(yaml.safe_load(text)).name == "math-sft"
+    environment = yaml.safe_load(manifests["rayjob.yaml-RayJob"]["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert environment == {"GRAPE_IN_CLUSTER": "1"}
