@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import show_outcome, shown
 from flows.limits import TIMEOUT_SECONDS
+from flows.train import train
 from grape_service.config import Config
 from grape_service.notify import ending_told
 from workers import jobs_api, stages
@@ -34,6 +35,9 @@ def curate(config: Config, until: Until = "release", force: bool = False) -> Out
     with ending_told(config) as told:
         elsewhere = jobs_api.runs_elsewhere(config)
         outcome = submit(config, until, force) if elsewhere else do_stages(config, until, force)
+        if config.train is not None and until == "release" and not elsewhere:
+            assert outcome.reference is not None
+            outcome.training = train(outcome.reference, config.train, config.workers.ray_address, config.storage)
         show_outcome(config, outcome)
         told.append(outcome.to_json())
     return outcome

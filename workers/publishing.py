@@ -50,13 +50,19 @@ class Outcome:
     scored: int = 0
     reused: int = 0
     is_new: bool = True
+    training: dict[str, Any] | None = None  # the record of the training run
     counts: dict[str, Any] = field(default_factory=dict)
     storage_options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that --json prints: the keys of the design, and what else is known."""
         keys = ("reference", "version", "prompts", "rows", "rejected", "failed", "seconds", "report", "scored")
-        return {**{key: getattr(self, key) for key in keys}, "reused": self.reused, "is_new": self.is_new}
+        return {
+            **{key: getattr(self, key) for key in keys},
+            "reused": self.reused,
+            "is_new": self.is_new,
+            "training": self.training,
+        }
 
     def sentence(self) -> str:
         """The run in one line."""

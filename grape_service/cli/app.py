@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 import grape_service
-from grape_service.cli import check_commands, cluster_commands, dataset_commands, plan_commands, run_commands
+from grape_service.cli import (
+    check_commands,
+    cluster_commands,
+    dataset_commands,
+    plan_commands,
+    run_commands,
+    train_commands,
+)
 
 app = typer.Typer(
     name="grape",
@@ -37,3 +44,4 @@ check_commands.register(app)
 dataset_commands.register(app)
 plan_commands.register(app)
 cluster_commands.register(app)
+train_commands.register(app)

@@ -138,19 +138,60 @@ def tag(
 def verify(reference: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
     """Check the size and sha256 of every file of a version."""
     from grape_service.releases.load import load
+    from grape_service.releases.verify import render_text
     from grape_service.releases.verify import verify as problems_of
 
     release = load(reference, storage_options(endpoint))
     problems = problems_of(release)
     if as_json:
-        print_json({"reference": release.reference, "problems": problems})
-    elif not problems:
-        say(f"{release.reference}: {len(release.manifest.files)} files are as the manifest says")
-    if problems and not as_json:
-        for problem in problems:
-            say(str(problem))
+        print_json({"reference": release.reference, "problems": [problem.to_json() for problem in problems]})
+    else:
+        say(render_text(release, problems))
     if problems:
         raise UserError(f"{release.reference} is not what its manifest says: {len(problems)} problems")
+
+
+@datasets.command(
+    epilog="Example: grape datasets diff s3://team/datasets/math-sft@v0002 s3://team/datasets/math-sft@v0003"
+)
+def diff(
+    old: ReferenceArgument, new: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False
+) -> None:
+    """Two versions side by side: rows added and removed, choices that changed, scores and weights that moved."""
+    from grape_service.releases.diff import diff as compare
+    from grape_service.releases.diff import render_text
+    from grape_service.releases.load import load
+
+    found = compare(load(old, storage_options(endpoint)), load(new, storage_options(endpoint)))
+    print_json(found.to_json()) if as_json else say(render_text(found))
+
+
+@datasets.command(epilog="Example: grape datasets gc s3://team/datasets --keep-days 30 --delete")
+def gc(
+    path: PathArgument,
+    workspace: Annotated[
+        str | None, typer.Option("--workspace", help="The workspace; default: .grape beside it.")
+    ] = None,
+    keep_days: Annotated[
+        float, typer.Option("--keep-days", min=0, help="Scores used by releases this young stay.")
+    ] = 30,
+    keep_versions: Annotated[int, typer.Option("--keep-versions", min=1, help="Untagged versions that stay.")] = 10,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only say what would go.")] = False,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what nobody needs: unfinished and old untagged versions, unused scores, leftovers. A dry run by default."""
+    from grape_service.releases.gc import collect, render_text
+    from grape_service.storage import Storage
+
+    options = storage_options(endpoint)
+    output = Storage(path, options)
+    place = Storage(workspace or f"{output.root}/.grape", options)
+    found = collect(output, place, keep_days, keep_versions, dry_run=not delete)
+    if as_json:
+        print_json({"dry_run": not delete, "garbage": [item.to_json() for item in found]})
+        return
+    say(render_text(found, not delete))
 
 
 def size(num_bytes: int) -> str:
