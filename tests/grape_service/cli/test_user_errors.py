@@ -1,0 +1,145 @@
+"""What a user does wrong ends with one plain sentence that names it, exit status 2 and no traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grape_service.cli import main
+
+BASE: dict[str, Any] = {
+    "name": "x",
+    "pool": {"path": "pool.jsonl"},
+    "target": {"model": "model"},
+    "output": {"path": "out"},
+}
+
+
+def grape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of `grape ARGUMENTS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["grape", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"slect": {}}, "unknown key 'slect'; did you mean 'select'?"),
+    ({"pool": {"path": "p", "colums": {}}}, "unknown key 'pool.colums'; did you mean 'columns'?"),
+    ({"pool": {"path": "p", "columns": {"promt": "x"}}}, "'promt' is not one of our columns"),
+    ({"pool": {"path": "p", "where": [{"column": "a"}]}}, "the filter on 'a' needs a condition"),
+    ({"name": "../x"}, "'../x' is not a dataset name"),
+    ({"name": None}, "'name'"),
+    ({"target": {}}, "the key 'target.model' is missing"),
+    ({"target": {"model": "m", "dtype": "bf16"}}, "'bfloat16'"),
+    ({"target": {"model": "m", "engine": "vlm"}}, "'vllm'"),
+    ({"select": {"keep": 0}}, "'select.keep'"),
+    ({"select": {"method": "best"}}, "'best' is not a method"),
+    ({"weights": {"method": "pear"}}, "pear needs a behavior"),
+    ({"behavior": {"model": "m", "column": "c"}}, "exactly one of: column, model, sources"),
+    ({"behavior": {"sources": {"a": {"modl": "m"}}}}, "unknown key 'behavior.sources.a.modl'"),
+    (
+        {"behavior": {"model": "m"}, "weights": {"level": "sequence", "center": "sequence"}},
+        "level sequence refuses center",
+    ),
+    ({"behavior": {"model": "m"}, "weights": {"ratio_clip": [1, 0]}}, "lower bound first"),
+    (
+        {"behavior": {"model": "m"}, "weights": {}, "target": {"model": "m", "quantization": "fp8"}},
+        "not made from quantised scores",
+    ),
+    ({"workers": {"replicas": "two"}}, "'workers.replicas'"),
+    ({"workspace": " "}, "workspace is empty"),
+]
+
+
+@pytest.mark.parametrize(("over", "sentence"), MISTAKES, ids=[sentence[:40] for _, sentence in MISTAKES])
+def test_mistakes_in_a_config(
+    over: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **over}))
+    status, out, err = grape(monkeypatch, capsys, "run", str(path), "--json")
+    assert status == 2
+    assert out == ""
+    assert sentence in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_config_files_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = grape(monkeypatch, capsys, "run", str(tmp_path / "absent.yaml"))
+    assert (status, "there is no config file" in err) == (2, True)
+    (tmp_path / "broken.yaml").write_text("name: [x\npool: ]")
+    status, _, err = grape(monkeypatch, capsys, "run", str(tmp_path / "broken.yaml"))
+    assert (status, "is not YAML" in err) == (2, True)
+    (tmp_path / "empty.yaml").write_text("")
+    status, _, err = grape(monkeypatch, capsys, "run", str(tmp_path / "empty.yaml"))
+    assert (status, "holds no config" in err) == (2, True)
+
+
+def test_a_secret_in_the_config_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "output": {"path": "s3://b/x"}, "storage": {"secret": "hush"}}))
+    status, _, err = grape(monkeypatch, capsys, "check", str(path))
+    assert status == 2
+    assert "storage.secret is a secret" in err
+    assert "hush" not in err
+
+
+def test_check_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    status, out, err = grape(monkeypatch, capsys, "check", str(path), "--json")
+    assert status == 2
+    assert "pool.jsonl" in err
+    assert '"what": "target"' in out
+
+
+def test_a_folder_without_write_access(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    (tmp_path / "file").write_text("not a folder")
+    for output in ("/proc/grape-may-not-write-here", str(tmp_path / "file" / "below")):  # root may not either
+        path.write_text(yaml.safe_dump({**BASE, "output": {"path": output}}))
+        status, _, err = grape(monkeypatch, capsys, "run", str(path))
+        assert status == 2
+        assert output in err
+        assert "Traceback" not in err
+
+
+def test_references_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for reference in (f"{tmp_path}/absent", f"{tmp_path}/../../x@v1", f"{tmp_path}/x@", "ftp://host/x@v0001"):
+        status, _, err = grape(monkeypatch, capsys, "datasets", "show", reference)
+        assert status == 2, reference
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "check", "plan", "score", "select", "weigh", "submit", "train", "export", "datasets list", "datasets show"]
+    + [f"datasets {name}" for name in ("diff", "tag", "verify", "gc")],
+)
+def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    status, out, _ = grape(monkeypatch, capsys, *command.split(), "--help")
+    assert status == 0
+    assert f"Example: grape {command}" in out
