@@ -12,6 +12,7 @@ from grape_service.cli import (
     cluster_commands,
     dataset_commands,
     plan_commands,
+    report_commands,
     run_commands,
     train_commands,
 )
@@ -45,3 +46,4 @@ dataset_commands.register(app)
 plan_commands.register(app)
 cluster_commands.register(app)
 train_commands.register(app)
+report_commands.register(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,17 @@ from grape_service.schemas import LOSS_TOKEN
 from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
 
+if TYPE_CHECKING:
+    from grape_service.releases.load import Release
+
 MAX_TOKENS = 160
 """Tokens of a response that a page shows; the others are counted."""
 MAX_CANDIDATES = 6
 MAX_TEXT = 1_500
 """Characters of a prompt that a page shows."""
+
+FinalRows = dict[tuple[str, str], dict[str, Any]]
+"""What is known of kept rows, by prompt and candidate: arrays of one value a token with loss."""
 
 COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "truncated", "messages"]
 
@@ -53,10 +59,12 @@ def read_examples(
     select: SelectConfig,
     final_path: str | None,
     max_tokens: int = MAX_TOKENS,
+    final: FinalRows | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Prompts of one partition by id, each with its candidates, best first (a Ray task).
 
-    `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights.
+    `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights;
+    `final` is the same already read.
     Token values are cut to `max_tokens`; `num_tokens` says how many there are.
     """
     table = rows_of_prompts(storage, shards, prompt_ids, COLUMNS)
@@ -77,7 +85,7 @@ def read_examples(
         has_score = found.finite() & (found.lengths == lengths)
         logprobs[np.repeat(has_score, lengths)] = found.take(np.flatnonzero(has_score))
         scores = grape_scores(np.nan_to_num(logprobs), counted & np.repeat(has_score, lengths), loss_offsets)
-    final = _final_rows(storage, final_path, prompt_ids)
+    final = _final_rows(storage, final_path, prompt_ids) if final is None else final
     prompts: dict[str, dict[str, Any]] = {}
     for row, light in enumerate(table.drop_columns(["input_ids", "loss_mask"]).to_pylist()):
         span = slice(int(loss_offsets[row]), min(int(loss_offsets[row + 1]), int(loss_offsets[row]) + max_tokens))
@@ -114,24 +122,37 @@ def rank(candidates: list[dict[str, Any]]) -> None:
         candidate["rank"] = place if candidate["score"] is not None else None
 
 
-def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """What is known of kept rows, by prompt and candidate: arrays of one value a token with loss."""
+def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> FinalRows:
     if path is None:
         return {}
     columns = ["prompt_id", "candidate_id", "target_logprobs", "behavior_logprobs", "weights", "weight_source"]
     table = rows_of_prompts(storage, [path], prompt_ids, columns)
+    return {(row["prompt_id"], row["candidate_id"]): _final_values(row) for row in table.to_pylist()}
+
+
+def release_rows(release: Release, prompt_ids: list[str]) -> FinalRows:
+    """The same of a release's rows."""
+    columns = ["prompt_id", "candidate_id", "loss_mask", "target_logprobs", "behavior_logprobs", "loss_weights"]
+    wanted = pc.field("prompt_id").isin(prompt_ids)
     found = {}
-    for row in table.to_pylist():
-        values: dict[str, Any] = {}
-        target, behavior = row.get("target_logprobs"), row.get("behavior_logprobs")
-        if target is not None:
-            values["logprobs"] = np.array(target)
-        if target is not None and behavior is not None:
-            values["ratios"] = np.array(target) - np.array(behavior)
-        if row.get("weights") is not None and row.get("weight_source") == "pear":
-            values["weights"] = np.array(row["weights"])
-        found[row["prompt_id"], row["candidate_id"]] = values
+    for row in release.dataset.to_table(columns=[*columns, "weight_source"], filter=wanted).to_pylist():
+        mask = np.array(row["loss_mask"])
+        for name in columns[3:]:
+            row[name] = np.array(row[name])[mask] if row[name] is not None else None
+        found[row["prompt_id"], row["candidate_id"]] = _final_values({**row, "weights": row["loss_weights"]})
     return found
+
+
+def _final_values(row: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    target, behavior = row.get("target_logprobs"), row.get("behavior_logprobs")
+    if target is not None:
+        values["logprobs"] = np.array(target)
+    if target is not None and behavior is not None:
+        values["ratios"] = np.array(target) - np.array(behavior)
+    if row.get("weights") is not None and row.get("weight_source") == "pear":
+        values["weights"] = np.array(row["weights"])
+    return values
 
 
 def prompt_text(messages: str) -> str:

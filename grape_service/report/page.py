@@ -61,7 +61,7 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
     flow = flow_of_rows(facts)
     figures["flow"] = plots.bars([label for label, _ in flow], [count for _, count in flow], "rows")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             facts=facts,
@@ -94,7 +94,8 @@ def plotly_js() -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, which escape all that they are given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

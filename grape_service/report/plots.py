@@ -80,7 +80,7 @@ def bars(
         "type": "bar",
         "orientation": "h",
         "x": values,
-        "y": [plot_label(label) if len(label) <= 24 else label for label in labels],
+        "y": [plot_label(label, 48) for label in labels],
         "hovertemplate": f"%{{y}}: %{{x{':.1%' if percent else ':,'}}}<extra></extra>",
         **({"text": texts, "textposition": "auto"} if texts else {}),
     }

@@ -44,6 +44,6 @@ def short(text: str, most: int = 40) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def plot_label(text: str) -> str:
+def plot_label(text: str, most: int = 24) -> str:
     """A name in a plot: plotly reads a little HTML in its texts."""
-    return html.escape(short(text, 24))
+    return html.escape(short(text, most))

@@ -1,0 +1,140 @@
+"""grape report, compare, explain: see what was chosen and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.text import Text
+
+from grape_service.cli.output import (
+    EndpointOption,
+    JsonOption,
+    ReferenceArgument,
+    console,
+    print_json,
+    print_table,
+    say,
+    storage_options,
+)
+
+OutOption = Annotated[Path | None, typer.Option("--out", help="The file to write.", metavar="FILE")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands."""
+    app.command(epilog="Example: grape report s3://team/datasets/math-sft@v0003 --out report.html")(report)
+    app.command(epilog="Example: grape compare s3://team/datasets/math-sft@v0003 s3://team/datasets/math-sft@v0004")(
+        compare
+    )
+    app.command(epilog="Example: grape explain s3://team/datasets/math-sft@v0003 3f2a9c41")(explain)
+
+
+def report(
+    reference: ReferenceArgument,
+    out: OutOption = None,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Make the page again from the manifest and the workspace.")
+    ] = False,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a version's report to a file: the one that it was published with, or a new one."""
+    from grape_service.releases.load import load
+    from grape_service.report.again import report_page
+
+    release = load(reference, storage_options(endpoint))
+    path = (out or Path(f"{release.name}-{release.version}-report.html")).resolve()
+    path.write_text(report_page(release, anew))
+    print_json({"reference": release.reference, "report": str(path)}) if as_json else say(str(path))
+    if open_it:
+        typer.launch(path.as_uri())
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="A dataset version.", metavar="A")],
+    second: Annotated[str, typer.Argument(help="Another one of the same pool.", metavar="B")],
+    out: OutOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what two versions chose: agreement of winners, rank correlation, where they differ most."""
+    from grape_service.compare import compare as compare_releases
+    from grape_service.releases.load import load
+
+    options = storage_options(endpoint)
+    found = compare_releases(load(first, options), load(second, options))
+    if out is not None:
+        from grape_service.report.comparison import render_comparison
+
+        out.write_text(render_comparison(found))
+    if as_json:
+        print_json(found)
+        return
+    prompts, ranking = found["prompts"], found["ranking"]
+    say(f"{prompts['both']:,} prompts are in both, {found['same_choice']:,} with the same choice")
+    if found["agreement"] is not None:
+        say(f"agreement of winners: {found['agreement']:.1%}")
+    if ranking is None:
+        say("the scores of one of them are gone or were never made: no ranks to compare")
+    elif ranking["rank_correlation"] is not None:
+        say(f"rank correlation within prompts: {ranking['rank_correlation']:.3f} over {ranking['prompts']:,} prompts")
+        rows = [
+            [e["prompt_id"], _who(e["first"]), _who(e["second"]), f"{e['lost']:.3f}"] for e in ranking["most_different"]
+        ]
+        print_table("where they differ most", ["prompt", "first choice of A", "of B", "lost"], rows)
+    print_table("kept rows by source", ["source", "A", "B"], [[s, *counts] for s, counts in found["sources"].items()])
+    print_table(
+        "settings that differ", ["key", "A", "B"], [[d["key"], d["first"], d["second"]] for d in found["settings"]]
+    )
+
+
+def _who(choice: dict[str, Any]) -> str:
+    return f"{choice['source']} {choice['candidate_id'][:12]} ({choice['score']:.3f} / {choice['score_other']:.3f})"
+
+
+def explain(
+    reference: ReferenceArgument,
+    prompt_id: Annotated[str, typer.Argument(help="The prompt_id of a row of the pool.", metavar="PROMPT_ID")],
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every candidate of a prompt with score, length, source and why it was kept or not; its tokens in colour."""
+    from grape_service.explain import explain as explain_prompt
+    from grape_service.releases.load import load
+    from grape_service.report.text import cut, visible
+
+    found = explain_prompt(load(reference, storage_options(endpoint)), prompt_id)
+    if as_json:
+        print_json(found)
+        return
+    screen = console()
+    screen.print(Panel(Text(cut(found["prompt"], 4000)), title=Text(f"prompt {prompt_id}"), title_align="left"))
+    for candidate in found["candidates"]:
+        score = "no score" if candidate["score"] is None else f"score {candidate['score']:.4f}"
+        title = f"{candidate['source'] or '(no source)'}  {score}, {candidate['counted_tokens']} tokens"
+        body = Text()
+        for place, text in enumerate(candidate["texts"]):
+            body.append(visible(text), style=_shade(candidate["logprobs"], place))
+        screen.print(
+            Panel(
+                body,
+                title=Text(visible(title)),
+                subtitle=Text(candidate["reason"]),
+                title_align="left",
+                subtitle_align="left",
+                border_style="green" if candidate["kept"] else "dim",
+            )
+        )
+    screen.print(Text("colour: log-probability, from -10 (red) to 0 (none)", style="dim"))
+
+
+def _shade(logprobs: list[float | None] | None, place: int) -> str:
+    value = logprobs[place] if logprobs is not None and place < len(logprobs) else None
+    if value is None or value > -0.5:
+        return ""
+    strength = min(1.0, -value / 10)
+    return f"white on rgb({round(70 + 130 * strength)},{round(50 - 20 * strength)},{round(50 - 20 * strength)})"

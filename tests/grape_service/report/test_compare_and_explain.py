@@ -1,0 +1,93 @@
+"""Two releases against each other, and one prompt explained, on real files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import orjson
+import pytest
+from typer.testing import CliRunner
+
+from grape_service.cli.app import app
+from grape_service.compare import compare
+from grape_service.errors import UserError
+from grape_service.explain import explain
+from grape_service.report.again import report_page
+from tests.grape_service.report.made_releases import make_release
+
+
+def first_wins(prompt: int, place: int) -> float:
+    return -1.0 - place - 0.01 * prompt
+
+
+def last_wins_in_a_third(prompt: int, place: int) -> float:
+    return -1.0 - (2 - place if prompt % 3 == 0 else place) - (0.5 if prompt == 9 else 0) * (place == 0)
+
+
+def test_a_release_agrees_with_itself(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "one", first_wins)
+    found = compare(release, release)
+    assert found["agreement"] == 1.0
+    assert found["ranking"]["rank_correlation"] == pytest.approx(1.0)
+    assert found["ranking"]["most_different"] == []
+    assert found["settings"] == []
+
+
+def test_two_targets_that_disagree_in_a_third_of_the_prompts(tmp_path: Path) -> None:
+    pair = [make_release(tmp_path, "one", first_wins), make_release(tmp_path, "two", last_wins_in_a_third)]
+    found = compare(*pair)
+    assert found["prompts"] == {"first": 30, "second": 30, "both": 30}
+    assert found["same_choice"] == 20
+    assert found["sources"] == {"s0": [30, 20], "s2": [0, 10]}
+    assert found["moves"] == [{"from": "s0", "to": "s2", "prompts": 10}]
+    assert found["ranking"]["rank_correlation"] == pytest.approx((20 - 10) / 30)
+    assert found["ranking"]["same_first"] == pytest.approx(2 / 3)
+    assert found["ranking"]["most_different"][0]["prompt_id"] == "p009"
+    assert found["ranking"]["most_different"][0]["lost"] == pytest.approx(2.0 + 2.5)
+    assert {"key": "target.model", "first": "one", "second": "two"} in found["settings"]
+
+    page = tmp_path / "page.html"
+    references = [release.reference for release in pair]
+    done = CliRunner().invoke(app, ["compare", *references, "--json", "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    assert orjson.loads(done.stdout)["same_choice"] == 20
+    assert "p009" in page.read_text()
+
+
+def test_without_a_workspace_the_winners_are_still_compared(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "one", first_wins)
+    shutil.rmtree(tmp_path / "workspace")
+    assert compare(release, release)["agreement"] == 1.0
+    assert compare(release, release)["ranking"] is None
+    with pytest.raises(UserError, match="run the config again"):
+        explain(release, "p001")
+
+
+def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "one", first_wins, max_response_tokens=6)
+    found = explain(release, "p004")
+    assert found["prompt"] == "question p004"
+    reasons = {candidate["candidate_id"]: candidate["reason"] for candidate in found["candidates"]}
+    assert reasons == {
+        "c0": "kept: number 1 by score",
+        "c1": "its score is lower by 1.0000",
+        "c2": "longer than select.max_response_tokens 6",
+    }
+    assert found["candidates"][0]["logprobs"] == pytest.approx([-1.04] * 5)
+    assert len(found["candidates"][0]["texts"]) == 5
+    with pytest.raises(UserError, match="no prompt 'nothing'"):
+        explain(release, "nothing")
+    done = CliRunner().invoke(app, ["explain", release.reference, "p004"])
+    assert done.exit_code == 0, done.output
+    assert "longer than" in done.stdout
+
+
+def test_the_report_of_a_version_that_has_none_is_made_anew(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "one", first_wins)
+    page = report_page(release)
+    assert "Closest choice" in page
+    out = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", release.reference, "--out", str(out), "--json"])
+    assert orjson.loads(done.stdout) == {"reference": release.reference, "report": str(out)}
+    assert out.read_text() == page
