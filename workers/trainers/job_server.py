@@ -6,10 +6,7 @@ import contextlib
 import logging
 import os
 import shlex
-import shutil
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grape_service.errors import StageError, UserError
+from workers.trainers.private_ray import private_ray
 
 PRIVATE = "private"
 """Address in a record of a Ray that ended with the process that started it."""
@@ -24,7 +22,9 @@ PRIVATE = "private"
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: training jobs go to that job's cluster."""
 
-STARTUP_SECONDS = 60.0
+AGENT_SECONDS = 60.0
+"""How long a head may take, after its start, until its agent takes jobs."""
+
 _STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
 
 
@@ -74,20 +74,26 @@ class JobServer:
             runtime["pip"] = request.pip
         if request.working_dir:
             runtime["working_dir"] = request.working_dir
-        try:
-            self._client.submit_job(
-                entrypoint=shlex.join(request.command),
-                submission_id=request.id,
-                runtime_env=runtime,
-                entrypoint_num_cpus=request.num_cpus,
-                entrypoint_num_gpus=request.num_gpus,
-                entrypoint_memory=request.memory_bytes,
-                entrypoint_resources=request.custom_resources or None,
-                metadata={"grape_job": request.id},
-            )
-        except RuntimeError as error:
-            if self.state(request.id) is None:  # otherwise another was faster with the same job
-                raise StageError(f"Ray did not take the job {request.id}: {_last_line(error)}") from error
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(request.command),
+                    submission_id=request.id,
+                    runtime_env=runtime,
+                    entrypoint_num_cpus=request.num_cpus,
+                    entrypoint_num_gpus=request.num_gpus,
+                    entrypoint_memory=request.memory_bytes,
+                    entrypoint_resources=request.custom_resources or None,
+                    metadata={"grape_job": request.id},
+                )
+                return
+            except RuntimeError as error:
+                if self.state(request.id) is not None:  # another was faster with the same job
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise StageError(f"Ray did not take the job {request.id}: {_last_line(error)}") from error
+                time.sleep(1.0)
 
     def state(self, job_id: str) -> str | None:
         """running, succeeded, failed or cancelled; None if no such job is known."""
@@ -144,63 +150,51 @@ def job_server(address: str) -> Iterator[JobServer]:
 
     Raises UserError when nobody answers at the address or the token is refused.
     """
+    if address == "auto" and os.environ.get(IN_CLUSTER):
+        address = _address_of_own_cluster()
     if address != "auto":
         yield JobServer(_client(address), address, None)
-    elif os.environ.get(IN_CLUSTER):
-        with _ray_here("auto") as url:
-            yield JobServer(_client(url), url, None)
-    else:
-        with _ray_here("local") as url:
-            import ray
-
-            yield JobServer(_client(url), PRIVATE, int(ray.cluster_resources().get("GPU", 0)))
+        return
+    with private_ray() as url:
+        yield JobServer(_client(url), PRIVATE, num_local_gpus())
 
 
-@contextlib.contextmanager
-def _ray_here(address: str) -> Iterator[str]:
-    """Address of the Jobs API of a Ray that this process joins, or starts for itself."""
+def _address_of_own_cluster() -> str:
+    """Address of the Jobs API of the cluster that this process is a job of."""
     import ray
 
-    assert not ray.is_initialized(), "training brings its own Ray: leave the block of the other one first"
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    scratch = tempfile.mkdtemp(prefix="grape-ray-") if address == "local" else None
-    own: dict[str, Any] = {}
-    if scratch:
-        # Jobs hold CPUs while supervisors start, so the logical CPUs are more than the cores.
-        cores = len(os.sched_getaffinity(0))
-        own = {"num_cpus": 2 * cores, "_temp_dir": scratch, "object_store_memory": 128 * 2**20}
-        own |= {"include_dashboard": True, "dashboard_port": 0}
+    joined = not ray.is_initialized()
+    if joined:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        for number, handler in previous.items():
-            with contextlib.suppress(ValueError, TypeError):  # not in the main thread, or not set from Python
-                signal.signal(number, handler)
-        if not context.dashboard_url:
-            raise UserError("Ray started without its Jobs API: install ray[default]")
-        yield f"http://{context.dashboard_url}"
+        url: str = ray._private.worker.global_worker.node.webui_url  # type: ignore[union-attr]
     finally:
-        ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        if joined:
+            ray.shutdown()
+    if not url:
+        raise UserError("this cluster's head runs without a dashboard, and so without the Jobs API that training needs")
+    return f"http://{url}"
+
+
+def num_local_gpus() -> int:
+    """GPUs of this machine that are visible."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while True:
-        try:
-            return JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError) as error:
-            text = str(error)
-            if "401" in text or "403" in text or "authentication" in text.lower():
-                raise UserError(
-                    f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
-                ) from error
-            if "127.0.0.1" not in address or time.monotonic() > deadline:
-                raise UserError(f"no Ray answers at {address}: {_last_line(error)}") from error
-            time.sleep(0.5)
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        text = str(error)
+        if "401" in text or "403" in text or "authentication" in text.lower():
+            raise UserError(
+                f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
+            ) from error
+        raise UserError(f"no Ray answers at {address}: {_last_line(error)}") from error
 
 
 def _last_line(error: BaseException) -> str:

@@ -53,8 +53,11 @@ class RunRecords:
         self.storage.create_if_absent(f"{record['id']}.json", json_bytes(record))
         return self.read(record["id"])
 
-    def change(self, run_id: str, mutate: Callable[[Record], None]) -> Record:
-        """Apply `mutate` to the newest record and write it, again if another wrote in between."""
+    def change(self, run_id: str, mutate: Callable[[Record], None], news: bool = True) -> Record:
+        """Apply `mutate` to the newest record and write it, again if another wrote in between.
+
+        `news`: whether `updated` says so; a lease is none.
+        """
         path = f"{run_id}.json"
         while True:
             data, etag = self.storage.read_with_etag(path)
@@ -63,7 +66,8 @@ class RunRecords:
             mutate(record)
             if record == before:
                 return record
-            record["updated"] = time.time()
+            if news:
+                record["updated"] = time.time()
             if self.storage.compare_and_swap(path, json_bytes(record), etag):
                 return record
 
@@ -85,7 +89,7 @@ class Lease:
             if lease.get("holder") in (None, self.holder) or lease["expires"] < time.time():
                 record["lease"] = {"holder": self.holder, "expires": time.time() + LEASE_SECONDS}
 
-        lease = self.records.change(self.run_id, take)["lease"]
+        lease = self.records.change(self.run_id, take, news=False)["lease"]
         self.held_until = lease["expires"] if lease["holder"] == self.holder else 0.0
         return self.held_until > 0
 
@@ -101,7 +105,7 @@ class Lease:
             if (record.get("lease") or {}).get("holder") == self.holder:
                 record["lease"] = None
 
-        self.records.change(self.run_id, give_back)
+        self.records.change(self.run_id, give_back, news=False)
         self.held_until = 0.0
 
 
