@@ -15,7 +15,7 @@ from tests.workers.trainers.tiny_release import make_rows, write_release
 from workers.trainers.records import RunRecords, lineage
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_sft_and_rl_through_a_flow_end_with_two_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = make_model(tmp_path / "model")

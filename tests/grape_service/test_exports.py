@@ -133,23 +133,17 @@ def test_verl_gets_each_token_with_its_weight(release: Release, tmp_path: Path) 
 
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed (pip install verl==0.9.1)")
 def test_verls_own_loss_multiplies_with_the_weights(release: Release, tmp_path: Path) -> None:
-    """verl's loader, collator and loss: sum(w * nll) / sum(w)."""
-    from omegaconf import OmegaConf
+    """The class as verl's trainer loads it, its collator and its loss: sum(w * nll) / sum(w)."""
     from tensordict import TensorDict
-    from verl.trainer.sft_trainer import create_sft_dataset
     from verl.utils.dataset.dataset_utils import SFTTensorCollator
+    from verl.utils.import_utils import load_extern_object
     from verl.workers.utils.losses import sft_loss
 
     export(release, "verl", str(tmp_path / "verl"))
-    config = OmegaConf.create(
-        {
-            "custom_cls": {"path": str(tmp_path / "verl" / "grape_verl.py"), "name": "ReleaseDataset"},
-            "pad_mode": "no_padding",
-            "max_length": 64,
-        }
-    )
     files = [str(path) for path in sorted((tmp_path / "verl" / "data").iterdir())]
-    dataset = create_sft_dataset(files, config, tokenizer=None, processor=None)
+    dataset_class = load_extern_object(str(tmp_path / "verl" / "grape_verl.py"), "ReleaseDataset")
+    config = {"pad_mode": "no_padding", "max_length": 64}
+    dataset = dataset_class(parquet_files=files, tokenizer=None, config=config, processor=None, max_samples=-1)
     batch = SFTTensorCollator("no_padding")([dataset[index] for index in range(NUM_ROWS)])
     weights = torch.cat([torch.from_numpy(row["loss_weights"]) for row in make_rows(NUM_ROWS)])
     log_probs = -torch.rand(len(weights))  # at place t: of token t + 1
