@@ -3,7 +3,8 @@
     python -m benchmarks.releases --gb 2
 
 Plain pyarrow writes and reads the same rows, streamed, with the same compression, through the same file system object.
-Each step runs in a process of its own, which tells its peak memory. The S3 server is SeaweedFS, started here.
+Files are written and read in turns, each in a process of its own, which tells its peak memory. The S3 server is
+SeaweedFS, started here.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import pyarrow.parquet as pq
 
 from grape_service.releases.catalog import read_catalog
 from grape_service.releases.claim import claim_version
-from grape_service.releases.load import load
-from grape_service.releases.manifest import ManifestFields, read_manifest
+from grape_service.releases.load import Release, load
+from grape_service.releases.manifest import FileEntry, ManifestFields, read_manifest
 from grape_service.releases.writer import publish, write_part
 from grape_service.schemas import release_schema
 from grape_service.storage import Storage
@@ -37,6 +38,7 @@ from tests.seaweed import BUCKET, running_server
 
 SCHEMA = release_schema([], [])
 TABLE_ROWS = 2000
+TABLES = 4  # that differ; a file repeats them
 FILE_BYTES = 256 * 2**20  # on disk, about
 WORDS = [f"word{i}" for i in range(2000)]
 
@@ -86,65 +88,61 @@ def stream(tables: list[pa.Table], count: int) -> Iterator[pa.Table]:
         yield tables[i % len(tables)]
 
 
-def file_plan(gigabytes: float, tables: list[pa.Table]) -> tuple[int, int]:
+def file_plan(gigabytes: float) -> tuple[int, int]:
     """Number of files, and of tables in each, for about so much on disk."""
+    tables = [made_up_table(seed) for seed in range(TABLES)]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(tables), sink, compression="zstd", compression_level=3)
-    bytes_a_table = sink.getvalue().size / len(tables)
+    bytes_a_table = sink.getvalue().size / TABLES
     files = max(1, round(gigabytes * 1e9 / FILE_BYTES))
     return files, max(1, round(gigabytes * 1e9 / files / bytes_a_table))
 
 
-def write_ours(storage: Storage, gigabytes: float) -> dict[str, Any]:
-    tables = [made_up_table(seed) for seed in range(4)]
-    files, count = file_plan(gigabytes, tables)
-    started = time.perf_counter()
-    with claim_version(storage, "bench") as claim:
-        entries = [write_part(storage, claim.folder, i, SCHEMA, stream(tables, count)) for i in range(files)]
-        version = publish(storage, claim, SCHEMA, entries, ManifestFields(content_digest="bench"))
-    return {
-        "seconds": time.perf_counter() - started,
-        "bytes": version.manifest.num_bytes,
-        "rows": version.manifest.rows,
-    }
+def write_ours(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
+    """One data file of a version."""
+    tables = [made_up_table(seed) for seed in range(TABLES)]
+    clock = Clock()
+    entry = write_part(storage, task["folder"], task["file"], SCHEMA, stream(tables, task["tables"]))
+    return {**clock.stop(), "bytes": entry.size, "rows": entry.rows, "entry": entry.model_dump()}
 
 
-def write_plain(storage: Storage, gigabytes: float) -> dict[str, Any]:
-    tables = [made_up_table(seed) for seed in range(4)]
-    files, count = file_plan(gigabytes, tables)
-    rows = 0
-    started = time.perf_counter()
-    for i in range(files):
-        path = storage.full(f"plain/part-{i:05d}.parquet")
-        if not storage.is_s3:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        with pq.ParquetWriter(
-            path, SCHEMA, filesystem=storage.arrow, compression="zstd", compression_level=3
-        ) as writer:
-            for table in stream(tables, count):
-                writer.write_table(table)
-                rows += table.num_rows
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "bytes": sum(info.size for info in storage.list("plain")), "rows": rows}
+def write_plain(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
+    """The same rows by pyarrow alone."""
+    tables = [made_up_table(seed) for seed in range(TABLES)]
+    path, rows = f"plain/part-{task['file']:05d}.parquet", 0
+    if not storage.is_s3:
+        os.makedirs(storage.full("plain"), exist_ok=True)
+    clock = Clock()
+    with pq.ParquetWriter(
+        storage.full(path), SCHEMA, filesystem=storage.arrow, compression="zstd", compression_level=3
+    ) as writer:
+        for table in stream(tables, task["tables"]):
+            writer.write_table(table)
+            rows += table.num_rows
+    return {**clock.stop(), "bytes": storage.info(path).size, "rows": rows}
 
 
-def read_ours(storage: Storage, gigabytes: float) -> dict[str, Any]:
-    started = time.perf_counter()
-    release = load(f"{storage.root}/bench@v0001")
+def read_ours(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
+    """One data file of the version, as a release of that file alone."""
+    clock = Clock()
+    manifest = load(task["reference"]).manifest
+    release = Release(storage, manifest.model_copy(update={"files": [manifest.files[task["file"]]]}))
     rows = sum(batch.num_rows for batch in release.batches())
-    return {"seconds": time.perf_counter() - started, "bytes": release.manifest.num_bytes, "rows": rows}
+    return {**clock.stop(), "bytes": release.manifest.num_bytes, "rows": rows}
 
 
-def read_plain(storage: Storage, gigabytes: float) -> dict[str, Any]:
-    files = storage.list("plain")
-    started = time.perf_counter()
-    dataset = pads.dataset([storage.full(info.path) for info in files], filesystem=storage.arrow, format="parquet")
+def read_plain(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
+    """The file of pyarrow alone, by pyarrow alone."""
+    path = f"plain/part-{task['file']:05d}.parquet"
+    clock = Clock()
+    dataset = pads.dataset([storage.full(path)], filesystem=storage.arrow, format="parquet")
     rows = sum(batch.num_rows for batch in dataset.to_batches())
-    return {"seconds": time.perf_counter() - started, "bytes": sum(info.size for info in files), "rows": rows}
+    return {**clock.stop(), "bytes": storage.info(path).size, "rows": rows}
 
 
-def list_versions(storage: Storage, count: int) -> dict[str, Any]:
+def list_versions(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
     """List versions from their manifests alone, then from the catalog."""
+    count = task["versions"]
     with claim_version(storage, "many") as claim:
         entry = write_part(storage, claim.folder, 0, SCHEMA, [made_up_table(0).slice(0, 10)])
         publish(storage, claim, SCHEMA, [entry], ManifestFields(content_digest="1"))
@@ -174,44 +172,81 @@ def list_versions(storage: Storage, count: int) -> dict[str, Any]:
     return {"versions": count, "seconds": seconds, "seconds_without_catalog": cold_seconds}
 
 
-STEPS = {"plain write": write_plain, "write": write_ours, "plain read": read_plain, "read": read_ours}
+STEPS = {
+    "plain write": write_plain,
+    "write": write_ours,
+    "plain read": read_plain,
+    "read": read_ours,
+    "list": list_versions,
+}
 
 
-def run_step(step: str, root: str, amount: float) -> dict[str, Any]:
+class Clock:
+    """Seconds that passed, and seconds that all cores worked, in this process."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), time.process_time())
+
+    def stop(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._start[0], "cpu": time.process_time() - self._start[1]}
+
+
+def run_step(step: str, root: str, **task: Any) -> dict[str, Any]:
     """One step in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.releases", "--step", step, "--root", root, "--amount", str(amount)]
+    command = [sys.executable, "-m", "benchmarks.releases", "--step", step, "--root", root, "--task", json.dumps(task)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=1200)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
+def total(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Files of one step together."""
+    summed = {key: sum(result[key] for result in results) for key in ("seconds", "cpu", "bytes", "rows")}
+    return {**summed, "peak_gib": max(result["peak_gib"] for result in results)}
+
+
 def compare(place: str, root: str, gigabytes: float, versions: int) -> list[str]:
     """Every step on one storage; prints lines and returns what fell short."""
-    short = []
-    results = {}
-    for step in STEPS:
-        results[step] = result = run_step(step, root, gigabytes)
-        rate = result["bytes"] / 1e6 / result["seconds"]
-        result["rate"] = rate
+    storage = Storage(root)
+    files, tables = file_plan(gigabytes)
+    results: dict[str, list[dict[str, Any]]] = {step: [] for step in STEPS}
+    with claim_version(storage, "bench") as claim:
+        # File by file in turns, so that a busy machine slows both alike.
+        for file in range(files):
+            for step in ("plain write", "write") if file % 2 else ("write", "plain write"):
+                results[step].append(run_step(step, root, folder=claim.folder, file=file, tables=tables))
+        clock = Clock()
+        entries = [FileEntry(**result["entry"]) for result in results["write"]]
+        version = publish(storage, claim, SCHEMA, entries, ManifestFields(content_digest="bench"))
+        results["write"].append({**clock.stop(), "bytes": 0, "rows": 0, "peak_gib": 0})
+    for file in range(files):
+        for step in ("plain read", "read") if file % 2 else ("read", "plain read"):
+            results[step].append(run_step(step, root, reference=version.reference, file=file))
+    sums = {step: total(found) for step, found in results.items() if step != "list"}
+    for step, result in sums.items():
         print(
-            f"{place:6} {step:12} {result['bytes'] / 1e9:5.2f} GB {result['seconds']:7.1f} s {rate:7.0f} MB/s "
+            f"{place:6} {step:12} {result['bytes'] / 1e9:5.2f} GB {result['seconds']:7.1f} s "
+            f"{result['bytes'] / 1e6 / result['seconds']:6.0f} MB/s, cores {result['cpu']:6.1f} s, "
             f"peak {result['peak_gib']:.2f} GiB",
             flush=True,
         )
+    short = []
     for step in ("write", "read"):
+        plain, ours = sums[f"plain {step}"], sums[step]
+        assert ours["rows"] == plain["rows"]
         # Seconds for the same rows: a smaller file must not count as a slower writer.
-        ratio = results[f"plain {step}"]["seconds"] / results[step]["seconds"]
-        assert results[step]["rows"] == results[f"plain {step}"]["rows"]
+        ratio = plain["seconds"] / ours["seconds"]
         print(f"{place:6} {step:12} {ratio:.0%} of plain pyarrow's speed (wanted: 60%)")
         short += [f"{place} {step}"] if ratio < 0.6 else []
-        short += [f"{place} {step} memory"] if results[step]["peak_gib"] > 1.5 else []
-    result = run_step("list", root, versions)
+        short += [f"{place} {step} memory"] if ours["peak_gib"] > 1.5 else []
+    result = run_step("list", root, versions=versions)
     print(
         f"{place:6} list         {result['versions']} versions {result['seconds']:.2f} s, from manifests alone "
-        f"{result['seconds_without_catalog']:.2f} s (wanted: 5 s)"
+        f"{result['seconds_without_catalog']:.2f} s (wanted: 5 s)",
+        flush=True,
     )
     short += [f"{place} list"] if result["seconds"] > 5 else []
-    Storage(root).delete_folder("")
+    storage.delete_folder("")
     return short
 
 
@@ -223,14 +258,10 @@ def main() -> int:
     parser.add_argument("--folder", default=None, help="where to work; default: a temporary folder")
     parser.add_argument("--step", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--root", help=argparse.SUPPRESS)
-    parser.add_argument("--amount", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step is not None:
-        storage = Storage(options.root)
-        if options.step == "list":
-            result = list_versions(storage, int(options.amount))
-        else:
-            result = STEPS[options.step](storage, options.amount)
+        result = STEPS[options.step](Storage(options.root), options.task)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({**result, "peak_gib": peak}))
         return 0

@@ -6,11 +6,13 @@ Every request, those that pyarrow makes through this file system included, goes 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import io
 import os
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import lru_cache
@@ -18,6 +20,7 @@ from typing import IO, Any
 
 import botocore.exceptions as boto_errors
 import orjson
+import pyarrow as pa
 import pyarrow.fs as pafs
 import s3fs
 from aiohttp import ClientError as HttpClientError
@@ -269,6 +272,32 @@ def _plain(error: Exception, method: str, kwargs: dict[str, Any], attempts: int)
     return translated
 
 
+class ArrowHandler(pafs.FSSpecHandler):
+    """How pyarrow opens files for reading: one request less than by itself, and known until they are closed."""
+
+    used = False
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        file = self.fs.open(path, "rb")
+        _open_files[id(file)] = file
+        ArrowHandler.used = True
+        return pa.PythonFile(file, mode="r")
+
+
+_open_files: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@atexit.register
+def _let_arrow_close_its_files() -> None:
+    """pyarrow's threads close files a little after the last batch; one that needs Python while it ends aborts it."""
+    waited, known = 0, -1
+    while waited < 10 and _open_files:
+        waited, known = (waited + 1, known) if len(_open_files) == known else (0, len(_open_files))
+        time.sleep(0.02)
+    if ArrowHandler.used:
+        time.sleep(0.05)
+
+
 class S3Files:
     """Files below `base`, "bucket/folder"; every path taken is a full one. What files.LocalFiles is for a folder."""
 
@@ -283,7 +312,7 @@ class S3Files:
 
     @property
     def arrow(self) -> pafs.FileSystem:
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+        return pafs.PyFileSystem(ArrowHandler(self.fs))
 
     def read_with_etag(self, full: str) -> tuple[bytes, str]:
         return self.fs.read_object(*_bucket_and_key(full))

@@ -44,7 +44,6 @@ class Claim:
         self.folder = version_folder(name, version)
         self._path = f"{self.folder}/{CLAIM}"
         self._state = state
-        self._etag: str | None = None
         self._lock = threading.Lock()
         self._lost = False
         self._stop = threading.Event()
@@ -90,18 +89,19 @@ class Claim:
         with self._lock:
             if self._lost:
                 return False
-            if self._etag is None:
-                data, etag = self.storage.read_with_etag(self._path)
-                if orjson.loads(data).get("writer") != self.writer:
-                    self._lost = True
-                    return False
-                self._etag = etag
+            etag = self._own_etag()
             self._state = {**self._state, "state": state, "heartbeat": time.time()}
-            if not self.storage.compare_and_swap(self._path, json_bytes(self._state), self._etag):
-                self._lost = True
-                return False
-            self._etag = None
-            return True
+            renewed = etag is not None and self.storage.compare_and_swap(self._path, json_bytes(self._state), etag)
+            self._lost = not renewed
+            return renewed
+
+    def _own_etag(self) -> str | None:
+        """The etag of the claim as it is now; None if it is not this writer's any more."""
+        try:
+            data, etag = self.storage.read_with_etag(self._path)
+        except FileNotFoundError:
+            return None
+        return etag if orjson.loads(data).get("writer") == self.writer else None
 
 
 def claim_version(storage: Storage, name: str) -> Claim:
