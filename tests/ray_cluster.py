@@ -36,6 +36,7 @@ class RayCluster:
     """A head with its Jobs API and the workers that joined it. `environment` is what clients need."""
 
     folder: Path
+    scratch: str  # short: socket paths
     gcs_port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
@@ -81,6 +82,22 @@ class RayCluster:
         )
         self.nodes.append(process)
         return process
+
+    def start_worker(self, num_cpus: int, seconds: float = 120) -> subprocess.Popen[bytes]:
+        """A further node that has joined.
+
+        With a temporary folder of its own: in the head's, each node would unpack a job's working dir anew, under the
+        feet of the other's processes.
+        """
+        scratch = f"--temp-dir={self.scratch}-{len(self.nodes)}"
+        node = self.start_node(f"--address=127.0.0.1:{self.gcs_port}", scratch, num_cpus=num_cpus)
+        log = self.folder / f"node-{len(self.nodes) - 1}.log"
+        deadline = time.monotonic() + seconds
+        while "block forever" not in log.read_text():
+            joining = node.poll() is None and time.monotonic() < deadline
+            assert joining, log.read_text()[-2000:]
+            time.sleep(0.2)
+        return node
 
     def wait_ready(self, seconds: float = 180) -> None:
         """Until the Jobs API answers, with or without 401."""
@@ -147,8 +164,8 @@ def _session(pid: int) -> int:
 @contextmanager
 def ray_cluster(folder: Path, head_cpus: int = 4) -> Iterator[RayCluster]:
     """A head that is ready; nothing of it is left after the block."""
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:  # short: socket paths
-        cluster = RayCluster(folder)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
+        cluster = RayCluster(folder, f"{scratch}/n")
         try:
             cluster.start_node(
                 "--head",
@@ -158,7 +175,7 @@ def ray_cluster(folder: Path, head_cpus: int = 4) -> Iterator[RayCluster]:
                 f"--dashboard-port={cluster.dashboard_port}",
                 f"--metrics-export-port={cluster.metrics_port}",
                 f"--ray-client-server-port={free_port()}",
-                f"--temp-dir={scratch}",
+                f"--temp-dir={cluster.scratch}",
                 num_cpus=head_cpus,
             )
             cluster.wait_ready()

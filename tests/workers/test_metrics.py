@@ -23,6 +23,15 @@ SELDOM = {"ray_grape_retries_total", "ray_grape_failures_total", "ray_grape_gpu_
 SELDOM |= {"ray_grape_rows_reused_total"}
 
 
+def scrape(port: int) -> str:
+    """What the node's metrics port says; nothing while it is not up yet."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
 def test_a_scrape_has_what_the_dashboard_asks_for(tmp_path: Path) -> None:
     model = str(tiny_models.make_model(tmp_path / "model", arch="llama"))
     rows = [*pool_rows(12), {"prompt": "", "response": "nothing was asked"}]
@@ -35,8 +44,7 @@ def test_a_scrape_has_what_the_dashboard_asks_for(tmp_path: Path) -> None:
         scraped = ""
         deadline = time.monotonic() + 400
         while process.poll() is None and time.monotonic() < deadline:
-            with urllib.request.urlopen(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=20) as answer:
-                text = answer.read().decode()
+            text = scrape(cluster.metrics_port)
             names_now = set(re.findall(r"^(ray_grape_[a-z_]+)[{ ]", text, re.MULTILINE))
             if len(names_now) >= len(found):
                 found, scraped = names_now, text

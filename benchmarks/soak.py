@@ -1,0 +1,241 @@
+"""Small runs over and over on S3 while actors, workers, the Prefect server and the S3 server are killed at random.
+
+    python benchmarks/soak.py --minutes 20
+
+Each round lets the pool grow, runs `grape run` until it succeeds (a killed run goes on from its scores), and
+verifies the release: digests, one row for each prompt, every candidate scored once. Ends with status 1 if a row
+is lost or doubled, a release does not verify, or processes, open files or memory grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import grape_service
+from grape_service.releases.verify import verify
+from grape_service.storage import Storage
+from tests import tiny_models
+from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
+from tests.ray_cluster import free_port
+from tests.seaweed import BUCKET, SeaweedServer, running_server
+
+KINDS = ("actor", "worker", "prefect", "s3")
+ATTEMPTS = 6
+RUN_SECONDS = 600
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    rounds: int = 0
+    attempts: int = 0
+    rows: int = 0
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    problems: list[str] = field(default_factory=list)
+    samples: list[dict[str, int]] = field(default_factory=list)  # after each round
+
+
+class PrefectServer:
+    """A server whose database stays over restarts."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it; runs wait for it themselves."""
+        environment = {**os.environ, "PREFECT_HOME": str(self.folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        log = (self.folder / "server.log").open("ab")
+        self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        log.close()
+        self._wait()
+
+    def _wait(self) -> None:
+        import urllib.request
+
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/health", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        raise SystemExit("the Prefect server does not start")
+
+    def kill(self) -> None:
+        """SIGKILL to it and its children, which are in its session."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+class Killer:
+    """Kills one thing every so often while a run goes on, and starts servers again."""
+
+    def __init__(self, job: Job, prefect: PrefectServer, s3: SeaweedServer, pause: float, draw: random.Random):
+        self.job, self.prefect, self.s3, self.pause, self.draw = job, prefect, s3, pause, draw
+        self.stopped = threading.Event()
+        self.kills = dict.fromkeys(KINDS, 0)
+        self.thread = threading.Thread(target=self._loop, daemon=True)
+        self.thread.start()
+
+    def _loop(self) -> None:
+        while not self.stopped.wait(self.draw.uniform(0.5, 1.5) * self.pause):
+            kind = self.draw.choice(KINDS)
+            if kind == "prefect":
+                self.prefect.kill()
+                self.prefect.start()
+            elif kind == "s3":
+                self.s3.kill()
+                self.s3.start()
+            elif not self._kill_process("ray::ScoringActor" if kind == "actor" else "ray::"):
+                continue
+            self.kills[kind] += 1
+
+    def _kill_process(self, prefix: str) -> bool:
+        found = [pid for pid, line in self.job.processes().items() if line.startswith(prefix)]
+        if not found:
+            return False
+        try:
+            os.kill(self.draw.choice(found), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> dict[str, int]:
+        """Stop killing; what was killed."""
+        self.stopped.set()
+        self.thread.join()
+        return self.kills
+
+
+def soak(minutes: float, pause: float, seed: int, out: Path) -> Tally:
+    """Rounds until the time is over."""
+    tally, draw = Tally(), random.Random(seed)
+    model = str(tiny_models.make_model(out / "model", arch="llama"))
+    (out / "prefect-server").mkdir()
+    with running_server(out / "s3") as s3:
+        os.environ.update(s3.environment)
+        prefect = PrefectServer(out / "prefect-server")
+        try:
+            paths = {"output": {"path": f"s3://{BUCKET}/datasets"}, "workspace": f"s3://{BUCKET}/workspace"}
+            with tiny_job(out, model, **paths) as job:
+                job.environment |= {
+                    "PREFECT_API_URL": f"http://127.0.0.1:{prefect.port}/api",
+                    "GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine",
+                    "DRILL_SECONDS": "0.5",
+                }
+                deadline = time.monotonic() + 60 * minutes
+                while time.monotonic() < deadline and not tally.problems:
+                    one_round(tally, job, prefect, s3, pause, draw)
+                    print(orjson.dumps({"round": tally.rounds, **tally.samples[-1]}).decode(), flush=True)
+        finally:
+            prefect.kill()
+    check_growth(tally)
+    return tally
+
+
+def one_round(
+    tally: Tally, job: Job, prefect: PrefectServer, s3: SeaweedServer, pause: float, draw: random.Random
+) -> None:
+    """The pool grows, a run goes through kills to its end, its release is verified."""
+    number = tally.rounds
+    write_jsonl(job.folder / "pool" / f"day-{number:04d}.jsonl", pool_rows(10, start=10 * number))
+    outcome: dict[str, Any] | None = None
+    for attempt in range(ATTEMPTS):
+        killer = Killer(job, prefect, s3, pause, draw) if attempt < ATTEMPTS - 1 else None  # the last one in peace
+        try:
+            done = job.grape("run", str(job.config_path), "--json", timeout=RUN_SECONDS)
+        finally:
+            for kind, count in (killer.close() if killer else {}).items():
+                tally.kills[kind] += count
+        tally.attempts += 1
+        if done.returncode == 0:
+            outcome = orjson.loads(done.stdout)
+            break
+    tally.rounds += 1
+    if outcome is None:
+        tally.problems.append(f"round {number} did not end well: {done.stderr[-500:]}")
+    else:
+        tally.problems += problems_of(outcome, 10 * tally.rounds)
+        tally.rows += outcome["rows"]
+    left = job.wait_gone(40)
+    if left:
+        tally.problems.append(f"processes are left after round {number}: {list(left.values())[:5]}")
+    tally.samples.append(sample(job, s3))
+
+
+def problems_of(outcome: dict[str, Any], num_prompts: int) -> list[str]:
+    """What is wrong with a release of `num_prompts` prompts with 4 candidates each."""
+    release = grape_service.load(outcome["reference"])
+    problems = [f"{outcome['reference']}: {problem}" for problem in verify(release)]
+    rows = release.dataset.to_table(["prompt_id", "num_candidates"])
+    if rows.num_rows != num_prompts or len(rows["prompt_id"].unique()) != num_prompts:
+        problems.append(f"{outcome['reference']} has {rows.num_rows} rows of {num_prompts} prompts")
+    if rows["num_candidates"].unique().to_pylist() != [4]:
+        problems.append(f"{outcome['reference']}: a candidate is lost or doubled")
+    if outcome["failed"]:
+        problems.append(f"{outcome['reference']}: {outcome['failed']} rows failed")
+    return problems
+
+
+def sample(job: Job, s3: SeaweedServer) -> dict[str, int]:
+    """Processes of the job, open files and memory of this process, runs that are left in the workspace."""
+    status = Path("/proc/self/status").read_text()
+    rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    runs = Storage(job.config["workspace"], {"endpoint_url": s3.endpoint}).folders("runs")
+    return {
+        "processes": len(job.processes()),
+        "open_files": len(os.listdir("/proc/self/fd")),
+        "memory_mb": rss // 1024,
+        "runs_left": len(runs),
+        "temporary_folders": len(list(Path(tempfile.gettempdir()).glob("grape-ray-*"))),
+    }
+
+
+def check_growth(tally: Tally) -> None:
+    """A later round may not need more than the third one did, but for some slack."""
+    if len(tally.samples) < 5:
+        return
+    early, late = tally.samples[2], tally.samples[-1]
+    for name, slack in (("processes", 0), ("open_files", 10), ("memory_mb", 200)):
+        if late[name] > early[name] + slack:
+            tally.problems.append(f"{name} grew from {early[name]} to {late[name]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--pause", type=float, default=10, help="seconds between kills, about")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="grape-soak-", ignore_cleanup_errors=True) as out:
+        tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out))
+    summary = {"rounds": tally.rounds, "attempts": tally.attempts, "rows_verified": tally.rows, "kills": tally.kills}
+    summary |= {"first": tally.samples[0], "last": tally.samples[-1], "problems": tally.problems}
+    print(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
+    sys.exit(1 if tally.problems else 0)
+
+
+if __name__ == "__main__":
+    main()
