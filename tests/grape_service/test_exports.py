@@ -137,6 +137,7 @@ def test_verls_own_loss_multiplies_with_the_weights(release: Release, tmp_path: 
     from tensordict import TensorDict
     from verl.utils.dataset.dataset_utils import SFTTensorCollator
     from verl.utils.import_utils import load_extern_object
+    from verl.utils.tensordict_utils import assign_non_tensor
     from verl.workers.utils.losses import sft_loss
 
     export(release, "verl", str(tmp_path / "verl"))
@@ -148,7 +149,7 @@ def test_verls_own_loss_multiplies_with_the_weights(release: Release, tmp_path: 
     weights = torch.cat([torch.from_numpy(row["loss_weights"]) for row in make_rows(NUM_ROWS)])
     log_probs = -torch.rand(len(weights))  # at place t: of token t + 1
     data = TensorDict({"loss_mask": batch["loss_mask"]}, batch_size=[NUM_ROWS])
-    data["dp_size"], data["batch_num_tokens"] = 1, float(batch["loss_mask"].values().sum())
+    assign_non_tensor(data, dp_size=1, batch_num_tokens=data["loss_mask"].sum().item())  # as its engine counts them
     jagged = torch.nested.nested_tensor_from_jagged(log_probs, batch["loss_mask"].offsets())
     loss, _ = sft_loss(None, {"log_probs": jagged}, data)
     expected = -(log_probs * torch.roll(weights, -1)).sum() / weights.sum()
