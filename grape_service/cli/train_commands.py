@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -63,4 +64,4 @@ def export(
 
     options = {"endpoint_url": endpoint} if endpoint else {}
     summary = write(load(reference, options), to, folder, drop_weights)
-    print_json(summary.to_json()) if as_json else say(summary.sentence)
+    print_json(asdict(summary)) if as_json else say(summary.sentence)
