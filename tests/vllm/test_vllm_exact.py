@@ -122,6 +122,19 @@ def test_a_large_call_in_the_batchs_order(engine: VllmEngine, model: torch.nn.Mo
     assert_exact(engine, model, [row(random_ids(n % 5, 1 + n % 5), random_ids(n, int(n))) for n in lengths])
 
 
+def test_long_prompts_leave_no_step_half_empty(
+    engine: VllmEngine, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose prompt is cached add few tokens to a step: enough of them have to wait in vLLM."""
+    counts = []
+    step = engine._core.step
+    monkeypatch.setattr(engine._core, "step", lambda: counts.append(1) or step())
+    prompt = random_ids(11, 321)  # ten blocks and a token
+    assert_exact(engine, model, [row(prompt, random_ids(20 + n, 7)) for n in range(48)])
+    # Once the prompt is cached a row adds 8 tokens, so a step of 48 takes six.
+    assert len(counts) <= 321 // STEP + 48 // 6 + 3
+
+
 def test_no_rows(engine: VllmEngine) -> None:
     empty = TokenBatch(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), np.zeros(0, np.int32))
     assert engine.score(empty).shape == (0,)

@@ -34,7 +34,7 @@ DEFAULT_MAX_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a step by device; benchmarks/gpu_scoring.md says why."""
 
 STEPS_AHEAD = 4
-"""How many steps' tokens vLLM holds at most: rows beyond that wait here, so that memory does not grow with a call."""
+"""How many steps' tokens, cached prompts not counted, vLLM holds at most; the other rows of a call wait here."""
 
 MIN_STEP_TOKENS = 64
 """What does not fit the memory in steps of this size will not fit it at all."""
@@ -93,6 +93,10 @@ class _Job:
         """input_ids and mask of a sequence."""
         place = slice(self.batch.offsets[row], self.batch.offsets[row + 1])
         return self.batch.input_ids[place], self.batch.mask[place]
+
+    def new_tokens(self, row: int) -> int:
+        """Tokens behind the prompt: what the sequence adds to a step when its prompt is in the cache."""
+        return int(self.batch.offsets[row + 1] - self.batch.offsets[row] - self.batch.prompt_lens[row])
 
 
 class VllmEngine:
@@ -155,6 +159,12 @@ class VllmEngine:
         """Tokens of one step."""
         return self._step_tokens
 
+    def forget_cached_prompts(self) -> None:
+        """Empty the prefix cache between two measurements. Not while a call of `score` is running."""
+        assert not self._waiting
+        assert not self._running
+        self._core.drop_requests([])
+
     def stats(self) -> dict[str, float]:
         return {
             "tokens": float(self._tokens),
@@ -207,7 +217,12 @@ class VllmEngine:
         given = dict(self._policy.engine_args)
         head_options = {key: given.pop(key) for key in ("head_chunk_bytes",) if key in given}
         wanted = given.pop("scoring_head", True)
-        budget = self._max_batch_tokens or DEFAULT_MAX_BATCH_TOKENS["cuda" if cuda else "cpu"]
+        budgets = [
+            self._max_batch_tokens,
+            given.pop("max_batch_tokens", None),
+            given.pop("max_num_batched_tokens", None),
+        ]
+        budget = next((int(one) for one in budgets if one), DEFAULT_MAX_BATCH_TOKENS["cuda" if cuda else "cpu"])
         settings: dict[str, Any] = {
             "model": self._folder,
             "skip_tokenizer_init": True,
@@ -240,7 +255,7 @@ class VllmEngine:
                 "scoring %s through prompt_logprobs because %s; %s", self._policy.model, why_not, PROMPT_LOGPROBS_COST
             )
             self._core = vllm_head.start_with_prompt_logprobs(adapter, settings)
-        self._step_tokens = int(settings["max_num_batched_tokens"])
+        self._step_tokens = budget
         self._description = EngineDescription(
             engine="vllm",
             version=vllm_head.VERSION,
@@ -278,13 +293,13 @@ class VllmEngine:
             ids, mask = job.row(row)
             request_id = str(next(self._ids))
             self._running[request_id] = (job, row, use_cache)
-            self._held_tokens += len(ids)
+            self._held_tokens += job.new_tokens(row)
             self._core.add(request_id, ids, mask, job.temperature, use_cache)
 
     def _take_values(self, request_id: str, values: npt.NDArray[np.float32], cached: int) -> None:
         job, row, use_cache = self._running.pop(request_id)
         ids, _ = job.row(row)
-        self._held_tokens -= len(ids)
+        self._held_tokens -= job.new_tokens(row)
         self._cached += cached
         place = slice(job.loss_offsets[row], job.loss_offsets[row + 1])
         if len(values) == place.stop - place.start and np.isfinite(values).all() and (values <= 0).all():
@@ -321,10 +336,10 @@ class VllmEngine:
         """After running out of memory: half as many tokens a step, and a clean cache."""
         self._step_tokens //= 2
         log.warning("vLLM ran out of memory; its steps now take %d tokens", self._step_tokens)
-        if self._policy.tensor_parallel == 1:
+        if self._policy.tensor_parallel == 1 and self._core.has_head:
             self._core.drop_requests(running)
             self._core.set_step_tokens(self._step_tokens)
-        else:  # the worker processes are gone
+        else:  # worker processes are gone, or steps that were scheduled ahead are lost
             self._core.shut_down()
             self._max_batch_tokens = self._step_tokens
             self._start()

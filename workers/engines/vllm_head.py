@@ -136,12 +136,13 @@ class ScoringPooler(Pooler):
             heat.append((request.get("temperature", 1.0), high - low))
             spans.append((low, scored, scored + high - low, len(positions)))
             scored += high - low
-        logprobs = self._score(
-            hidden_states,
-            np.concatenate(rows),
-            np.concatenate(targets),
-            np.repeat(*map(np.asarray, zip(*heat, strict=True))) if any(t != 1.0 for t, _ in heat) else None,
-        )
+        with torch.profiler.record_function("scoring head"):
+            logprobs = self._score(
+                hidden_states,
+                np.concatenate(rows),
+                np.concatenate(targets),
+                np.repeat(*map(np.asarray, zip(*heat, strict=True))) if any(t != 1.0 for t, _ in heat) else None,
+            )
         if logprobs is None:  # a tensor-parallel rank that the logits are not gathered to
             return [torch.zeros(0) if end == length else None for end, length in zip(ends, lengths, strict=True)]
 
