@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.vllm.reference import assert_exact, engine_of, load_reference, random_ids, row, tiny_model
 from workers.engines.base import OutOfMemory
-from workers.engines.vllm_head import ScoringPooler
+from workers.engines.vllm_engine import VllmEngine
 
 
 def test_a_cache_too_small_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,48 +45,46 @@ def test_a_cache_too_small_for_the_batch(tmp_path: Path, monkeypatch: pytest.Mon
     assert preempted
 
 
-def test_out_of_memory_halves_the_steps_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_steps_and_goes_on(tmp_path: Path) -> None:
     """The step fails after blocks were given out and before they were filled: none of them may be used later."""
     folder = tiny_model(tmp_path)
-    model = load_reference(folder)
+    reference = load_reference(folder)
     rows = [row(random_ids(n % 2, 70), random_ids(n, 40)) for n in range(8)]
-    score = ScoringPooler.forward
     sizes: list[int] = []
-
-    def full_at_first(self: ScoringPooler, hidden_states: torch.Tensor, pooling_metadata: object) -> object:
-        sizes.append(len(hidden_states))
-        if len(hidden_states) > 130:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return score(self, hidden_states, pooling_metadata)
-
     with engine_of(folder, max_batch_tokens=256) as engine:
-        for layer in _layers_of(engine):
-            layer.fill_(1e3)  # a block that was never filled would show
-        monkeypatch.setattr(ScoringPooler, "forward", full_at_first)
+        runner = model_runner(engine)
+        for blocks in runner.kv_caches:
+            blocks.fill_(1e3)  # a block that was never filled would show
+        forward = runner.model.forward
+
+        def too_large_at_first(*args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(kwargs["input_ids"]))
+            if sizes[-1] > 130:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return forward(*args, **kwargs)
+
+        runner.model.forward = too_large_at_first
         with pytest.raises(OutOfMemory, match="out of memory"):
             engine.score(TokenBatch.from_rows(rows))
         assert engine.stats()["out_of_memory"] == 1
         assert engine.max_batch_tokens == 128
-        assert_exact(engine, model, rows)
+        assert_exact(engine, reference, rows)
         assert max(sizes[1:]) <= 128
         assert engine.stats()["rescored_rows"] == 0
 
 
-def _layers_of(engine: object) -> list[torch.Tensor]:
-    """The engine's key and value blocks."""
-    worker = engine._core._engine.engine_core.engine_core.model_executor.driver_worker.worker  # type: ignore[attr-defined]
-    return list(worker.model_runner.kv_caches)
+def model_runner(engine: VllmEngine) -> Any:
+    """vLLM's model runner, deep inside the engine."""
+    return engine._core._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def test_memory_for_scores_does_not_grow_with_the_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_for_scores_does_not_grow_with_the_response(tmp_path: Path) -> None:
     """Logits exist for one chunk of rows at a time, however many tokens have loss."""
     folder = tiny_model(tmp_path)
     model = load_reference(folder)
     largest = []
     with engine_of(folder, max_batch_tokens=512, head_chunk_bytes=4 * 544 * 40) as engine:
-        pooler = (
-            engine._core._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.pooler
-        )
+        pooler = model_runner(engine).model.pooler
         compute = pooler._compute_logits
 
         def measured(hidden_states: torch.Tensor) -> torch.Tensor:
