@@ -12,7 +12,7 @@ from flows.limits import TIMEOUT_SECONDS
 from flows.train import train
 from grape_service.config import Config
 from grape_service.notify import ending_told
-from workers import jobs_api, stages
+from workers import checking, jobs_api, stages
 from workers.cluster import ray_for
 from workers.publishing import Outcome
 from workers.run import new_run
@@ -21,6 +21,7 @@ from workers.scoring import engines_of
 prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 score_target = task(name="score target", cache_policy=NO_CACHE)(stages.score_target)
 select = task(name="select", cache_policy=NO_CACHE)(stages.select)
+check = task(name="check", cache_policy=NO_CACHE)(checking.check)
 score_policies = task(name="score policies", cache_policy=NO_CACHE)(stages.score_policies)
 weigh = task(name="weigh", cache_policy=NO_CACHE)(stages.weigh)
 release = task(name="release", cache_policy=NO_CACHE)(stages.release)
@@ -53,7 +54,8 @@ def do_stages(config: Config, until: Until, force: bool) -> Outcome:
         kept = select(run, prepared)
         if until == "select":
             return stages.outcome_of_selection(run, prepared, scored, kept)
+        checked = check(run, engines, prepared, kept)
         derivations = score_policies(run, engines, kept)
         engines.close()
         weighed = weigh(run, kept, derivations)
-        return release(run, prepared, scored, kept, derivations, weighed, force)
+        return release(run, prepared, scored, kept, derivations, weighed, checked, force)

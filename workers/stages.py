@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from grape_service.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
+from grape_service.checks.settings import enabled_checks
 from grape_service.config import Config
 from grape_service.derived import Derived, Group, derive_partition
 from grape_service.digests import partition_of
@@ -59,6 +60,7 @@ class Kept:
 def prepare(run: Run) -> Prepared:
     """Pool -> shards of whole prompts. An unchanged pool under unchanged settings is not read again."""
     config, workspace = run.config, run.workspace
+    enabled_checks(config.checks)  # a misspelt check is told before the work
     with run.stage("prepare"):
         plan = plan_prepare(config, run.target_renderer.digest(), workspace)
         prepared = load_prepared(plan, workspace)
@@ -364,6 +366,7 @@ def release(
     kept: Kept,
     derivations: Derivations,
     weighed: Weighed,
+    checked: list[dict[str, Any]],
     force: bool = False,
 ) -> Outcome:
     """Publish the weighed rows as an immutable version and move the tags to it."""
@@ -384,6 +387,7 @@ def release(
         "statistics": {
             "weights": weighed.counts.totals.figures() if run.config.weights else None,
             "report": report_statistics(kept, weighed),
+            "checks": checked,
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
             "estimate": estimate_against_actual(run.workspace, run.config, run.engines, sum(t.tokens for t in totals)),

@@ -1,0 +1,80 @@
+"""What a check says: rows with a reason each, and counts that add up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from grape_service.checks.settings import Check
+from grape_service.counts import Counts
+
+FINDING = pa.schema(
+    [
+        pa.field("check", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("candidate_id", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),  # a short phrase, counted by
+        pa.field("detail", pa.string()),  # what exactly, for a person
+    ]
+)
+
+
+@dataclass
+class CheckCounts(Counts):
+    """Rows that a check looked at and found fault with."""
+
+    rows: int = 0
+    found: int = 0
+    seconds: float = 0.0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Places of rows in a table, each with a reason and a detail."""
+
+    rows: list[int]
+    reasons: list[str]
+    details: list[str | None]
+
+    def table(self, name: str, looked_at: pa.Table) -> pa.Table:
+        """As FINDING rows of `looked_at`, which has prompt_id and candidate_id."""
+        places = pa.array(self.rows, type=pa.int64())
+        columns = [looked_at[key].combine_chunks().take(places) for key in ("prompt_id", "candidate_id")]
+        return pa.table(
+            [pa.array([name] * len(self.rows), pa.string()), *columns, self.reasons, self.details], schema=FINDING
+        )
+
+    def counts(self, rows: int, seconds: float) -> CheckCounts:
+        """Counts of `rows` rows looked at; a row counts once, however many reasons it has."""
+        reasons: dict[str, int] = {}
+        for reason in self.reasons:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        return CheckCounts(rows, len(set(self.rows)), seconds, dict(sorted(reasons.items())))
+
+
+def result_of(check: Check, counts: CheckCounts, table: str | None) -> dict[str, Any]:
+    """A check's line in the manifest and the report; `warning` is None where its share is small enough."""
+    share = counts.found / counts.rows if counts.rows else 0.0
+    warning = None
+    if share > check.settings["max_share"]:
+        worst = max(counts.reasons, key=lambda reason: counts.reasons[reason])
+        looked_at = check.kind.scope
+        warning = (
+            f"Check {check.name.replace('_', ' ')}: {counts.found:,} of {counts.rows:,} {looked_at} ({share:.1%}) "
+            f"are touched, most often: {worst}."
+        )
+    return {
+        "name": check.name,
+        "action": check.action,
+        "scope": check.kind.scope,
+        "rows": counts.rows,
+        "found": counts.found,
+        "reasons": counts.reasons,
+        "rows_per_second": round(counts.rows / counts.seconds) if counts.seconds else None,
+        "warning": warning,
+        "change": check.kind.change,
+        "table": table,
+    }
