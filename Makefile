@@ -43,7 +43,7 @@ test: install-test lint ## lint, types and all tests on CPU
 	.venv/bin/python -m pytest --cov=grape_service --cov=workers --cov=flows --cov-report=term
 
 test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own
-	.venv-vllm/bin/python -m pytest tests/vllm
+	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" tests/vllm
 
 lint: install-test ## ruff and mypy
 	.venv/bin/python -m ruff check .
