@@ -1,0 +1,58 @@
+"""The task: chains of additions and subtractions, and three ways to write a solution down.
+
+A problem is "7+15-4+9=" and its answer 27. Each style ends with "#" and the answer, so that all are judged alike.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+ANSWER = r"#(-?\d+)"
+"""What a response's answer is: the last match counts."""
+
+STYLES = ("steps", "words", "terse")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Numbers and signs, from left to right."""
+
+    numbers: tuple[int, ...]
+    signs: tuple[int, ...]  # one less than numbers
+
+    @property
+    def prompt(self) -> str:
+        signs = "".join(f"{'+' if sign > 0 else '-'}{n}" for sign, n in zip(self.signs, self.numbers[1:], strict=True))
+        return f"{self.numbers[0]}{signs}="
+
+    @property
+    def answer(self) -> int:
+        return self.numbers[0] + sum(sign * n for sign, n in zip(self.signs, self.numbers[1:], strict=True))
+
+
+def problems(number: int, seed: int) -> list[Problem]:
+    """Different problems of 3 to 5 numbers below 30."""
+    rng = random.Random(seed)
+    found: dict[str, Problem] = {}
+    while len(found) < number:
+        length = rng.randint(3, 5)
+        numbers = tuple(rng.randint(1, 29) for _ in range(length))
+        signs = tuple(rng.choice((1, -1)) for _ in range(length - 1))
+        problem = Problem(numbers, signs)
+        found.setdefault(problem.prompt, problem)
+    return list(found.values())
+
+
+def solution(problem: Problem, style: str) -> str:
+    """A right solution: running sums (steps), sentences (words), or the answer alone (terse)."""
+    if style == "terse":
+        return f"#{problem.answer}"
+    total, lines = problem.numbers[0], []
+    for sign, n in zip(problem.signs, problem.numbers[1:], strict=True):
+        after = total + sign * n
+        operator, verb = ("+", "add") if sign > 0 else ("-", "take away")
+        lines.append(f"{total}{operator}{n}={after};" if style == "steps" else f"{verb} {n}, we get {after}. ")
+        total = after
+    start = "" if style == "steps" else f"start at {problem.numbers[0]}. "
+    return f"{start}{''.join(lines)}#{total}"

@@ -1,0 +1,71 @@
+"""The mechanics of the learning experiment on a tiny scale; it says nothing about which arm is better."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.learning.experiment import ARMS, TINY, Arm, Experiment, solved
+from benchmarks.learning.summary import Estimate, plot, table
+from benchmarks.learning.task import ANSWER, STYLES, problems, solution
+from grape_service.config_file import parse_config
+from workers.trainers.checkpoints import is_whole
+from workers.trainers.session import Output
+
+
+def test_solutions_of_every_style_are_right() -> None:
+    for problem in problems(200, seed=1):
+        assert problem.answer == eval(problem.prompt.removesuffix("="))
+        for style in STYLES:
+            text = solution(problem, style)
+            assert solved(text, problem) == 1
+            assert solved(text + "1", problem) == 0
+            assert re.findall(ANSWER, text) == [str(problem.answer)]
+
+
+def test_problems_of_pool_rl_and_test_are_of_their_own() -> None:
+    assert len({problem.prompt for problem in problems(500, seed=1)}) == 500
+    assert problems(20, seed=1) == problems(20, seed=1) != problems(20, seed=2)
+
+
+def test_every_arm_has_a_valid_config(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, TINY)
+    for arm in ARMS:
+        config = parse_config(experiment.config(arm, seed=0))
+        assert (config.select.method, config.weights and config.weights.level) == (arm.select, arm.level)
+    assert len({arm.name for arm in ARMS}) == len(ARMS) == 10
+
+
+@pytest.mark.timeout(600)
+def test_an_arm_runs_to_its_result_once(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, TINY)
+    experiment.prepare()
+    rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in rows} == {"own", "words", "terse"}
+    arm = Arm("grape", "token")
+    result = experiment.run(arm, seed=0)
+    assert 0 <= result["after_sft"] <= 1
+    assert 0 <= result["after_rl"] <= 1
+    assert 0 < result["ess"] <= 1
+    for stage in ("sft", "rl"):
+        assert is_whole(Output(str(tmp_path / "arms" / "grape+token-0" / stage / "model"), {}).storage)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors"))
+    assert experiment.run(arm, seed=0) == result
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors")) == before
+
+
+def test_table_and_plot_show_means_and_intervals() -> None:
+    shared = {"select": "grape", "weights": "uniform", "rows": 5, "ess": 0.5}
+    results = [
+        {"arm": "grape+uniform", "seed": seed, "after_sft": sft, "after_rl": 0.9, **shared}
+        for seed, sft in enumerate((0.5, 0.6, 0.7))
+    ]
+    text = table(results, {"target": 0.25})
+    assert "| grape | uniform | 3 | 5 | 0.50 | 60.0 ± 24.8 | 90.0 ± 0.0 |" in text
+    assert str(Estimate.of([0.5])) == "50.0"
+    drawing = plot(results, {"target": 0.25})
+    assert drawing.count("<circle") == 2
+    assert "grape+uniform" in drawing
