@@ -12,7 +12,7 @@ from flows.limits import TIMEOUT_SECONDS
 from flows.train import train
 from grape_service.config import Config
 from grape_service.notify import ending_told
-from workers import checking, jobs_api, stages
+from workers import checking, jobs_api, stages, weighing
 from workers.cluster import ray_for
 from workers.publishing import Outcome
 from workers.run import new_run
@@ -22,8 +22,8 @@ prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 score_target = task(name="score target", cache_policy=NO_CACHE)(stages.score_target)
 select = task(name="select", cache_policy=NO_CACHE)(stages.select)
 check = task(name="check", cache_policy=NO_CACHE)(checking.check)
-score_policies = task(name="score policies", cache_policy=NO_CACHE)(stages.score_policies)
-weigh = task(name="weigh", cache_policy=NO_CACHE)(stages.weigh)
+score_policies = task(name="score policies", cache_policy=NO_CACHE)(weighing.score_policies)
+weigh = task(name="weigh", cache_policy=NO_CACHE)(weighing.weigh)
 release = task(name="release", cache_policy=NO_CACHE)(stages.release)
 submit = task(name="submit", cache_policy=NO_CACHE)(jobs_api.run_as_job)
 

@@ -9,15 +9,15 @@ from flows.artifacts import shown
 from grape_service.config import Config
 from grape_service.releases.load import load
 from grape_service.releases.reference import parse_reference
-from workers import reweigh, stages
+from workers import reweigh, weighing
 from workers.cluster import ray_for
 from workers.publishing import Outcome
 from workers.run import new_run
 from workers.scoring import engines_of
 
 reopen = task(name="reopen", cache_policy=NO_CACHE)(reweigh.reopen)
-score_policies = task(name="score policies", cache_policy=NO_CACHE)(stages.score_policies)
-weigh = task(name="weigh", cache_policy=NO_CACHE)(stages.weigh)
+score_policies = task(name="score policies", cache_policy=NO_CACHE)(weighing.score_policies)
+weigh = task(name="weigh", cache_policy=NO_CACHE)(weighing.weigh)
 release = task(name="release", cache_policy=NO_CACHE)(reweigh.release_again)
 
 

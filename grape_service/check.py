@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grape_service.candidates import Candidate, Rejection, Rendered
+from grape_service.checks.settings import enabled_checks
 from grape_service.config import Config, PolicyConfig, RecordedBehavior
 from grape_service.errors import UserError
 from grape_service.models import resolve_model
@@ -46,6 +47,8 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
     """Storage, pool sample, model files, tokens, behavior policies, recorded values; goes on after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
+    if config.checks:
+        yield _look("checks", partial(_checks, config))
     candidates: list[Candidate] = []
     yield _look("pool", lambda: _sample(config, candidates))
     renderers: dict[str, Renderer] = {}
@@ -84,6 +87,10 @@ def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
     storage = Storage(path, options)
     check_writable(storage)
     return "ok", f"{storage.root} can be read and written"
+
+
+def _checks(config: Config) -> tuple[str, str]:
+    return "ok", f"data checks: {', '.join(check.name for check in enabled_checks(config.checks)) or 'all are off'}"
 
 
 def _sample(config: Config, candidates: list[Candidate]) -> tuple[str, str]:

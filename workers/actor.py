@@ -69,11 +69,11 @@ class ScoringSpec:
 
 
 class ScoringActor:
-    """One replica. Methods run in a few threads: one has the engine, others read, check and write."""
+    """One replica. Methods run in a few threads: some have the engine, others read, check and write."""
 
     def __init__(self, spec: ScoringSpec):
         self.spec = spec
-        self.engine_lock = threading.Lock()
+        self.callers = threading.Semaphore(1)
         self.state_lock = threading.Lock()
         self.tokens_done = 0
         self.begun: set[str] = set()
@@ -92,12 +92,18 @@ class ScoringActor:
             )
         local = spec.policy.model_copy(update={"adapter": files.adapter_folder})
         self.engine: Engine = load_engine(local, files.folder)
+        self.callers = threading.Semaphore(num_callers(self.engine))
         check_canary(self.engine, files.folder, spec.workspace, spec.policy_id, spec.reuse)
         return self.describe()
 
     def describe(self) -> dict[str, object]:
         """The engine's description and running counts, JSON-able."""
-        return {**asdict(self.engine.description), "stats": self.engine.stats(), "pid": os.getpid()}
+        return {
+            **asdict(self.engine.description),
+            "stats": self.engine.stats(),
+            "pid": os.getpid(),
+            "num_callers": num_callers(self.engine),
+        }
 
     def progress(self) -> tuple[int, list[str], float]:
         """Tokens scored since the start, what happened since the last call, share of tokens found in the cache."""
@@ -106,6 +112,10 @@ class ScoringActor:
             events.append(self.events.popleft())
         stats = self.engine.stats()
         return self.tokens_done, events, stats.get("cached_tokens", 0.0) / max(1.0, stats.get("tokens", 0.0))
+
+    def is_usable(self) -> bool:
+        """Whether the engine can go on after an error; if not, this replica has to be replaced."""
+        return bool(getattr(self.engine, "is_usable", True))
 
     def take_back(self, path: str) -> bool:
         """Give up a unit that waits here for the engine; False when it was begun."""
@@ -127,7 +137,7 @@ class ScoringActor:
             table = table.filter(pa.array(store.missing(unit.partition, table["row_key"])))
         table = distinct_rows(table)
         batch = token_batch(table)
-        with self.engine_lock:
+        with self.callers:
             with self.state_lock:
                 if unit.path in self.taken_back:
                     self.taken_back.discard(unit.path)
@@ -185,8 +195,13 @@ class ScoringActor:
 
     def close(self) -> None:
         """Free the device."""
-        with self.engine_lock:
+        with self.callers:
             self.engine.close()
+
+
+def num_callers(engine: Engine) -> int:
+    """Units that may be on the engine at once: more than one where it mixes their steps."""
+    return int(getattr(engine, "num_callers", 1))
 
 
 def read_rows(storage: Storage, path: str, columns: list[str] = COLUMNS) -> pa.Table:

@@ -26,7 +26,7 @@ from grape_service.scores import ScoreStore
 from workers.cluster import run_tasks
 from workers.run import Run
 from workers.scoring import Engines, ShardFile, score_shards
-from workers.stages import Kept
+from workers.weighing import Kept
 
 MAX_BUCKETS = 64
 

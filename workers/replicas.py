@@ -20,8 +20,10 @@ from workers.cluster import import_path, num_cores, num_gpus
 from workers.metrics import ScoringMetrics
 from workers.run import utc_now
 
-IN_FLIGHT = 2
-"""Units a replica holds: one on the engine, the next one being read."""
+WAITING = 1
+"""Units that a replica reads ahead while others are on its engine."""
+MAX_CALLERS = 4
+"""No engine takes more units at once."""
 ATTEMPTS = 3
 """A unit that failed this often is recorded as failed."""
 START_SECONDS = 1800
@@ -48,6 +50,11 @@ class Replica:
     tokens_seen: int = 0
     looked_at: float = field(default_factory=time.monotonic)
     description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def room(self) -> int:
+        """Units that it may hold."""
+        return min(int(self.description.get("num_callers", 1)), MAX_CALLERS) + WAITING
 
 
 @dataclass
@@ -102,7 +109,7 @@ class Replicas:
             num_cpus=1,
             num_gpus=gpus,
             max_restarts=0,
-            max_concurrency=IN_FLIGHT + 3,
+            max_concurrency=MAX_CALLERS + WAITING + 3,
             runtime_env={"env_vars": environment},
         )
         handle = actor.remote(self.spec)
@@ -149,7 +156,7 @@ class Replicas:
         last_progress = time.monotonic()
         while queue or any(replica.in_flight for replica in self.replicas):
             for replica in self.replicas:
-                while queue and len(replica.in_flight) < IN_FLIGHT:
+                while queue and len(replica.in_flight) < replica.room:
                     self._give(replica, queue.popleft())
             if not queue:
                 self._rebalance()
@@ -182,15 +189,17 @@ class Replicas:
             waiting[0].attempts += 1
             for lost in reversed(waiting):
                 self._again(lost, f"its engine died: {short(error)}", queue, totals)
-            fresh = self._start()
-            replica.actor, replica.started, replica.tokens_seen = fresh.actor, fresh.started, 0
-            self._wait_ready([replica])
+            self._replace(replica)
             return
         except ray.exceptions.RayTaskError as error:
             raise_if_ours(error, (UserError,))
             work.attempts += 1
             self._event(f"shard {work.unit.path} failed, attempt {work.attempts} of {ATTEMPTS}: {short(error)}")
             self._again(work, short(error), queue, totals)
+            if not self._is_usable(replica):
+                for other in reversed(list(replica.in_flight.values())):
+                    self._again(other, "its engine stopped", queue, totals)
+                self._replace(replica)
             return
         if result is None:
             return
@@ -200,6 +209,20 @@ class Replicas:
         totals.reused += result.reused
         totals.tokens += result.tokens
         totals.engine_seconds += result.seconds
+
+    def _is_usable(self, replica: Replica) -> bool:
+        try:
+            return bool(ray.get(replica.actor.is_usable.remote(), timeout=60))
+        except (ray.exceptions.RayError, TimeoutError):
+            return False
+
+    def _replace(self, replica: Replica) -> None:
+        """A new actor in the place of one that is dead or cannot go on."""
+        self._end(replica)
+        replica.in_flight.clear()
+        fresh = self._start()
+        replica.actor, replica.started, replica.tokens_seen = fresh.actor, fresh.started, 0
+        self._wait_ready([replica])
 
     def _again(self, work: Work, reason: str, queue: deque[Work], totals: ScoreTotals) -> None:
         """Put a unit back in front; after the last attempt it is recorded as failed."""

@@ -15,7 +15,8 @@ from workers import publishing
 from workers.cluster import run_tasks
 from workers.publishing import Outcome
 from workers.run import Run
-from workers.stages import Derivations, Kept, Weighed, check_compatibility, policies_used, report_statistics
+from workers.stages import check_compatibility, policies_used, report_statistics
+from workers.weighing import Derivations, Kept, Weighed
 
 
 def reopen(run: Run, release: Release) -> Kept:
@@ -80,7 +81,7 @@ def release_again(
         },
     }
     version, is_new = publishing.publish_rows(run, columns, weighed.files(), weighed.factor, fields, force)
-    run.workspace.delete_folder(run.folder)
+    run.delete_intermediate()
     totals = derivations.totals.values()
     return Outcome(
         reference=f"{run.output.root}/{run.name}@{version}",

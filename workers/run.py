@@ -66,6 +66,11 @@ class Run:
         self.events.append({"time": utc_now(), "event": text})
         reporter().event(text)
 
+    def delete_intermediate(self) -> None:
+        """Delete what lay between the stages; the config and the failures of the run stay."""
+        for name in ("todo", "kept", "derived", "weighed"):
+            self.workspace.delete_folder(f"{self.folder}/{name}")
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measures a stage's seconds."""

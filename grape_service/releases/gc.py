@@ -21,12 +21,13 @@ from grape_service.storage import FileInfo, Storage, json_bytes
 
 DAY = 86_400.0
 _LOOK_AGAIN_SECONDS = 10.0
-UNFINISHED, VERSION, SCORES, PREPARED, RUN, TEMPORARY = (
+UNFINISHED, VERSION, SCORES, PREPARED, RUN, CHECKS, TEMPORARY = (
     "unfinished version",
     "old version",
     "scores",
     "shards",
     "run",
+    "findings of checks",
     "temporary files",
 )
 
@@ -267,7 +268,13 @@ def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], be
     prepared = {manifest.parents.prepare_id for manifest in used}
     runs = {manifest.parents.run_id for manifest in used}
     garbage: list[Garbage] = []
-    for kind, top, needed in ((SCORES, "scores", policies), (PREPARED, "prepared", prepared), (RUN, "runs", runs)):
+    tops = (
+        (SCORES, "scores", policies),
+        (PREPARED, "prepared", prepared),
+        (RUN, "runs", runs),
+        (CHECKS, "checks", runs),
+    )
+    for kind, top, needed in tops:
         for name, files in _by_folder(workspace.list(top)).items():
             if name not in needed and max(info.modified for info in files) < before:
                 folder = f"{top}/{name}"

@@ -154,6 +154,14 @@ class VllmEngine:
         self._inbox.put(job)
         return job.answer.result()
 
+    num_callers = 2
+    """Threads that may be in `score` at once: their rows share steps, so that none runs half empty."""
+
+    @property
+    def is_usable(self) -> bool:
+        """False once a step failed in a way that leaves the cache's content unknown."""
+        return self._broken is None
+
     @property
     def max_batch_tokens(self) -> int:
         """Tokens of one step."""
