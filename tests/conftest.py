@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from hypothesis import settings
 
 from grape_service.storage import Storage
 from tests.seaweed import BUCKET, SeaweedServer, running_server
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+# Processes that tests start import this package and the tests' own modules as this process does.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 _numbers = itertools.count()
 
