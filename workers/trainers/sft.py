@@ -17,6 +17,7 @@ import numpy as np
 import grape_service
 from grape_service.config import WeightsConfig
 from grape_service.errors import UserError
+from grape_service.releases.load import Release
 from workers.trainers.extra import require_train_extra
 from workers.trainers.settings import ONLINE_NEEDS_NO_DATASET_MEAN, SftSettings, SftTask
 from workers.trainers.task_file import main
@@ -40,6 +41,8 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     run_config = release.manifest.config
     base_model = settings.model or _target_model(task, run_config)
     pear = online_config(settings, run_config)
+    if pear is not None:
+        _refuse_temperatures(release)
     output = session.Output(task.output, task.storage)
 
     processes = session.num_processes()
@@ -107,6 +110,17 @@ def online_config(settings: SftSettings, run_config: dict[str, Any]) -> WeightsC
     if config.normalize == "dataset":
         raise UserError(ONLINE_NEEDS_NO_DATASET_MEAN)
     return config
+
+
+def _refuse_temperatures(release: Release) -> None:
+    """Raises UserError where behavior_logprobs are of a sharper or flatter policy than the one that is trained."""
+    for policy in release.manifest.parents.policies:
+        temperature = (policy.model_extra or {}).get("temperature", 1.0)
+        if temperature != 1.0:
+            raise UserError(
+                f"loss: online compares with the model at temperature 1, and rows of {release.reference} were sampled "
+                f"at {temperature:g}: use loss: column"
+            )
 
 
 def _target_model(task: SftTask, run_config: dict[str, Any]) -> str:

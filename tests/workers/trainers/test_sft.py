@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from grape_service.config import WeightsConfig
 from grape_service.errors import UserError
+from grape_service.releases.manifest import Parents, PolicyUse
 from tests.tiny_models import make_model
 from tests.workers.trainers.tiny_release import make_rows, slow_weights, write_release
 from workers.trainers import checkpoints
@@ -240,6 +241,14 @@ def test_online_refuses_what_it_cannot_know(reference: str, model: str, tmp_path
     nobody = write_release(tmp_path / "nobody", rows, {"target": {"model": model}, "weights": {"method": "pear"}})
     with pytest.raises(UserError, match=r"no row of .* has them"):
         run_sft(task.model_copy(update={"dataset": nobody}))
+
+
+def test_online_refuses_rows_of_another_temperature(model: str, tmp_path: Path) -> None:
+    use = PolicyUse.model_validate({"role": "target", "policy_id": "t", "model": model, "temperature": 0.7})
+    config = {"target": {"model": model}, "weights": {"method": "pear"}}
+    reference = write_release(tmp_path / "out", make_rows(3), config, parents=Parents(policies=[use]))
+    with pytest.raises(UserError, match=r"were sampled at 0\.7: use loss: column"):
+        run_sft(SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=step_settings(loss="online")))
 
 
 def test_a_resumed_run_ends_with_the_same_weights(reference: str, tmp_path: Path) -> None:

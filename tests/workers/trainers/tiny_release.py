@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from grape_service.config import WeightsConfig
 from grape_service.releases.claim import claim_version
-from grape_service.releases.manifest import ManifestFields
+from grape_service.releases.manifest import ManifestFields, Parents
 from grape_service.releases.writer import publish, write_part
 from grape_service.schemas import release_schema
 from grape_service.storage import Storage
@@ -55,12 +55,18 @@ def make_rows(num_rows: int, seed: int = 0, vocab: int = 500, longest: int = 24)
     return rows
 
 
-def write_release(folder: Path | str, rows: list[dict[str, Any]], config: dict[str, Any], name: str = "tiny") -> str:
+def write_release(
+    folder: Path | str,
+    rows: list[dict[str, Any]],
+    config: dict[str, Any],
+    name: str = "tiny",
+    parents: Parents | None = None,
+) -> str:
     """Publish the rows as a release under `folder`; returns its reference."""
     storage = Storage(str(folder))
     claim = claim_version(storage, name)
     entry = write_part(storage, claim.folder, 0, SCHEMA, [pa.Table.from_pylist(rows, schema=SCHEMA)])
-    fields = ManifestFields(content_digest=f"{len(rows)}", config=config, tags=["latest"])
+    fields = ManifestFields(content_digest=f"{len(rows)}", config=config, tags=["latest"], parents=parents or Parents())
     return publish(storage, claim, SCHEMA, [entry], fields).reference
 
 
