@@ -39,8 +39,15 @@ quickstart: $(VENV)/.ready ## a GRAPE-selected dataset with PEAR weights from th
 	@$(VENV)/bin/python examples/quickstart/prepare_model.py
 	@$(VENV)/bin/grape run examples/quickstart/grape.yaml
 
+# Ray keeps one authentication mode for the life of a process, so files that start it run in a process each.
+ALONE = $(wildcard tests/flows/test_*.py tests/workers/test_*.py tests/workers/trainers/test_*.py) tests/grape_service/releases/test_load.py
+COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-append --cov-report=
+
 test: install-test lint ## lint, types and all tests on CPU
-	.venv/bin/python -m pytest --cov=grape_service --cov=workers --cov=flows --cov-report=term
+	@rm -f .coverage; status=0; \
+	.venv/bin/python -m pytest $(COVERAGE) $(addprefix --ignore=,$(ALONE)) || status=1; \
+	for file in $(ALONE); do .venv/bin/python -m pytest $(COVERAGE) $$file || status=1; done; \
+	.venv/bin/python -m coverage report --skip-covered --skip-empty | tail -60; exit $$status
 
 test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own
 	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" tests/vllm
