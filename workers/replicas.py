@@ -50,6 +50,7 @@ class Replica:
     tokens_seen: int = 0
     looked_at: float = field(default_factory=time.monotonic)
     description: dict[str, Any] = field(default_factory=dict)
+    is_ready: bool = False
 
     @property
     def room(self) -> int:
@@ -117,21 +118,23 @@ class Replicas:
 
     def _wait_ready(self, replicas: list[Replica]) -> None:
         for replica in replicas:
-            while True:
-                try:
-                    replica.description = ray.get(replica.started, timeout=START_SECONDS)
-                    break
-                except (ray.exceptions.RayError, TimeoutError) as error:
-                    self._end(replica)
-                    raise_if_ours(error)
-                    self.failed_starts += 1
-                    if self.failed_starts >= ATTEMPTS:
-                        raise StageError(
-                            f"the engine for {self.spec.policy.model} does not start: {short(error)}"
-                        ) from None
-                    self._event(f"an engine did not start ({short(error)}); starting it again")
-                    fresh = self._start()
-                    replica.actor, replica.started = fresh.actor, fresh.started
+            while not replica.is_ready:
+                self._look_ready(replica, START_SECONDS)
+
+    def _look_ready(self, replica: Replica, timeout: float) -> None:
+        """Note that a replica has started, or start it again where that failed; wait at most `timeout` seconds."""
+        try:
+            replica.description = ray.get(replica.started, timeout=timeout)
+            replica.is_ready = True
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            self._end(replica)
+            raise_if_ours(error)
+            self.failed_starts += 1
+            if self.failed_starts >= ATTEMPTS:
+                raise StageError(f"the engine for {self.spec.policy.model} does not start: {short(error)}") from None
+            self._event(f"an engine did not start ({short(error)}); starting it again")
+            fresh = self._start()
+            replica.actor, replica.started = fresh.actor, fresh.started
 
     def _end(self, replica: Replica) -> None:
         with contextlib.suppress(Exception):
@@ -144,9 +147,9 @@ class Replicas:
     def descriptions(self) -> list[dict[str, Any]]:
         """What each replica is and did."""
         found = []
-        for replica in self.replicas:
-            with contextlib.suppress(ray.exceptions.RayError):
-                found.append(ray.get(replica.actor.describe.remote()))
+        for replica in (replica for replica in self.replicas if replica.is_ready):
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                found.append(ray.get(replica.actor.describe.remote(), timeout=60))
         return found
 
     def score(self, works: Sequence[Work], advance: Callable[[int], None]) -> ScoreTotals:
@@ -156,14 +159,19 @@ class Replicas:
         last_progress = time.monotonic()
         while queue or any(replica.in_flight for replica in self.replicas):
             for replica in self.replicas:
-                while queue and len(replica.in_flight) < replica.room:
+                while queue and replica.is_ready and len(replica.in_flight) < replica.room:
                     self._give(replica, queue.popleft())
             if not queue:
                 self._rebalance()
+            # A replacement starts while the others work: where its node is gone, there may be no room for it.
+            starting = {replica.started: replica for replica in self.replicas if not replica.is_ready}
             references = [reference for replica in self.replicas for reference in replica.in_flight]
-            ready, _ = ray.wait(references, num_returns=1, timeout=1.0)
+            ready, _ = ray.wait([*references, *starting], num_returns=1, timeout=1.0)
             for reference in ready:
-                self._collect(reference, queue, totals)
+                if reference in starting:
+                    self._look_ready(starting[reference], timeout=60)
+                else:
+                    self._collect(reference, queue, totals)
             if time.monotonic() - last_progress >= 1.0:
                 self._poll(advance)
                 self.metrics.queue(len(queue) + sum(len(replica.in_flight) for replica in self.replicas))
@@ -221,8 +229,7 @@ class Replicas:
         self._end(replica)
         replica.in_flight.clear()
         fresh = self._start()
-        replica.actor, replica.started, replica.tokens_seen = fresh.actor, fresh.started, 0
-        self._wait_ready([replica])
+        replica.actor, replica.started, replica.tokens_seen, replica.is_ready = fresh.actor, fresh.started, 0, False
 
     def _again(self, work: Work, reason: str, queue: deque[Work], totals: ScoreTotals) -> None:
         """Put a unit back in front; after the last attempt it is recorded as failed."""
@@ -236,7 +243,7 @@ class Replicas:
 
     def _rebalance(self) -> None:
         """Give units that wait at a busy replica to idle ones."""
-        idle = [replica for replica in self.replicas if not replica.in_flight]
+        idle = [replica for replica in self.replicas if replica.is_ready and not replica.in_flight]
         for replica in idle:
             busiest = max(self.replicas, key=lambda other: len(other.in_flight))
             if len(busiest.in_flight) < 2:
