@@ -184,11 +184,12 @@ def num_local_gpus() -> int:
 
 
 def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
         text = str(error)
         if "401" in text or "403" in text or "authentication" in text.lower():
             raise UserError(
