@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -265,6 +266,7 @@ def main() -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({**result, "peak_gib": peak}))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the S3 server ends too
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="grape-bench-") as folder:
         short = []
         if options.place != "s3":
