@@ -21,6 +21,12 @@ KEY, SECRET = "test-writer", "test-writer-secret"
 READER_KEY, READER_SECRET = "test-reader", "test-reader-secret"
 REGION = "us-east-1"
 
+# The server ends with whoever started it, however that ends: then the pipe, which is standard input, closes.
+_END_WITH_PARENT = (
+    'exec 3<&0; "$@" <&- 3<&- & server=$!; (read _ <&3; kill -9 $server) & watcher=$!; '
+    "exec 3<&-; wait $server; kill $watcher; wait"
+)
+
 
 def weed_binary() -> str:
     """Path of `weed`, beside this interpreter or on PATH. Raises FileNotFoundError."""
@@ -83,7 +89,11 @@ class SeaweedServer:
         command += [f"-{name}.port.grpc={port}" for name, port in zip(names, self.ports[4:], strict=True)]
         with open(self.folder / "weed.log", "ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                ["sh", "-c", _END_WITH_PARENT, "sh", *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._wait_until_ready(time.monotonic() + wait)
 
@@ -123,9 +133,13 @@ class SeaweedServer:
     def kill(self) -> None:
         """SIGKILL, as a machine that loses power; data that was acknowledged stays."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:  # a fork of this process still holds the pipe
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
             self.process = None
         for port in self.ports:
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
