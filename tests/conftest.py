@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from grape_service.storage import Storage
 from tests.seaweed import BUCKET, SeaweedServer, running_server
@@ -19,7 +19,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("P
 
 _numbers = itertools.count()
 
-settings.register_profile("repository", deadline=None)  # a busy machine is no failure
+# A busy machine is no failure.
+settings.register_profile("repository", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repository")
 
 
