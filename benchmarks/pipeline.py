@@ -2,8 +2,10 @@
 
     python benchmarks/pipeline.py --candidates 1000000
 
-Prints seconds and rows/s of each stage, the largest memory of any process, and what the bare tokenizer
-alone would need for the same texts on the same cores. The engine answers in constant time (constant_engine.py).
+Prints seconds and rows/s of each stage, the largest memory of any process, what the bare tokenizer alone would
+need for the same texts on the same cores, and what the report adds: the seconds in which its page is made, and
+the CPU seconds of its statistics (benchmarks/report.py), all of them counted as if on one core.
+The engine answers in constant time (constant_engine.py).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -25,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MARK = "GRAPE_BENCHMARK_MARK"
 CANDIDATES = 8
+REPORT_ROWS = 50_000
+KEPT_STAGES = ("score behavior", "weigh", "release")
 SOURCES = ("teacher", "student", "forum", "book")
 
 
@@ -34,12 +39,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "pipeline")
     parser.add_argument("--cpus", type=int, default=None)
     arguments = parser.parse_args()
-    results = [run_size(size, arguments.out / str(size), arguments.cpus) for size in arguments.candidates]
-    show(results)
+    from benchmarks.report import made_partition
+
+    with made_partition(REPORT_ROWS, tokens=150) as made:
+        statistics = made.costs.statistics / REPORT_ROWS
+    results = []
+    for size in arguments.candidates:
+        results.append(run_size(size, arguments.out / str(size), arguments.cpus))
+        show(results[-1], statistics)
+    if len(results) > 1:
+        first, last = results[0].peaks["driver"], results[-1].peaks["driver"]
+        print(f"\nthe driver's peak memory at the last size is {last / first:.2f} times that at the first")
 
 
 def make_pool(folder: Path, candidates: int) -> Path:
-    """A pool of words that a tokenizer knows, about 150 tokens a row; made once."""
+    """A pool of English words, about 150 tokens a row with the template; made once."""
     path = folder / "pool.jsonl"
     done = folder / "pool.done"
     if done.exists():
@@ -50,9 +64,9 @@ def make_pool(folder: Path, candidates: int) -> Path:
     words = sorted(set(words)) or ["word"]
     with path.open("wb") as file:
         for prompt in range(candidates // CANDIDATES):
-            question = f"Question {prompt}: " + " ".join(rng.choices(words, k=28)) + "?"
+            question = f"Question {prompt}: " + " ".join(rng.choices(words, k=25)) + "?"
             for place in range(CANDIDATES):
-                answer = " ".join(rng.choices(words, k=rng.randint(50, 90))) + "."
+                answer = " ".join(rng.choices(words, k=rng.randint(55, 115))) + "."
                 row = {
                     "prompt": question,
                     "response": answer,
@@ -66,16 +80,34 @@ def make_pool(folder: Path, candidates: int) -> Path:
 
 
 def make_model(folder: Path) -> Path:
-    """A tokenizer and a config without real weights: nothing is computed with them."""
+    """SmolLM2's tokenizer and template beside tiny random weights: nothing is computed with them."""
+    from transformers import AutoTokenizer
+
+    from examples.quickstart.prepare_model import GGUF_FILE, gguf_folder
     from tests import tiny_models
 
     target = folder / "model"
     if not (target / "config.json").exists():
-        tiny_models.make_model(target, arch="llama")
+        tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE)
+        tiny_models.make_model(target, vocab_size=len(tokenizer), max_position_embeddings=8192)
+        tokenizer.save_pretrained(target)
     return target
 
 
-def run_size(candidates: int, folder: Path, cpus: int | None) -> dict[str, object]:
+@dataclass(frozen=True)
+class Result:
+    """One run of the pipeline."""
+
+    candidates: int
+    kept: int
+    tokens: int
+    seconds: float  # of the whole command, start and end included
+    stages: dict[str, float]
+    bare_tokenizer: float  # seconds
+    peaks: dict[str, int]  # kind of process -> bytes
+
+
+def run_size(candidates: int, folder: Path, cpus: int | None) -> Result:
     pool = make_pool(folder, candidates)
     model = make_model(folder)
     shutil.rmtree(folder / "datasets", ignore_errors=True)
@@ -109,16 +141,16 @@ def run_size(candidates: int, folder: Path, cpus: int | None) -> dict[str, objec
         raise SystemExit(f"grape run ended with {process.returncode}")
     outcome = orjson.loads(out)
     version = folder / "datasets" / "pipeline" / "versions" / outcome["version"]
-    manifest = orjson.loads((version / "manifest.json").read_bytes())
-    return {
-        "candidates": candidates,
-        "seconds": time.monotonic() - started,
-        "stages": manifest["statistics"]["stage_seconds"],
-        "peaks": peaks,
-        "bare_tokenizer_seconds": bare,
-        "rows": outcome["rows"],
-        "tokens": manifest["counts"]["pool"]["tokens"],
-    }
+    counts = orjson.loads((version / "manifest.json").read_bytes())["counts"]
+    return Result(
+        candidates=candidates,
+        kept=outcome["rows"],
+        tokens=counts["pool"]["tokens"],
+        seconds=time.monotonic() - started,
+        stages=outcome["stage_seconds"],
+        bare_tokenizer=bare,
+        peaks=peaks,
+    )
 
 
 def bare_tokenizer_seconds(pool: Path, model: Path) -> float:
@@ -164,28 +196,22 @@ def watch_memory(process: subprocess.Popen[bytes], mark: str, peaks: dict[str, i
         time.sleep(0.5)
 
 
-def show(results: list[dict[str, object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    stages = list(dict.fromkeys(stage for result in results for stage in result["stages"]))  # type: ignore[attr-defined]
-    table = Table(title="pipeline, constant-time engine")
-    for column in ["candidates", *(f"{stage} s (rows/s)" for stage in stages), "all s", "bare tokenizer s"]:
-        table.add_column(column, justify="right")
-    for kind in ("driver", "worker", "other"):
-        table.add_column(f"peak {kind} MiB", justify="right")
-    for result in results:
-        seconds: dict[str, float] = result["stages"]  # type: ignore[assignment]
-        peaks: dict[str, int] = result["peaks"]  # type: ignore[assignment]
-        candidates = int(result["candidates"])  # type: ignore[call-overload]
-        table.add_row(
-            f"{candidates:,}",
-            *(f"{seconds.get(s, 0):.1f} ({candidates / max(seconds.get(s, 0), 1e-9):,.0f})" for s in stages),
-            f"{result['seconds']:.1f}",
-            f"{result['bare_tokenizer_seconds']:.1f}",
-            *(f"{peaks.get(kind, 0) / 2**20:.0f}" for kind in ("driver", "worker", "other")),
-        )
-    Console(width=200).print(table)
+def show(result: Result, statistics: float) -> None:
+    """A line a stage; `statistics` are the CPU seconds a candidate that the report adds to select and weigh."""
+    print(f"\n{result.candidates:,} candidates, {result.tokens:,} tokens, {result.kept:,} rows kept")
+    for stage, seconds in result.stages.items():
+        rows = result.kept if stage in KEPT_STAGES else result.candidates
+        rate = f"{rows / max(seconds, 1e-9):10,.0f} rows/s" if stage != "report" else "(part of release)"
+        print(f"  {stage:<16}{seconds:8.1f} s {rate}")
+    print(f"  {'whole command':<16}{result.seconds:8.1f} s {result.candidates / result.seconds:10,.0f} rows/s")
+    print(f"  bare tokenizer alone, all cores: {result.bare_tokenizer:.1f} s")
+    added = statistics * result.candidates
+    share = (added + result.stages["report"]) / (result.seconds - added - result.stages["report"])
+    print(
+        f"  report: {added:.1f} CPU s of statistics and {result.stages['report']:.1f} s for the page: {share:.1%} more"
+    )
+    peaks = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in sorted(result.peaks.items()))
+    print(f"  peak memory of a process: {peaks}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ CPU seconds of this process, so that a busy machine does not count. The page its
 from __future__ import annotations
 
 import argparse
+import contextlib
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,33 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What the report and the checks cost.")
-    parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--tokens", type=int, default=150)
-    arguments = parser.parse_args()
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds for a number of candidates, without and with the report's statistics."""
+
+    select: tuple[float, float]
+    weigh: tuple[float, float]
+    page: float
+
+    @property
+    def statistics(self) -> float:
+        """CPU seconds that the statistics add."""
+        return sum(watched - plain for plain, watched in (self.select, self.weigh))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A made-up partition, selected and weighed."""
+
+    storage: Storage
+    shards: list[str]
+    num_kept: int
+    costs: Costs
+
+
+@contextlib.contextmanager
+def made_partition(rows: int, tokens: int) -> Iterator[Made]:
+    """Select and weigh a made-up partition without and with statistics, and render the page."""
     config = Config.model_validate(
         {
             "name": "benchmark",
@@ -58,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         storage = Storage(folder)
         store = ScoreStore(storage, "target")
-        shards = make_partition(storage, store, arguments.rows, arguments.tokens)
+        shards = make_partition(storage, store, rows, tokens)
         chosen, weighed = SelectStatistics.empty(NAMES), WeighStatistics.empty(NAMES)
 
         def select(observer: SelectStatistics | None) -> None:
@@ -68,26 +93,38 @@ def main() -> None:
             weigh_partition(storage, "b", "kept.parquet", None, [], config, "weighed.parquet", observer=observer)
 
         select(None)
-        plain = [seconds(lambda: select(None)), seconds(lambda: weigh(None))]
-        watched = [seconds(lambda: select(chosen)), seconds(lambda: weigh(weighed))]
-        for name, before, after in zip(("select", "weigh"), plain, watched, strict=True):
+        plain = seconds(lambda: select(None)), seconds(lambda: weigh(None))
+        watched = seconds(lambda: select(chosen)), seconds(lambda: weigh(weighed))
+        facts: dict[str, Any] = {"name": "benchmark", "version": "v0001", "created": None, "rows": 1, "tokens": 1}
+        facts |= {"loss_tokens": 1, "bytes": 1, "counts": {}, "config": {}, "parents": {}}
+        facts["statistics"] = {"report": {"select": chosen.to_json(), "weights": weighed.to_json()}}
+        page = seconds(lambda: render_page(facts))
+        costs = Costs((plain[0], watched[0]), (plain[1], watched[1]), page)
+        yield Made(storage, shards, int(chosen.kept.sum()), costs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the report and the checks cost.")
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--tokens", type=int, default=150)
+    arguments = parser.parse_args()
+    with made_partition(arguments.rows, arguments.tokens) as made:
+        for name, (before, after) in (("select", made.costs.select), ("weigh", made.costs.weigh)):
             per_million = (after - before) / arguments.rows * 1e6
             print(
                 f"{name}: {before:.2f} s, with statistics {after:.2f} s; {per_million:.1f} s for 1,000,000 candidates"
             )
-        facts: dict[str, Any] = {"name": "benchmark", "version": "v0001", "created": None, "rows": 1, "tokens": 1}
-        facts |= {"loss_tokens": 1, "bytes": 1, "counts": {}, "config": {}, "parents": {}}
-        facts["statistics"] = {"report": {"select": chosen.to_json(), "weights": weighed.to_json()}}
-        print(f"page: {seconds(lambda: render_page(facts)):.2f} s")
+        print(f"page: {made.costs.page:.2f} s")
         grams = evaluation_grams(["one two three four five six seven eight nine"], 8)
-        kept = "kept.parquet"
         for name, kind in KINDS.items():
             if kind.scope.endswith("rows"):
                 settings = {"files": ["x"]} if name == "contamination" else {}
                 checks = enabled_checks({name: CheckConfig(action="warn", **settings)})
-                took = seconds(partial(check_partition, storage, shards, kept, checks, grams, "f.parquet", "d.parquet"))
-                looked_at = arguments.rows if kind.scope == "all rows" else chosen.kept.sum()
+                out = "kept.parquet", checks, grams, "findings.parquet", "digests.parquet"
+                took = seconds(partial(check_partition, made.storage, made.shards, *out))
+                looked_at = arguments.rows if kind.scope == "all rows" else made.num_kept
                 print(f"check {name} ({kind.scope}): {looked_at / took:,.0f} rows/s")
+        print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Outcome:
     is_new: bool = True
     training: dict[str, Any] | None = None  # the record of the training run
     counts: dict[str, Any] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # release holds report
     storage_options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class Outcome:
             "reused": self.reused,
             "is_new": self.is_new,
             "training": self.training,
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stage_seconds.items()},
         }
 
     def sentence(self) -> str:
@@ -155,7 +157,8 @@ def publish_rows(
         )
         reporter().end("release")
         manifest_fields = ManifestFields(content_digest=digest, tags=run.config.output.tags, **fields)
-        page = render_page(facts_of_fields(manifest_fields, claim.name, claim.version, entries), examples())
+        with run.stage("report"):
+            page = render_page(facts_of_fields(manifest_fields, claim.name, claim.version, entries), examples())
         version = publish(output, claim, columns.schema, entries, manifest_fields, report_html=page)
     return version.version, True
 

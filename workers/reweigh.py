@@ -94,6 +94,7 @@ def release_again(
         scored=sum(total.rows for total in totals),
         reused=sum(total.reused for total in totals),
         is_new=is_new,
+        stage_seconds=run.stage_seconds,
         storage_options=run.config.storage,
     )
 

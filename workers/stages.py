@@ -251,6 +251,7 @@ def release(
         reused=sum(total.reused for total in totals),
         is_new=is_new,
         counts=counts,
+        stage_seconds=run.stage_seconds,
         storage_options=run.config.storage,
     )
 
@@ -290,6 +291,7 @@ def outcome_of_scores(run: Run, prepared: Prepared, scored: ScoreTotals) -> Outc
         scored=scored.rows,
         reused=scored.reused,
         counts={"pool": pool_counts(prepared)},
+        stage_seconds=run.stage_seconds,
     )
 
 

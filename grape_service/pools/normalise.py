@@ -66,7 +66,9 @@ class Normaliser:
     def __init__(self, config: Config):
         self.where = config.pool.where
         self.truncated = config.pool.truncated
-        self._behavior = config.behavior
+        behavior = config.behavior
+        self._behavior_of_source = (behavior.sources if behavior is not None else None) or {}
+        self._behavior_of_all = None if behavior is None or behavior.sources else behavior.of_source(None)
         self._theirs = {column: config.pool.columns.get(column, column) for column in POOL_COLUMNS}
         self._taken = frozenset(self._theirs.values()) | recorded_columns(config)
         self._taken_in_list = self._taken | frozenset(POOL_COLUMNS)
@@ -155,7 +157,7 @@ class Normaliser:
         return Accepted(candidate, prompt_digest, content_digest, characters)
 
     def _recorded_column(self, source: str | None) -> str:
-        behavior = self._behavior.of_source(source) if self._behavior is not None else None
+        behavior = self._behavior_of_all or (self._behavior_of_source.get(source) if source is not None else None)
         column = behavior.column if isinstance(behavior, RecordedBehavior) else RECORDED
         return self._theirs[RECORDED] if column == RECORDED else column
 
