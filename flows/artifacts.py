@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +21,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from grape_service.config import Config
-from grape_service.progress import Silent, StageClock, reporter, set_reporter
+from grape_service.progress import Ahead, RunClock, Silent, duration, reporter, set_reporter
 from grape_service.releases.manifest import without_secrets
 from workers.publishing import Outcome
 from workers.run import Run
@@ -34,14 +34,17 @@ class PrefectProgress:
 
     def __init__(self, name: str, run_id: str):
         self.name, self.run_id = name, run_id
-        self.clocks: dict[str, StageClock] = {}
+        self.run = RunClock()
         self.artifacts: dict[str, UUID] = {}
         self.updated: dict[str, float] = {}
         self.stage = "start"
 
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+        self.run.expect(ahead, token_rate)
+
     def begin(self, stage: str, total: int, unit: str) -> None:
         self.stage = stage
-        self.clocks[stage] = StageClock(total, unit)
+        self.run.begin(stage, total, unit)
         self.updated[stage] = time.monotonic()
         self.event(f"{total:,} {unit} to do")
         with contextlib.suppress(Exception):
@@ -51,27 +54,28 @@ class PrefectProgress:
             self.artifacts[stage] = made
 
     def advance(self, stage: str, amount: int) -> None:
-        self.clocks[stage].done += amount
+        self.run.stages[stage].done += amount
         if time.monotonic() - self.updated[stage] >= UPDATE_SECONDS:
             self.updated[stage] = time.monotonic()
             self._update(stage)
 
     def end(self, stage: str) -> None:
-        clock = self.clocks[stage]
-        self._update(stage, ended=True)
+        clock = self.run.end(stage)
+        self._update(stage)
         self.event(f"{clock.done:,} {clock.unit} in {clock.seconds:.1f} s")
 
     def event(self, text: str) -> None:
         with contextlib.suppress(MissingContextError):
             get_run_logger().info("run=%s stage=%s %s", self.run_id, self.stage.replace(" ", "-"), text)
 
-    def _update(self, stage: str, ended: bool = False) -> None:
+    def _update(self, stage: str) -> None:
         if stage not in self.artifacts:
             return
-        clock = self.clocks[stage]
-        share = 100.0 if ended else min(100.0, 100 * clock.done / max(clock.total, 1))
-        left = f", {clock.eta:,.0f} s left" if clock.eta is not None and not ended else ""
-        text = f"{stage}: {clock.done:,} of {clock.total:,} {clock.unit}, {clock.rate:,.0f} {clock.unit}/s{left}"
+        clock, eta = self.run.stages[stage], self.run.eta
+        share = min(100.0, 100 * clock.done / max(clock.total, 1)) if clock.ended is None else 100.0
+        left = f", {duration(clock.eta)} left" if clock.eta else ""
+        whole = f"; {duration(eta)} left of the whole run" if eta else ""
+        text = f"{stage}: {clock.done:,} of {clock.total:,} {clock.unit}, {clock.rate_text}{left}{whole}"
         with contextlib.suppress(Exception):
             update_progress_artifact(self.artifacts[stage], progress=round(share, 2), description=text)
 

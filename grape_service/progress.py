@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+TOKENS = "tokens"
+"""The unit of stages that score."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A stage that is still to come: its seconds, or the tokens that it will score."""
+
+    stage: str
+    seconds: float = 0.0
+    tokens: float = 0.0
 
 
 class Reporter(Protocol):
     """Gets every step of every stage; called in the driver process only."""
 
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None: ...
     def begin(self, stage: str, total: int, unit: str) -> None: ...
     def advance(self, stage: str, amount: int) -> None: ...
     def end(self, stage: str) -> None: ...
@@ -22,12 +36,13 @@ class StageClock:
 
     total: int
     unit: str
-    started: float = field(default_factory=time.monotonic)
+    started: float
     done: int = 0
+    ended: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
 
     @property
     def rate(self) -> float:
@@ -35,14 +50,73 @@ class StageClock:
         return self.done / max(self.seconds, 1e-9)
 
     @property
+    def rate_text(self) -> str:
+        """The rate with its unit; slow ones with two digits."""
+        return f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
+
+    @property
     def eta(self) -> float | None:
         """Seconds that are left at this rate; None before anything is done."""
-        return (self.total - self.done) / self.rate if self.done else None
+        if self.ended is not None:
+            return 0.0
+        return max(0.0, (self.total - self.done) / self.rate) if self.done else None
+
+
+@dataclass
+class RunClock:
+    """Where a whole run is: the stages that began, each with its clock, and those ahead, in order."""
+
+    stages: dict[str, StageClock] = field(default_factory=dict)
+    ahead: list[Ahead] = field(default_factory=list)
+    earlier_token_rate: float | None = None  # tokens a second of an earlier run's engines
+    started: float = field(default_factory=time.monotonic)
+
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+        """What is to come, in the place of what was expected before."""
+        self.ahead = list(ahead)
+        self.earlier_token_rate = token_rate if token_rate is not None else self.earlier_token_rate
+
+    def begin(self, stage: str, total: int, unit: str) -> StageClock:
+        """A stage begins; those that were to come before it will not come any more."""
+        names = [item.stage for item in self.ahead]
+        if stage in names:
+            self.ahead = self.ahead[names.index(stage) + 1 :]
+        self.stages[stage] = StageClock(total, unit, started=time.monotonic())
+        return self.stages[stage]
+
+    def end(self, stage: str) -> StageClock:
+        """A stage is over."""
+        self.stages[stage].ended = time.monotonic()
+        return self.stages[stage]
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def token_rate(self) -> float | None:
+        """Tokens a second that were scored while scoring, in this run or, before it did any, in an earlier one."""
+        scoring = [clock for clock in self.stages.values() if clock.unit == TOKENS]
+        tokens = sum(clock.done for clock in scoring)
+        return tokens / max(sum(clock.seconds for clock in scoring), 1e-9) if tokens else self.earlier_token_rate
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds that are left of the whole run; None while the rate of a stage is not known."""
+        left = [clock.eta for clock in self.stages.values() if clock.ended is None]
+        rate = self.token_rate
+        for item in self.ahead:
+            left.append(item.seconds)
+            if item.tokens:
+                left.append(item.tokens / rate if rate else None)
+        known = [seconds for seconds in left if seconds is not None]
+        return sum(known) if self.stages and len(known) == len(left) else None
 
 
 class Silent:
     """Reports to nobody."""
 
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None: ...
     def begin(self, stage: str, total: int, unit: str) -> None: ...
     def advance(self, stage: str, amount: int) -> None: ...
     def end(self, stage: str) -> None: ...
@@ -61,3 +135,13 @@ def set_reporter(reporter: Reporter) -> None:
 def reporter() -> Reporter:
     """Where progress goes."""
     return _reporter
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people write them: 8 s, 4 min 10 s, 3 h 05 min."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
 from workers.actor import ScoringSpec, Unit, read_rows, write_failures
 from workers.cluster import run_tasks
+from workers.outlook import keep_rate
 from workers.replicas import Replicas, ScoreTotals, Work, num_replicas
 from workers.run import Run
 
@@ -90,9 +92,11 @@ def score_shards(
     replicas = engines.of(policy, len(units))
     reporter().begin(stage, sum(unit.tokens for unit in units), "tokens")
     works = [Work(unit, store_id, temperature) for unit in units]
+    began = time.monotonic()
     totals = replicas.score(works, lambda tokens: reporter().advance(stage, tokens))
     totals.reused += reused
     reporter().end(stage)
+    keep_rate(run, store_id, totals.tokens, time.monotonic() - began)
     record_failed_units(run, totals)
     return totals
 

@@ -37,6 +37,7 @@ from grape_service.storage import Storage
 from workers import publishing
 from workers.cluster import num_cores, run_tasks
 from workers.metrics import count_rejects
+from workers.outlook import look_ahead
 from workers.publishing import Outcome
 from workers.replicas import ScoreTotals
 from workers.run import Run
@@ -51,8 +52,10 @@ def prepare(run: Run) -> Prepared:
     with run.stage("prepare"):
         plan = plan_prepare(config, run.target_renderer.digest(), workspace)
         prepared = load_prepared(plan, workspace)
+        look_ahead(run, plan.pool_bytes, prepared)
         if prepared is None:
             prepared = _prepare_anew(run, plan)
+            look_ahead(run, plan.pool_bytes, prepared)
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_compatibility(run, prepared.used_token_ids)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from grape_service.cli.bars import duration
 from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+from grape_service.progress import duration
 
 
 def register(app: typer.Typer) -> None:
