@@ -13,7 +13,7 @@ help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 install: .venv/.ready ## the environment, in .venv
-install-test: .venv/.ready-test ## ... with what the tests need
+install-test: .venv/.ready-test .venv/trainers/.ready ## ... with what the tests need
 install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 
 .venv/.ready: requirements/constraints.txt pyproject.toml
@@ -25,6 +25,15 @@ install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 
 .venv/.ready-test: .venv/.ready
 	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[quickstart,train,checks,test]"
+	touch $@
+
+# Code of trainers that want other versions of our libraries, in folders that only tests of exports put on their path.
+# torchaudio's compiled part wants CUDA; LLaMA-Factory imports its Python part, whatever it trains on.
+.venv/trainers/.ready: .venv/.ready-test requirements/trainer-verl.txt requirements/trainer-llamafactory.txt
+	@rm -rf .venv/trainers
+	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --target .venv/trainers/verl -r requirements/trainer-verl.txt
+	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --target .venv/trainers/llamafactory -r requirements/trainer-llamafactory.txt
+	@rm -rf .venv/trainers/llamafactory/torchaudio/lib
 	touch $@
 
 .venv-vllm/.ready: requirements/constraints-vllm.txt pyproject.toml

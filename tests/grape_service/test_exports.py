@@ -1,12 +1,9 @@
-"""Exports, loaded again with the trainers' own code where it is installed."""
+"""Exports, loaded again; with TRL's own code here, with other trainers' in test_exports_in_trainers.py."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,31 +128,6 @@ def test_verl_gets_each_token_with_its_weight(release: Release, tmp_path: Path) 
     np.testing.assert_array_equal(plain[0]["loss_mask"].numpy(), make_rows(1)[0]["loss_mask"].astype(np.float32))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed (pip install verl==0.9.1)")
-def test_verls_own_loss_multiplies_with_the_weights(release: Release, tmp_path: Path) -> None:
-    """The class as verl's trainer loads it, its collator and its loss: sum(w * nll) / sum(w)."""
-    from tensordict import TensorDict
-    from verl.utils.dataset.dataset_utils import SFTTensorCollator
-    from verl.utils.import_utils import load_extern_object
-    from verl.utils.tensordict_utils import assign_non_tensor
-    from verl.workers.utils.losses import sft_loss
-
-    export(release, "verl", str(tmp_path / "verl"))
-    files = [str(path) for path in sorted((tmp_path / "verl" / "data").iterdir())]
-    dataset_class = load_extern_object(str(tmp_path / "verl" / "grape_verl.py"), "ReleaseDataset")
-    config = {"pad_mode": "no_padding", "max_length": 64}
-    dataset = dataset_class(parquet_files=files, tokenizer=None, config=config, processor=None, max_samples=-1)
-    batch = SFTTensorCollator("no_padding")([dataset[index] for index in range(NUM_ROWS)])
-    weights = torch.cat([torch.from_numpy(row["loss_weights"]) for row in make_rows(NUM_ROWS)])
-    log_probs = -torch.rand(len(weights))  # at place t: of token t + 1
-    data = TensorDict({"loss_mask": batch["loss_mask"]}, batch_size=[NUM_ROWS])
-    assign_non_tensor(data, dp_size=1, batch_num_tokens=data["loss_mask"].sum().item())  # as its engine counts them
-    jagged = torch.nested.nested_tensor_from_jagged(log_probs, batch["loss_mask"].offsets())
-    loss, _ = sft_loss(None, {"log_probs": jagged}, data)
-    expected = -(log_probs * torch.roll(weights, -1)).sum() / weights.sum()
-    torch.testing.assert_close(torch.as_tensor(loss), expected)
-
-
 def test_llamafactory_gets_rows_as_often_as_they_weigh(tmp_path: Path) -> None:
     rows = make_rows(600)
     for number, row in enumerate(rows):
@@ -191,36 +163,6 @@ def test_llamafactory_without_weights_is_each_row_once(release: Release, unweigh
         assert [line["messages"] for line in lines(tmp_path / folder / "train.jsonl")] == [
             row["messages"] for row in make_rows(NUM_ROWS)
         ]
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llamafactory") is None,
-    reason="LLaMA-Factory is not installed (it wants older versions of datasets, trl and transformers)",
-)
-def test_llamafactory_loads_its_export(release: Release, model: str, tmp_path: Path) -> None:
-    """Its own loader in a process of its own: it changes global state on import."""
-    export(release, "llamafactory", str(tmp_path / "lf"), drop_weights=True)
-    code = (
-        "import sys; from llamafactory.hparams import get_train_args\n"
-        "from llamafactory.data import get_dataset, get_template_and_fix_tokenizer\n"
-        "from transformers import AutoTokenizer\n"
-        "args = dict(model_name_or_path=sys.argv[1], stage='sft', do_train=True, finetuning_type='full',\n"
-        "  dataset='tiny', dataset_dir=sys.argv[2], template='chatml', output_dir=sys.argv[3], cutoff_len=256,\n"
-        "  overwrite_cache=True, report_to='none', bf16=False)\n"
-        "m, d, t, f, g = get_train_args(args)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "template = get_template_and_fix_tokenizer(tokenizer, d)\n"
-        "rows = get_dataset(template, m, d, t, stage='sft', tokenizer=tokenizer)['train_dataset']\n"
-        "for row in rows:\n"
-        "    print('ROW', tokenizer.decode([i for i in row['labels'] if i >= 0]).split('<')[0].strip())\n"
-    )
-    arguments = [model, str(tmp_path / "lf"), str(tmp_path / "trained")]
-    environment = {**os.environ, "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, env=environment
-    )
-    found = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("ROW")]
-    assert found == [str(number + 1) for number in range(NUM_ROWS)], ended.stderr[-2000:]
 
 
 def test_jsonl_has_messages_and_the_tokens_of_the_weights(release: Release, tmp_path: Path) -> None:
