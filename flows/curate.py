@@ -17,6 +17,7 @@ from workers.cluster import ray_for
 from workers.publishing import Outcome
 from workers.run import new_run
 from workers.scoring import engines_of
+from workers.trainers.jobs import checked_jobs
 
 prepare = task(name="prepare", cache_policy=NO_CACHE)(stages.prepare)
 score_target = task(name="score target", cache_policy=NO_CACHE)(stages.score_target)
@@ -34,6 +35,8 @@ Until = Literal["score", "select", "release"]
 def curate(config: Config, until: Until = "release", force: bool = False) -> Outcome:
     """Score a pool with the model to be trained, keep what fits it best, weigh it, release it."""
     with ending_told(config) as told:
+        if config.train is not None:
+            checked_jobs(config.train, config.workers.ray_address)
         elsewhere = jobs_api.runs_elsewhere(config)
         outcome = submit(config, until, force) if elsewhere else do_stages(config, until, force)
         if config.train is not None and until == "release" and not elsewhere:

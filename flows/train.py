@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import FlowRun
-from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
 
+from flows.deployments import PrefectDeployments
 from grape_service.config import TrainConfig
+from grape_service.progress import Silent, reporter
 from workers.trainers.jobs import TrainingRun, open_run
 from workers.trainers.records import Record
 
@@ -36,18 +36,11 @@ def train(
     key: str | None = None,
 ) -> Record:
     """Start the training jobs of a release one after the other; the run's record."""
-    say = get_run_logger().info
-    with open_run(reference, config, ray_address, storage_options, key, say, deploy) as run:
+    logger = get_run_logger()
+    say = logger.info if isinstance(reporter(), Silent) else reporter().event
+    with open_run(reference, config, ray_address, storage_options, key, say, PrefectDeployments()) as run:
         if "sft" in run.stages:
             sft(run)
         if "rl" in run.stages:
             rl(run)
     return run.record
-
-
-def deploy(name: str, parameters: dict[str, Any], key: str) -> tuple[bool, str]:
-    """Run a deployment once for `key` and wait for it: whether it completed, and its final state."""
-    run = cast(FlowRun, run_deployment(name, parameters=parameters, idempotency_key=key, timeout=None))
-    state = run.state
-    assert state is not None
-    return state.is_completed(), f"{state.name}: {state.message}" if state.message else state.name or str(state.type)

@@ -99,4 +99,4 @@ class Bars:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self.progress.console.print(Text(text), highlight=False)
+        self.progress.console.print(Text(text), highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -57,5 +58,24 @@ def storage_options(endpoint: str | None) -> dict[str, Any]:
 
 
 def config_of(path: str) -> Config:
-    """The config of a command."""
-    return load_config(path)
+    """The config of a command; its train section is looked at too, whatever the command."""
+    from workers.trainers.job_settings import train_jobs
+
+    config = load_config(path)
+    if config.train is not None:
+        train_jobs(config.train)
+    return config
+
+
+def quiet_prefect() -> None:
+    """Settings under which a flow in this process needs no server set up and prints nothing of its own."""
+    defaults = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,8 +13,10 @@ from grape_service.cli.output import (
     config_of,
     print_json,
     print_table,
+    quiet_prefect,
     say,
 )
+from grape_service.cli.train_commands import show_training
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
 SHOWN_ROWS = 12
@@ -97,20 +98,6 @@ def run_flow(config_path: str, until: Literal["score", "select", "release"], for
         return curate(config, until=until, force=force)
 
 
-def quiet_prefect() -> None:
-    """Settings under which a flow in this process needs no server set up and prints nothing of its own."""
-    defaults = {
-        "PREFECT_LOGGING_LEVEL": "CRITICAL",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_LOGGING_TO_API_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
 def show_outcome(outcome: Any) -> None:
     """The table of choices, counts, the release's reference and how to load it."""
     import grape_service
@@ -128,6 +115,8 @@ def show_outcome(outcome: Any) -> None:
     say(outcome.sentence())
     say(f"release   {outcome.reference}")
     say(f"report    {outcome.report}")
+    if outcome.training:
+        show_training(outcome.training)
     say(f"load it   python -c \"import grape_service; print(grape_service.load('{outcome.reference}').to_hf())\"")
 
 

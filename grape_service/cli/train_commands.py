@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from grape_service.cli.output import EndpointOption, JsonOption, ReferenceArgument, config_of, print_json, say
+from grape_service.cli.output import (
+    EndpointOption,
+    JsonOption,
+    ReferenceArgument,
+    config_of,
+    print_json,
+    quiet_prefect,
+    say,
+)
 from grape_service.errors import UserError
 
 
@@ -24,28 +32,46 @@ def train(
     again: Annotated[
         str | None, typer.Option("--key", help="Another word makes another run of the same request.")
     ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Show where the run is, and start nothing.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End the run, which another process follows.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Start the SFT job on a release, then the RL job on its checkpoint; the run is recorded beside the release."""
-    from workers.trainers.jobs import train as run_training
+    from workers.trainers import jobs
+    from workers.trainers.job_settings import train_jobs
 
     settings = config_of(config)
     if settings.train is None:
         raise UserError(f"{config} has no train section: add train: {{sft: {{...}}}}")
-    record = run_training(
-        reference,
-        settings.train,
-        settings.workers.ray_address,
-        settings.storage,
-        again,
-        lambda line: print(line, file=sys.stderr),
-    )
-    if as_json:
-        print_json(record)
-        return
+    ray_address, options = settings.workers.ray_address, settings.storage
+    if status:
+        record = jobs.read(reference, settings.train, options, again)
+    elif cancel:
+        record = jobs.cancel(reference, settings.train, ray_address, options, again)
+    else:
+        deployments = None
+        if any(job.kind == "deployment" for job in train_jobs(settings.train).values()):
+            quiet_prefect()
+            from flows.deployments import PrefectDeployments
+
+            deployments = PrefectDeployments()
+        record = jobs.train(reference, settings.train, ray_address, options, again, write_error_line, deployments)
+    print_json(record) if as_json else show_training(record)
+
+
+def show_training(record: dict[str, Any]) -> None:
+    """Each stage's state, checkpoint and log."""
     for stage, state in record["stages"].items():
-        say(f"{stage:<4} {state['state']}  {state.get('checkpoint') or ''}")
-    say(f"run  {record['id']}")
+        error = (state.get("error") or "").partition("\n")[0]
+        say(f"{stage:<9} {state['state']}  {state.get('checkpoint') or error}".rstrip())
+        if state.get("log"):
+            say(f"  log     {state['log']}")
+    say(f"training  {record['id']}, {record['state']}")
+
+
+def write_error_line(line: str) -> None:
+    """A line on standard error."""
+    print(line, file=sys.stderr)
 
 
 def export(

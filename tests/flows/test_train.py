@@ -1,48 +1,171 @@
-"""A real tiny SFT and GRPO, as Prefect tasks that start real Ray jobs on a private Ray."""
+"""Training for real: `grape run` to SFT and RL checkpoints, and `grape train` through a served Prefect deployment."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.train import train
+from flows.deployments import PrefectDeployments
 from grape_service.config import TrainConfig
-from grape_service.storage import Storage
+from grape_service.errors import StageError, UserError
+from tests.flows.test_deployments import Service
+from tests.jobs import pool_rows, tiny_job
 from tests.tiny_models import make_model
 from tests.workers.trainers.tiny_release import make_rows, write_release
-from workers.trainers.records import RunRecords, lineage
+from workers.trainers import jobs
+from workers.trainers.records import lineage
+
+pytestmark = pytest.mark.timeout(600)
+
+FLOW = """
+import shutil, sys, time
+from prefect import flow
+
+@flow(log_prints=True)
+def team(dataset_path: str, dataset_version: str, checkpoint: str, output: str, seconds: int = 0, fail: bool = False):
+    with open(MARKS, "a") as file:
+        print(dataset_path, dataset_version, file=file)
+    time.sleep(seconds)
+    if fail:
+        raise ValueError("no quota")
+    shutil.copytree(MODEL, output + "/model")
+
+if __name__ == "__main__":
+    team.serve(name="sft", pause_on_shutdown=False)
+"""
 
 
-@pytest.mark.timeout(600)
-def test_sft_and_rl_through_a_flow_end_with_two_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    model = make_model(tmp_path / "model")
-    reference = write_release(tmp_path / "out", make_rows(8), {"target": {"model": model}})
-    config = TrainConfig(
-        sft={"batch_size": 4, "device": "cpu", "save_steps": 1},
-        rl={
-            "steps": 1,
-            "prompts_per_step": 2,
-            "num_generations": 2,
-            "max_response_tokens": 4,
-            "device": "cpu",
-            "rewards": [{"type": "exact"}],
-        },
-    )
-    with prefect_test_harness(server_startup_timeout=120):
-        record = train(reference, config)
-    assert record["state"] == "succeeded"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None:
+    on_cpu = {"device": "cpu", "save_steps": 1}
+    rl = {"steps": 1, "prompts_per_step": 2, "num_generations": 2, "max_response_tokens": 4, **on_cpu}
+    train = {"sft": {"batch_size": 4, **on_cpu}, "rl": {**rl, "rewards": [{"type": "exact"}]}}
+    rows = [{**row, "answer": "7"} for row in pool_rows(6)]
+    with tiny_job(tmp_path, model, rows, train=train) as job:
+        done = job.grape("run", str(job.config_path), "--json", timeout=500)
+        assert done.returncode == 0, done.stderr[-4000:]
+        outcome = json.loads(done.stdout)
+        shown = job.grape("datasets", "show", outcome["reference"], "--lineage")
+        assert job.wait_gone(15) == {}
+    record = outcome["training"]
+    assert [line for line in done.stderr.splitlines() if "checkpoint" in line] == [
+        f"{stage}: succeeded, checkpoint {record['stages'][stage]['checkpoint']}" for stage in ("sft", "rl")
+    ]
+    assert json.loads((tmp_path / f"datasets/tiny/runs/{record['id']}.json").read_text()) == record
+    assert (record["state"], record["dataset"], record["version"]) == ("succeeded", outcome["reference"], "v0001")
     stages = record["stages"]
     assert [stages[stage]["attempt"] for stage in ("sft", "rl")] == [1, 1]
     assert stages["sft"]["metrics"]["last"]["loss"] > 0
     assert 0 <= stages["rl"]["metrics"]["last"]["reward"] <= 1
     for stage in ("sft", "rl"):
         assert (Path(stages[stage]["checkpoint"]) / "model.safetensors").exists()
+        assert f"checkpoint: {stages[stage]['checkpoint']}" in shown.stdout
+    assert f"trained on it: {record['id']}, succeeded" in shown.stdout
 
     origin = lineage(stages["rl"]["checkpoint"])
     assert origin["checkpoint"]["model"] == stages["sft"]["checkpoint"]
-    assert origin["dataset"] == reference
-    assert origin["run"]["id"] == record["id"]
-    assert RunRecords(Storage(str(tmp_path / "out")), "tiny").ids() == [record["id"]]
+    assert origin["dataset"] == outcome["reference"]
+    assert origin["parents"]["pool"][0]["path"].endswith("pool.jsonl")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Service]:
+    """A Prefect server and the deployment team/sft, served by a process of its own."""
+    folder = tmp_path_factory.mktemp("prefect")
+    with tiny_job(folder, model) as job:
+        made = Service(job)
+        (folder / "team.py").write_text(f"MODEL = {model!r}\nMARKS = {str(folder / 'marks')!r}\n{FLOW}")
+        with (folder / "serve.log").open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "team.py"],
+                env=job.environ(),
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        made.wait(lambda: made.client.get("/deployments/name/team/sft").status_code == 200, 120, "nothing is served")
+        yield made
+
+
+def sft(**parameters: Any) -> TrainConfig:
+    return TrainConfig(sft={"deployment": "team/sft", "parameters": parameters})
+
+
+def starts(service: Service) -> list[str]:
+    marks = service.job.folder / "marks"
+    return marks.read_text().splitlines() if marks.exists() else []
+
+
+@pytest.fixture
+def reference(tmp_path: Path, model: str) -> str:
+    return write_release(tmp_path / "out", make_rows(3), {"target": {"model": model}})
+
+
+@pytest.fixture
+def deployments(service: Service) -> Iterator[PrefectDeployments]:
+    """In this process, with the server's address set."""
+    with temporary_settings({PREFECT_API_URL: service.api}):
+        yield PrefectDeployments()
+
+
+def test_grape_train_runs_a_deployment_once(service: Service, reference: str, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump({**service.job.config, "train": sft().model_dump(exclude_none=True)}))
+    before = len(starts(service))
+    done = service.job.grape("train", reference, "--config", str(config), "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    stage = record["stages"]["sft"]
+    assert stage["checkpoint"] == str(tmp_path / "out" / "tiny" / "runs" / record["id"] / "sft" / "model")
+    assert service.state(stage["flow_run"])["idempotency_key"] == stage["job_id"]
+    again = service.job.grape("train", reference, "--config", str(config))
+    assert again.stdout.splitlines() == [
+        f"sft       succeeded  {stage['checkpoint']}",
+        f"training  {record['id']}, succeeded",
+    ]
+    assert starts(service)[before:] == [f"{tmp_path}/out/tiny/versions/v0001/data v0001"]
+
+
+def test_a_deployment_that_fails_or_cannot_be_started(deployments: PrefectDeployments, reference: str) -> None:
+    with pytest.raises(StageError, match=r"the deployment team/sft ended as Failed: .* ValueError: no quota"):
+        jobs.train(reference, sft(fail=True), deployments=deployments)
+    with pytest.raises(UserError, match=r"the deployment team/sft refuses these parameters: .*seconds"):
+        jobs.train(reference, sft(seconds="soon"), deployments=deployments)
+    with pytest.raises(UserError, match="there is no deployment 'team/dpo' at http"):
+        jobs.train(reference, TrainConfig(sft={"deployment": "team/dpo"}), deployments=deployments)
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(UserError, match="set PREFECT_API_URL to the Prefect server that has it"),
+    ):
+        jobs.train(reference, sft(seconds=1), deployments=deployments)
+
+
+def test_a_deployment_is_cancelled(service: Service, deployments: PrefectDeployments, reference: str) -> None:
+    before = len(starts(service))
+
+    def cancel_when_started() -> None:
+        service.wait(lambda: len(starts(service)) > before, 90, "it does not start")
+        jobs.cancel(reference, sft(seconds=500))
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(cancel_when_started)
+        with pytest.raises(StageError, match="sft was cancelled"):
+            jobs.train(reference, sft(seconds=500), deployments=deployments)
+        asked.result()
+    stage = jobs.read(reference, sft(seconds=500))["stages"]["sft"]
+    assert stage["state"] == "cancelled"
+    assert service.wait_final(stage["flow_run"], 60)["state_name"] == "Cancelled"

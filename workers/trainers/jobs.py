@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -21,21 +22,30 @@ from grape_service.config import TrainConfig
 from grape_service.errors import StageError, UserError
 from grape_service.releases.load import Release
 from grape_service.releases.manifest import without_secrets
-from grape_service.releases.reference import parse_reference
-from grape_service.storage import Storage, json_bytes
+from grape_service.storage import Storage
 from workers.trainers import calls, checkpoints
 from workers.trainers.extra import require_train_extra
-from workers.trainers.job_server import PRIVATE, JobRequest, JobServer, job_server
-from workers.trainers.job_settings import STAGES, Job, SftJob, Stage, train_jobs
+from workers.trainers.job_request import request_of
+from workers.trainers.job_server import IN_CLUSTER, PRIVATE, JobServer, job_server
+from workers.trainers.job_settings import STAGES, Job, Stage, train_jobs
 from workers.trainers.records import FORMAT, Lease, Record, RunRecords
-from workers.trainers.settings import RlTask, SftTask
 
 POLL_SECONDS = 1.0
 DONE = ("succeeded", "sent")
 """States of a stage that is not to be done again; sent: a webhook took it and says nothing about its end."""
 
-Deploy = Callable[[str, dict[str, Any], str], tuple[bool, str]]
-"""Runs a Prefect deployment: (name, parameters, idempotency key) -> (succeeded, its final state in words)."""
+
+class Deployments(Protocol):
+    """Runs of Prefect deployments, which this package knows only by their names."""
+
+    def start(self, name: str, parameters: dict[str, Any], key: str) -> str:
+        """Id of the deployment's one run for `key`, which is started unless there is one."""
+
+    def state(self, run_id: str) -> tuple[str, str]:
+        """(running, succeeded, failed or cancelled; the same in Prefect's words)."""
+
+    def cancel(self, run_id: str) -> None:
+        """Ask the run to end."""
 
 
 def train(
@@ -45,14 +55,14 @@ def train(
     storage_options: dict[str, Any] | None = None,
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-    deploy: Deploy | None = None,
+    deployments: Deployments | None = None,
 ) -> Record:
     """Do all stages of `config` and return the run's record.
 
     `key`: another word makes another run of the same request. `say` gets a line for each change. Raises UserError
     for mistakes in the config, StageError with the end of the log for a job that failed or was cancelled.
     """
-    with open_run(reference, config, ray_address, storage_options, key, say, deploy) as run:
+    with open_run(reference, config, ray_address, storage_options, key, say, deployments) as run:
         for stage in run.stages:
             run.do(stage)
     return run.record
@@ -66,21 +76,34 @@ def open_run(
     storage_options: dict[str, Any] | None = None,
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-    deploy: Deploy | None = None,
+    deployments: Deployments | None = None,
 ) -> Iterator[TrainingRun]:
     """The run of a request, to do its stages one by one; arguments as for `train`."""
-    jobs = train_jobs(config)
+    jobs = checked_jobs(config, ray_address)
     release = grape_service.load(reference, storage_options)
-    run = TrainingRun(release, config, jobs, key, say, deploy)
+    run = TrainingRun(release, config, jobs, key, say, deployments)
     with contextlib.ExitStack() as stack:
         stack.callback(run.give_back)
         kinds = {jobs[stage].kind for stage in jobs if run.record["stages"][stage]["state"] not in DONE}
         if kinds & {"builtin", "command"}:
-            if "builtin" in kinds and ray_address == "auto":
-                require_train_extra()
             run.server = stack.enter_context(job_server(ray_address))
             stack.callback(run.stop_private_jobs)
         yield run
+
+
+def checked_jobs(config: TrainConfig, ray_address: str) -> dict[Stage, Job]:
+    """The jobs of a request. Raises UserError for what can be known before a release is there to train on."""
+    jobs = train_jobs(config)
+    on_cluster = ray_address != "auto" or IN_CLUSTER in os.environ
+    for stage, job in jobs.items():
+        if job.kind != "builtin":
+            continue
+        if not on_cluster and not job.pip:
+            require_train_extra()
+        if on_cluster and job.resources.gpus is None:
+            where = "the cluster" if ray_address == "auto" else ray_address
+            raise UserError(f"train.{stage}.resources.gpus: say how many GPUs the job on {where} takes, or 0")
+    return jobs
 
 
 def run_id_of(release: Release, config: TrainConfig, key: str | None) -> str:
@@ -89,12 +112,26 @@ def run_id_of(release: Release, config: TrainConfig, key: str | None) -> str:
     return hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def cancel(
-    reference: str, run_id: str, ray_address: str = "auto", storage_options: dict[str, Any] | None = None
+def read(
+    reference: str, config: TrainConfig, storage_options: dict[str, Any] | None = None, key: str | None = None
 ) -> Record:
-    """Cancel a run. On a cluster its job is stopped here; on a private Ray, by the process that started that."""
-    parsed = parse_reference(reference)
-    records = RunRecords(parsed.storage(storage_options), parsed.name)
+    """The record of the run of a request. Raises UserError if it was never started."""
+    release = grape_service.load(reference, storage_options)
+    return RunRecords(release.storage, release.name).read(run_id_of(release, config, key))
+
+
+def cancel(
+    reference: str,
+    config: TrainConfig,
+    ray_address: str = "auto",
+    storage_options: dict[str, Any] | None = None,
+    key: str | None = None,
+) -> Record:
+    """Cancel the run of a request. A job on a cluster is stopped here, others by the process that follows them."""
+    release = grape_service.load(reference, storage_options)
+    run_id = run_id_of(release, config, key)
+    records = RunRecords(release.storage, release.name)
+    records.read(run_id)
 
     def ask(record: Record) -> None:
         for stage in record["stages"].values():
@@ -120,12 +157,12 @@ class TrainingRun:
         jobs: dict[Stage, Job],
         key: str | None,
         say: Callable[[str], None],
-        deploy: Deploy | None,
+        deployments: Deployments | None,
     ):
         self.release = release
         self.jobs = jobs
         self.say = say
-        self.deploy = deploy
+        self.deployments = deployments
         self.server: JobServer | None = None
         self.id = run_id_of(release, config, key)
         self.records = RunRecords(release.storage, release.name)
@@ -220,7 +257,7 @@ class TrainingRun:
         elif job.kind == "webhook":
             outcome, error, found = self._webhook(stage, job, values)
         else:
-            outcome, error = self._deployment(job, values, state["job_id"])
+            outcome, error = self._deployment(stage, job, values, state["job_id"])
         if outcome == "succeeded":
             try:
                 address, facts = self._checkpoint_of(found.get("checkpoint") or values["output"])
@@ -242,71 +279,45 @@ class TrainingRun:
     def _ray_job(self, stage: Stage, job: Job, values: dict[str, str]) -> tuple[str, str | None]:
         assert self.server is not None
         job_id = self.record["stages"][stage]["job_id"]
-        self.server.submit(self._request(stage, job, values, job_id))
-        deadline = time.time() + (job.timeout_seconds or float("inf"))
-        while (state := self.server.state(job_id)) == "running":
-            self.lease.renew()
-            self.record = self.records.read(self.id)
-            if self.record["stages"][stage].get("cancel") or time.time() > deadline:
-                self.server.stop(job_id)
-                if time.time() > deadline:
-                    return "failed", f"{stage} took longer than timeout_seconds {job.timeout_seconds:g} and was stopped"
-                return "cancelled", f"{stage} was cancelled"
-            time.sleep(POLL_SECONDS)
+        server = self.server
+        server.submit(request_of(stage, job, values, job_id, self.id, self.release, self.records, server))
+        ended = self._follow(stage, job, lambda: server.state(job_id) == "running", lambda: server.stop(job_id))
+        self._keep_log(stage, job_id)
+        if ended is not None:
+            return ended
+        state = server.state(job_id)
         if state == "succeeded":
             return "succeeded", None
         if state == "cancelled":
             return "cancelled", f"{stage} was cancelled"
         if state is None:
             return "failed", f"{stage}: Ray no longer knows the job {job_id}"
-        return "failed", f"{stage} failed, and its log ends with:\n{self.server.log_tail(job_id)}"
+        return "failed", f"{stage} failed, and its log ends with:\n{server.log_tail(job_id)}"
 
-    def _request(self, stage: Stage, job: Job, values: dict[str, str], job_id: str) -> JobRequest:
+    def _follow(
+        self, stage: Stage, job: Job, runs: Callable[[], bool], stop: Callable[[], None]
+    ) -> tuple[str, str] | None:
+        """Wait while it runs; None when it has ended by itself, else what ended it here, after `stop`."""
+        deadline = time.time() + (job.timeout_seconds or float("inf"))
+        while runs():
+            self.lease.renew()
+            self.record = self.records.read(self.id)
+            if self.record["stages"][stage].get("cancel"):
+                stop()
+                return "cancelled", f"{stage} was cancelled"
+            if time.time() > deadline:
+                stop()
+                return "failed", f"{stage} took longer than timeout_seconds {job.timeout_seconds:g} and was stopped"
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _keep_log(self, stage: Stage, job_id: str) -> None:
+        """Put a job's log beside the record: Ray forgets it, a private one at once."""
         assert self.server is not None
-        resources = job.resources
-        gpus = resources.gpus if resources.gpus is not None else self.server.num_gpus
-        environment = {f"GRAPE_{name.upper()}": value for name, value in values.items()} | dict(job.environment)
-        if job.kind == "command":
-            assert job.command is not None
-            command = [_filled(part, values) for part in job.command]
-        else:
-            if gpus is None:
-                raise UserError(
-                    f"train.{stage}.resources.gpus: say how many GPUs the job on {self.server.address} takes, or 0"
-                )
-            environment["GRAPE_STORAGE_OPTIONS"] = orjson.dumps(self.release.storage.options).decode()
-            python = "python" if job.pip else self.server.python
-            module = ["-m", f"workers.trainers.{stage}", "--settings", self._write_task(stage, job, values, job_id)]
-            several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-            command = [python, *(several if gpus > 1 else []), *module]
-        return JobRequest(
-            id=job_id,
-            command=command,
-            environment=environment,
-            num_cpus=resources.cpus,
-            num_gpus=gpus or None,
-            memory_bytes=int(resources.memory_gb * 2**30) if resources.memory_gb else None,
-            custom_resources=dict(resources.custom),
-            pip=list(job.pip),
-            working_dir=job.working_dir,
-        )
-
-    def _write_task(self, stage: Stage, job: Job, values: dict[str, str], job_id: str) -> str:
-        """The settings file of a built-in trainer; its address."""
-        shared: dict[str, Any] = {
-            "dataset": self.release.reference,
-            "output": values["output"],
-            "run": self.id,
-            "storage": self.release.storage.options,
-        }
-        task: SftTask | RlTask
-        if isinstance(job, SftJob):
-            task = SftTask(**shared, settings=job.own_settings())
-        else:
-            task = RlTask(**shared, checkpoint=values["checkpoint"], settings=job.own_settings())
-        name = f"{self.id}/{job_id}.json"
-        self.records.storage.write(name, json_bytes(task.model_dump(mode="json")))
-        return self.records.storage.url(name)
+        with contextlib.suppress(RuntimeError):  # a job that never ran has none
+            name = f"{self.id}/{job_id}.log"
+            self.records.storage.write(name, self.server.log(job_id).encode())
+            self._set(stage, log=self.records.storage.url(name))
 
     def _webhook(self, stage: Stage, job: Job, values: dict[str, str]) -> tuple[str, str | None, dict[str, Any]]:
         assert job.webhook is not None
@@ -318,25 +329,34 @@ class TrainingRun:
             if not status_url:
                 return "sent", None, {}
             self._set(stage, status_url=status_url)
-        deadline = time.time() + (job.timeout_seconds or float("inf"))
-        while (status := calls.get_status(status_url))["state"] == "running":
-            self.lease.renew()
-            if self.records.read(self.id)["stages"][stage].get("cancel"):
-                return "cancelled", f"{stage} was cancelled here; {job.webhook} may go on", {}
-            if time.time() > deadline:
-                return "failed", f"{stage} took longer than timeout_seconds {job.timeout_seconds:g}", {}
-            time.sleep(POLL_SECONDS)
+        status: dict[str, Any] = {}
+
+        def runs() -> bool:
+            status.update(calls.get_status(status_url))
+            return status["state"] == "running"
+
+        ended = self._follow(stage, job, runs, lambda: self.say(f"{stage}: {job.webhook} may go on, it has no stop"))
+        if ended is not None:
+            return *ended, {}
         self._set(stage, status_url=None)
         if status["state"] == "failed":
             return "failed", f"{stage} failed: {status.get('error') or 'its status gives no reason'}", {}
         return "succeeded", None, status
 
-    def _deployment(self, job: Job, values: dict[str, str], key: str) -> tuple[str, str | None]:
+    def _deployment(self, stage: Stage, job: Job, values: dict[str, str], key: str) -> tuple[str, str | None]:
         assert job.deployment is not None
-        if self.deploy is None:
-            raise UserError(f"the deployment '{job.deployment}' needs Prefect: start training through the flow 'train'")
-        succeeded, words = self.deploy(job.deployment, {**job.parameters, **values}, key)
-        return ("succeeded", None) if succeeded else ("failed", f"the deployment {job.deployment} ended as {words}")
+        deployments = self.deployments
+        if deployments is None:
+            raise UserError(f"train.{stage}.deployment: '{job.deployment}' needs Prefect, and this process has none")
+        run_id = deployments.start(job.deployment, {**job.parameters, **values}, key)
+        self._set(stage, flow_run=run_id)
+        ended = self._follow(
+            stage, job, lambda: deployments.state(run_id)[0] == "running", lambda: deployments.cancel(run_id)
+        )
+        if ended is not None:
+            return ended
+        state, words = deployments.state(run_id)
+        return state, None if state == "succeeded" else f"the deployment {job.deployment} ended as {words}"
 
     # Record and checkpoints
 
@@ -417,9 +437,3 @@ class TrainingRun:
                     problem = error
         assert problem is not None
         raise problem
-
-
-def _filled(part: str, values: dict[str, str]) -> str:
-    for name, value in values.items():
-        part = part.replace(f"{{{name}}}", value)
-    return part

@@ -18,7 +18,6 @@ import pytest
 
 from grape_service.config import TrainConfig
 from grape_service.errors import StageError, UserError
-from grape_service.releases.reference import parse_reference
 from tests.tiny_models import make_model
 from tests.workers.trainers.tiny_release import make_rows, write_release
 from workers.trainers import jobs, records
@@ -111,6 +110,7 @@ def test_rl_starts_on_the_checkpoint_of_sft_and_nothing_is_done_twice(
     assert starts(tmp_path / "sft") == [""]
     assert starts(tmp_path / "rl") == [str(tmp_path / "sft" / "model")]
     assert [line.split(":")[0] for line in said] == ["sft", "sft", "rl", "rl"]
+    assert Path(record["stages"]["sft"]["log"]).read_text().splitlines()[-1] == "starting to whole"
 
     again = jobs.train(reference, config, cluster)
     assert again == record
@@ -175,7 +175,6 @@ def test_a_checkpoint_that_broke_after_sft_is_noticed(
 def test_a_run_is_cancelled(trainer: str, cluster: str, reference: str, tmp_path: Path) -> None:
     output = plan(tmp_path / "sft", "sleep")
     config = TrainConfig(sft=command(trainer, output, attempts=3))
-    run_id = jobs.run_id_of(jobs.grape_service.load(reference), config, None)
     ended: list[BaseException] = []
 
     def follow() -> None:
@@ -187,10 +186,10 @@ def test_a_run_is_cancelled(trainer: str, cluster: str, reference: str, tmp_path
     thread = threading.Thread(target=follow)
     thread.start()
     _until(lambda: starts(output))
-    jobs.cancel(reference, run_id)
+    jobs.cancel(reference, config)
     thread.join(timeout=30)
     assert str(ended[0]) == "sft was cancelled"
-    state = _records(reference).read(run_id)["stages"]["sft"]
+    state = jobs.read(reference, config)["stages"]["sft"]
     assert (state["state"], state["attempt"]) == ("cancelled", 1)
 
 
@@ -326,22 +325,9 @@ def test_a_webhook_that_fails(reference: str) -> None:
             jobs.train(reference, config)
 
 
-def test_a_deployment_gets_the_values_and_a_key(reference: str, model: str) -> None:
-    calls: list[tuple[str, dict[str, Any], str]] = []
-
-    def deploy(name: str, parameters: dict[str, Any], key: str) -> tuple[bool, str]:
-        calls.append((name, parameters, key))
-        return len(calls) > 1, "Crashed: no worker"
-
-    config = TrainConfig(sft={"deployment": "team/sft", "output": model, "parameters": {"size": 7}})
-    with pytest.raises(StageError, match="the deployment team/sft ended as Crashed: no worker"):
-        jobs.train(reference, config, deploy=deploy)
-    record = jobs.train(reference, config, deploy=deploy)
-    assert record["stages"]["sft"]["checkpoint"] == model
-    assert calls[0][1] | {"size": 7} == calls[0][1]
-    assert [key.rsplit("-", 1)[1] for _, _, key in calls] == ["1", "2"]
-    with pytest.raises(UserError, match="needs Prefect"):
-        jobs.train(reference, config, key="other")
+def test_a_deployment_needs_somebody_who_knows_prefect(reference: str) -> None:
+    with pytest.raises(UserError, match="'team/sft' needs Prefect"):
+        jobs.train(reference, TrainConfig(sft={"deployment": "team/sft"}))
 
 
 # Settings
@@ -373,11 +359,6 @@ def test_a_section_holds_the_jobs_keys_and_the_trainers() -> None:
     job = train_jobs(TrainConfig(sft=section))["sft"]
     assert isinstance(job, SftJob)
     assert (job.resources.gpus, job.own_settings().learning_rate, job.own_settings().batch_size) == (2, 2e-5, 32)
-
-
-def _records(reference: str) -> records.RunRecords:
-    parsed = parse_reference(reference)
-    return records.RunRecords(parsed.storage(), parsed.name)
 
 
 def _until(condition: Any, seconds: float = 60) -> None:

@@ -1,0 +1,63 @@
+"""Runs of other Prefect deployments, for training jobs that one of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelling
+
+from grape_service.errors import StageError, UserError
+
+_ENDS = {StateType.COMPLETED: "succeeded", StateType.CANCELLED: "cancelled"}
+
+
+class PrefectDeployments:
+    """Starts, follows and cancels runs at PREFECT_API_URL; see workers.trainers.jobs.Deployments."""
+
+    def start(self, name: str, parameters: dict[str, Any], key: str) -> str:
+        """Id of the deployment's one run for `key`. Raises UserError where there is no such deployment."""
+        with _server(f"start the deployment {name}"):
+            try:
+                run = run_deployment(name, parameters=parameters, idempotency_key=key, timeout=0)
+            except ObjectNotFound:
+                raise UserError(f"there is no deployment '{name}' at {PREFECT_API_URL.value()}") from None
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code not in (409, 422):
+                    raise
+                raise UserError(f"the deployment {name} refuses these parameters: {error.response.text}") from None
+        return str(cast(FlowRun, run).id)
+
+    def state(self, run_id: str) -> tuple[str, str]:
+        """(running, succeeded, failed or cancelled; the same in Prefect's words)."""
+        with _server(f"follow the flow run {run_id}") as client:
+            state = client.read_flow_run(UUID(run_id)).state
+        if state is None or not state.is_final():
+            return "running", state.name or "" if state else ""
+        words = f"{state.name}: {state.message}" if state.message else state.name or state.type.value
+        return _ENDS.get(state.type, "failed"), words
+
+    def cancel(self, run_id: str) -> None:
+        """Ask the run to end; whoever runs it sees to that."""
+        with _server(f"cancel the flow run {run_id}") as client:
+            client.set_flow_run_state(UUID(run_id), Cancelling())
+
+
+@contextmanager
+def _server(purpose: str) -> Iterator[SyncPrefectClient]:
+    address = PREFECT_API_URL.value()
+    if not address:
+        raise UserError(f"to {purpose}, set PREFECT_API_URL to the Prefect server that has it")
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        raise StageError(f"Prefect at {address} did not {purpose}: {error}") from error
