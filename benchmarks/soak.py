@@ -2,9 +2,10 @@
 
     python benchmarks/soak.py --minutes 20
 
-Each round lets the pool grow, runs `grape run` until it succeeds (a killed run goes on from its scores), and
-verifies the release: digests, one row for each prompt, every candidate scored once. Ends with status 1 if a row
-is lost or doubled, a release does not verify, or processes, open files or memory grow.
+Each round lets the pool grow, runs `grape run` until it succeeds (a killed run goes on from its scores), verifies
+the release (digests, one row for each prompt, every candidate scored) and collects garbage. At the end a run
+without kills and without earlier scores has to choose the same rows. Ends with status 1 if a row is lost or
+doubled, a release does not verify, or processes, files or memory grow.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,11 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
+
 import grape_service
+from grape_service.releases.catalog import read_catalog
+from grape_service.releases.gc import collect
 from grape_service.releases.verify import verify
 from grape_service.storage import Storage
 from tests import tiny_models
@@ -37,6 +44,15 @@ from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 KINDS = ("actor", "worker", "prefect", "s3")
 ATTEMPTS = 6
+GROWTH = {
+    "processes": 0,
+    "temporary_files": 0,
+    "stray_objects": 0,
+    "run_memory_mb": 200,
+    "open_files": 10,
+    "memory_mb": 200,
+}
+"""What is compared between rounds, and how much more is not called growth."""
 RUN_SECONDS = 600
 
 
@@ -70,8 +86,6 @@ class PrefectServer:
         self._wait()
 
     def _wait(self) -> None:
-        import urllib.request
-
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             try:
@@ -96,21 +110,29 @@ class Killer:
         self.job, self.prefect, self.s3, self.pause, self.draw = job, prefect, s3, pause, draw
         self.stopped = threading.Event()
         self.kills = dict.fromkeys(KINDS, 0)
+        self.problem: BaseException | None = None
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
 
     def _loop(self) -> None:
-        while not self.stopped.wait(self.draw.uniform(0.5, 1.5) * self.pause):
-            kind = self.draw.choice(KINDS)
-            if kind == "prefect":
-                self.prefect.kill()
-                self.prefect.start()
-            elif kind == "s3":
-                self.s3.kill()
-                self.s3.start()
-            elif not self._kill_process("ray::ScoringActor" if kind == "actor" else "ray::"):
-                continue
-            self.kills[kind] += 1
+        try:
+            while not self.stopped.wait(self.draw.uniform(0.5, 1.5) * self.pause):
+                kind = self.draw.choice(KINDS)
+                if self._kill(kind):
+                    self.kills[kind] += 1
+        except BaseException as error:
+            self.problem = error
+
+    def _kill(self, kind: str) -> bool:
+        if kind == "prefect":
+            self.prefect.kill()
+            self.prefect.start()
+        elif kind == "s3":
+            self.s3.kill()
+            self.s3.start()
+        else:
+            return self._kill_process("ray::ScoringActor" if kind == "actor" else "ray::")
+        return True
 
     def _kill_process(self, prefix: str) -> bool:
         found = [pid for pid, line in self.job.processes().items() if line.startswith(prefix)]
@@ -123,14 +145,16 @@ class Killer:
         return True
 
     def close(self) -> dict[str, int]:
-        """Stop killing; what was killed."""
+        """Stop killing; what was killed. Raises what went wrong with a server."""
         self.stopped.set()
         self.thread.join()
+        if self.problem is not None:
+            raise self.problem
         return self.kills
 
 
-def soak(minutes: float, pause: float, seed: int, out: Path) -> Tally:
-    """Rounds until the time is over."""
+def soak(minutes: float, pause: float, seed: int, out: Path, scratch: Path) -> Tally:
+    """Rounds until the time is over, then the run that the last release is compared with."""
     tally, draw = Tally(), random.Random(seed)
     model = str(tiny_models.make_model(out / "model", arch="llama"))
     (out / "prefect-server").mkdir()
@@ -144,11 +168,15 @@ def soak(minutes: float, pause: float, seed: int, out: Path) -> Tally:
                     "PREFECT_API_URL": f"http://127.0.0.1:{prefect.port}/api",
                     "GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine",
                     "DRILL_SECONDS": "0.5",
+                    "TMPDIR": str(scratch),
                 }
                 deadline = time.monotonic() + 60 * minutes
+                reference = None
                 while time.monotonic() < deadline and not tally.problems:
-                    one_round(tally, job, prefect, s3, pause, draw)
+                    reference = one_round(tally, job, prefect, s3, pause, draw)
                     print(orjson.dumps({"round": tally.rounds, **tally.samples[-1]}).decode(), flush=True)
+                if reference is not None:
+                    tally.problems += compare_with_peace(job, reference)
         finally:
             prefect.kill()
     check_growth(tally)
@@ -157,11 +185,12 @@ def soak(minutes: float, pause: float, seed: int, out: Path) -> Tally:
 
 def one_round(
     tally: Tally, job: Job, prefect: PrefectServer, s3: SeaweedServer, pause: float, draw: random.Random
-) -> None:
-    """The pool grows, a run goes through kills to its end, its release is verified."""
+) -> str | None:
+    """The pool grows, a run goes through kills to its end, its release is verified; its reference."""
     number = tally.rounds
     write_jsonl(job.folder / "pool" / f"day-{number:04d}.jsonl", pool_rows(10, start=10 * number))
     outcome: dict[str, Any] | None = None
+    started = time.monotonic()
     for attempt in range(ATTEMPTS):
         killer = Killer(job, prefect, s3, pause, draw) if attempt < ATTEMPTS - 1 else None  # the last one in peace
         try:
@@ -173,6 +202,7 @@ def one_round(
         if done.returncode == 0:
             outcome = orjson.loads(done.stdout)
             break
+        print(f"attempt {attempt} of round {number}: {done.stderr[-600:].strip()}", file=sys.stderr, flush=True)
     tally.rounds += 1
     if outcome is None:
         tally.problems.append(f"round {number} did not end well: {done.stderr[-500:]}")
@@ -182,7 +212,10 @@ def one_round(
     left = job.wait_gone(40)
     if left:
         tally.problems.append(f"processes are left after round {number}: {list(left.values())[:5]}")
-    tally.samples.append(sample(job, s3))
+    output, workspace = Storage(job.config["output"]["path"]), Storage(job.config["workspace"])
+    collect(output, workspace, keep_days=0, keep_versions=2, dry_run=False, stale_seconds=60)
+    tally.samples.append({"seconds": round(time.monotonic() - started), **sample(job, output, workspace)})
+    return outcome["reference"] if outcome else None
 
 
 def problems_of(outcome: dict[str, Any], num_prompts: int) -> list[str]:
@@ -199,17 +232,38 @@ def problems_of(outcome: dict[str, Any], num_prompts: int) -> list[str]:
     return problems
 
 
-def sample(job: Job, s3: SeaweedServer) -> dict[str, int]:
-    """Processes of the job, open files and memory of this process, runs that are left in the workspace."""
+def compare_with_peace(job: Job, reference: str) -> list[str]:
+    """What differs between a release and one that a run makes anew from the same pool, without kills or scores."""
+    quiet = Job(job.folder, {**job.config, "workspace": f"s3://{BUCKET}/quiet", "name": "quiet"}, job.environment)
+    columns = ["prompt_id", "candidate_id", "grape_score", "input_ids"]
+    tables = []
+    for name in (reference, quiet.run(timeout=RUN_SECONDS)["reference"]):
+        tables.append(grape_service.load(name).dataset.to_table(columns).sort_by("prompt_id"))
+    here, there = tables
+    problems = [
+        f"{reference} and a run without kills differ in {name}"
+        for name in ("prompt_id", "candidate_id", "input_ids")
+        if here[name].combine_chunks() != there[name].combine_chunks()
+    ]
+    if not problems and not np.allclose(here["grape_score"], there["grape_score"], rtol=0, atol=1e-4):
+        problems.append(f"{reference} and a run without kills differ in grape_score")
+    return problems
+
+
+def sample(job: Job, output: Storage, workspace: Storage) -> dict[str, int]:
+    """What must not grow: living processes and temporary files of the job, memory of its driver at its peak (the
+    largest until now), open files and memory of this process, and what is no release, score or shard on S3."""
     status = Path("/proc/self/status").read_text()
     rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-    runs = Storage(job.config["workspace"], {"endpoint_url": s3.endpoint}).folders("runs")
+    finished = {entry.version for entry in read_catalog(output, job.config["name"])}
+    unfinished = set(output.folders(f"{job.config['name']}/versions")) - finished
     return {
         "processes": len(job.processes()),
+        "temporary_files": len(list(Path(job.environment["TMPDIR"]).iterdir())),
+        "stray_objects": len(workspace.list("runs")) + len(unfinished),
+        "run_memory_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "open_files": len(os.listdir("/proc/self/fd")),
         "memory_mb": rss // 1024,
-        "runs_left": len(runs),
-        "temporary_folders": len(list(Path(tempfile.gettempdir()).glob("grape-ray-*"))),
     }
 
 
@@ -218,7 +272,7 @@ def check_growth(tally: Tally) -> None:
     if len(tally.samples) < 5:
         return
     early, late = tally.samples[2], tally.samples[-1]
-    for name, slack in (("processes", 0), ("open_files", 10), ("memory_mb", 200)):
+    for name, slack in GROWTH.items():
         if late[name] > early[name] + slack:
             tally.problems.append(f"{name} grew from {early[name]} to {late[name]}")
 
@@ -229,8 +283,11 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, about")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="grape-soak-", ignore_cleanup_errors=True) as out:
-        tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out))
+    with (
+        tempfile.TemporaryDirectory(prefix="grape-soak-", ignore_cleanup_errors=True) as out,
+        tempfile.TemporaryDirectory(prefix="soak", ignore_cleanup_errors=True) as scratch,  # short: socket paths
+    ):
+        tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out), Path(scratch))
     summary = {"rounds": tally.rounds, "attempts": tally.attempts, "rows_verified": tally.rows, "kills": tally.kills}
     summary |= {"first": tally.samples[0], "last": tally.samples[-1], "problems": tally.problems}
     print(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())

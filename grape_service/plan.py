@@ -119,8 +119,10 @@ def make_plan(
         behaviors = config.behavior.policies()
         for policy in behaviors:
             part = share / len(behaviors)  # sources are taken as equally large
-            rows, tokens = survey.rows * part, survey.tokens * part
-            policies.append(_estimate("behavior", policy, rows, 0.0, tokens, throughput(policy)))
+            rows, tokens, reused = survey.rows * part, survey.tokens * part, 0.0
+            if policy == config.target and config.select.needs_scores:
+                rows, tokens, reused = 0.0, 0.0, rows  # every row has been scored by then
+            policies.append(_estimate("behavior", policy, rows, reused, tokens, throughput(policy)))
     pool = {
         "rows": survey.rows,
         "prompts": survey.prompts,

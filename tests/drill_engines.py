@@ -19,10 +19,12 @@ from workers.engines.transformers_engine import TransformersEngine
 
 
 class SlowEngine(TransformersEngine):
-    """Takes DRILL_SECONDS longer for each call."""
+    """Takes DRILL_SECONDS longer for each call, which its statistics count."""
 
     def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
-        time.sleep(float(os.environ["DRILL_SECONDS"]))
+        seconds = float(os.environ["DRILL_SECONDS"])
+        time.sleep(seconds)
+        self._stats["seconds"] += seconds
         return super().score(batch, temperature)
 
 

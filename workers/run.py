@@ -16,6 +16,7 @@ from typing import Any
 from grape_service.config import Config, PolicyConfig
 from grape_service.models import ModelFiles, policy_id, resolve_model
 from grape_service.progress import reporter
+from grape_service.releases.manifest import without_secrets
 from grape_service.releases.reference import Reference
 from grape_service.render.renderer import Renderer
 from grape_service.storage import Storage, check_writable
@@ -90,7 +91,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     run = Run(config, name, run_id, workspace, Storage(output, config.storage))
     check_writable(workspace)
     check_writable(run.output)
-    workspace.write_json(f"{run.folder}/config.json", config.model_dump(mode="json"))
+    workspace.write_json(f"{run.folder}/config.json", without_secrets(config.model_dump(mode="json")))
     stop = threading.Event()
 
     def beat() -> None:

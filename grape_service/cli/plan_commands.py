@@ -19,7 +19,7 @@ def plan(
     config: ConfigArgument,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Scoring engines at the same time.")] = 1,
     device: Annotated[
-        str | None, typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs.")
+        str | None, typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs, else H100.")
     ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option("--tokens-per-second", min=0.001, help="Of one replica, where you know it.")
@@ -44,5 +44,7 @@ def plan(
     print_table("to score", ["policy", "model", "rows", "tokens", "tokens/s a replica", "GPU hours"], rows)
     for origin in sorted({f"{p.device}: {p.origin}" for p in made.policies}):
         say(f"tokens/s on {origin}")
-    say(f"scoring   {duration(made.wall_seconds)} with {replicas} replica{'s' * (replicas > 1)}")
-    say(f"GPU time  {made.gpu_hours:,.3g} hours" + (f", {made.cost:,.2f} at {price:g} an hour" if price else ""))
+    say(f"GPU time   {made.gpu_hours:,.3g} hours")
+    say(f"wall time  {duration(made.wall_seconds)} of scoring with {replicas} replica{'s' * (replicas > 1)}")
+    if made.cost is not None:
+        say(f"cost       {made.cost:,.2f} at {price:g} a GPU hour")

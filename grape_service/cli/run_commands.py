@@ -15,6 +15,7 @@ from grape_service.cli.output import (
     print_table,
     quiet_prefect,
     say,
+    stdout_to_stderr,
 )
 from grape_service.cli.train_commands import show_training
 
@@ -77,7 +78,7 @@ def weigh(
     quiet_prefect()
     from flows.weigh import weigh_release
 
-    with Bars():
+    with stdout_to_stderr(), Bars():
         outcome = weigh_release(reference, settings, force=force)
     if as_json:
         print_json(outcome.to_json())
@@ -94,7 +95,7 @@ def run_flow(config_path: str, until: Literal["score", "select", "release"], for
     quiet_prefect()
     from flows.curate import curate
 
-    with Bars():
+    with stdout_to_stderr(), Bars():
         return curate(config, until=until, force=force)
 
 

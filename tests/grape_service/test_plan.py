@@ -50,7 +50,7 @@ def _truth(config: Config) -> tuple[int, int]:
 def test_a_small_pool_is_counted_exactly(tmp_path: Path, model: str) -> None:
     rows = [*pool_rows(10), {"prompt": "", "response": "nothing was asked"}]
     write_jsonl(tmp_path / "pool" / "pool.jsonl", rows)
-    config = _config(tmp_path, model, behavior={"model": model, "dtype": "float32"}, weights={"method": "pear"})
+    config = _config(tmp_path, model, behavior={"model": model, "dtype": "float16"}, weights={"method": "pear"})
     plan = make_plan(config, replicas=4, tokens_per_second=100.0, price=3.0)
     assert plan.exact
     assert plan.pool["rows"] == 40
@@ -71,6 +71,14 @@ def test_a_small_pool_is_counted_exactly(tmp_path: Path, model: str) -> None:
     assert against is not None
     assert against["tokens_ratio"] == 1.0
     assert against["actual"]["engine_seconds"] == 2.0
+
+
+def test_rows_that_the_target_scored_cost_nothing_as_behavior(tmp_path: Path, model: str) -> None:
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", pool_rows(10))
+    config = _config(tmp_path, model, behavior={"model": model, "dtype": "float32"}, weights={"method": "pear"})
+    target, behavior = make_plan(config, tokens_per_second=100.0).policies
+    assert (behavior.rows, behavior.reused_rows, behavior.tokens) == (0, 10, 0)
+    assert target.rows == 40
 
 
 def test_a_sample_is_within_its_stated_error(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
