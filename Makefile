@@ -25,6 +25,7 @@ install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 
 .venv/.ready-test: .venv/.ready
 	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[quickstart,train,checks,test]"
+	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps axe-playwright-python==0.1.8
 	touch $@
 
 # Code of trainers that want other versions of our libraries, in folders that only tests of exports put on their path.

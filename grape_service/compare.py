@@ -26,6 +26,7 @@ def compare(first: Release, second: Release) -> dict[str, Any]:
     pools = open_scored_pool(first), open_scored_pool(second)
     found["ranking"] = ranking(*pools) if all(pool and pool.store for pool in pools) else None
     found["settings"] = differences(first.manifest.config, second.manifest.config)
+    found["settings"] += differences(_policies(first), _policies(second), "policies.")
     return found
 
 
@@ -137,6 +138,14 @@ def _difference(joined: pa.Table, rows: npt.NDArray, lost: float, rho: float) ->
         "first": {key: first[key] for key in keys},
         "second": {key: second[key] for key in keys},
     }
+
+
+def _policies(release: Release) -> dict[str, list[str]]:
+    """The ids of a release's policies by role: other weights in the same place are another policy."""
+    found: dict[str, list[str]] = {}
+    for policy in release.manifest.parents.policies:
+        found.setdefault(policy.role, []).append(policy.policy_id)
+    return found
 
 
 def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:

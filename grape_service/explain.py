@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from grape_service.config import SelectConfig
 from grape_service.digests import partition_of
 from grape_service.errors import UserError
 from grape_service.prepare.shards import shard_paths
 from grape_service.releases.load import Release
-from grape_service.report.examples import add_token_texts, read_examples, release_rows
+from grape_service.report.examples import add_token_texts, read_examples, reason_of, release_rows
 from grape_service.scored_pool import open_scored_pool
 
 ALL_TOKENS = 1 << 40
@@ -41,26 +40,3 @@ def explain(release: Release, prompt_id: str) -> dict[str, Any]:
     for candidate in prompt["candidates"]:
         candidate["reason"] = reason_of(candidate, prompt["candidates"], pool.select)
     return prompt
-
-
-def reason_of(candidate: dict[str, Any], candidates: list[dict[str, Any]], select: SelectConfig) -> str:
-    """Why a candidate was kept or not, in words."""
-    kept = [c for c in candidates if c["kept"]]
-    if candidate["kept"]:
-        return f"kept: number {candidate['rank']} by score" if candidate["rank"] else f"kept by method {select.method}"
-    if select.needs_scores and candidate["score"] is None:
-        return "has no score"
-    if select.min_response_tokens is not None and candidate["num_tokens"] < select.min_response_tokens:
-        return f"shorter than select.min_response_tokens {select.min_response_tokens}"
-    if select.max_response_tokens is not None and candidate["num_tokens"] > select.max_response_tokens:
-        return f"longer than select.max_response_tokens {select.max_response_tokens}"
-    if not kept:
-        if select.needs_scores and any(c["score"] is None for c in candidates):
-            return "its prompt was left out: a candidate of it could not be scored"
-        return "its prompt was left out: see min_margin, max_source_share and behavior.missing of the config"
-    if select.method != "grape":
-        return f"not chosen by method {select.method}"
-    worst = min(c["score"] for c in kept if c["score"] is not None)
-    if candidate["score"] > worst:
-        return "scored better, but select.max_source_share passed the win to another source"
-    return f"its score is lower by {worst - candidate['score']:.4f}"

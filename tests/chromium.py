@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import itertools
 import os
 import shutil
@@ -99,6 +100,22 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             code = {"Tab": 9, "ArrowRight": 39}[name]
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+
+    def axe(self) -> list[str]:
+        """What axe-core finds wrong with the whole page, one line a rule and element."""
+        package = importlib.util.find_spec("axe_playwright_python")
+        assert package is not None, "make install-test installs axe-core"
+        self.run(
+            "document.head.insertAdjacentHTML('beforeend', '<style>* {content-visibility: visible !important}</style>')"
+        )
+        self.run(f"{Path(str(package.origin)).with_name('axe.min.js').read_text()}; 0")
+        found = self.run("axe.run(document, {resultTypes: ['violations'], elementRef: false})")
+        assert found["passes"], "axe looked at nothing"
+        return [
+            f"{rule['id']} ({rule['impact']}): {rule['help']}: {node['html'][:200]} {node['failureSummary'][:300]}"
+            for rule in found["violations"]
+            for node in rule["nodes"]
+        ]
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""

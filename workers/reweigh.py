@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from grape_service.config import SelectConfig
+from grape_service.digests import partition_of
 from grape_service.errors import UserError
 from grape_service.releases.load import Release
 from grape_service.reopened import other_fields_of, write_kept_rows
+from grape_service.report.examples import examples_of_kinds, read_examples
 from grape_service.report.statistics import SelectStatistics, source_names
 from grape_service.select import SelectCounts
 from workers import publishing
@@ -80,7 +83,15 @@ def release_again(
             "events": run.events,
         },
     }
-    version, is_new = publishing.publish_rows(run, columns, weighed.files(), weighed.factor, fields, force)
+    version, is_new = publishing.publish_rows(
+        run,
+        columns,
+        weighed.files(),
+        weighed.factor,
+        fields,
+        force,
+        examples=lambda: kept_examples(run, release, weighed),
+    )
     run.delete_intermediate()
     totals = derivations.totals.values()
     return Outcome(
@@ -97,6 +108,26 @@ def release_again(
         stage_seconds=run.stage_seconds,
         storage_options=run.config.storage,
     )
+
+
+def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[dict[str, Any]]:
+    """The examples of the release's own report with their new weights: the kept candidates alone, since those that
+    lost have no score under this target."""
+    chosen: dict[str, list[list[Any]]] = (_old_report(release).get("select") or {}).get("examples") or {}
+    num_partitions = 2 ** (len(next(iter(weighed.paths))) - 1)
+    wanted: dict[str, list[str]] = {}
+    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
+        wanted.setdefault(partition_of(prompt_id, num_partitions), []).append(prompt_id)
+    select = SelectConfig.model_validate(release.manifest.config.get("select") or {})
+    arguments = [
+        (run.workspace, partition, [path], None, wanted[partition], select, path)
+        for partition, path in weighed.paths.items()
+        if partition in wanted
+    ]
+    prompts: dict[str, dict[str, Any]] = {}
+    for found in run_tasks(read_examples, arguments, run.config.workers):
+        prompts.update(found)
+    return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
 
 
 def _extra_names(release: Release) -> set[str]:

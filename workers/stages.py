@@ -29,7 +29,7 @@ from grape_service.progress import reporter
 from grape_service.releases.manifest import PolicyUse
 from grape_service.render.compatibility import incompatible_ids
 from grape_service.render.renderer import Renderer
-from grape_service.report.examples import add_token_texts, read_examples
+from grape_service.report.examples import examples_of_kinds, read_examples
 from grape_service.report.statistics import SelectStatistics, source_names
 from grape_service.scores import ScoreStore
 from grape_service.select import SelectCounts, select_partition
@@ -278,9 +278,7 @@ def report_examples(run: Run, prepared: Prepared, kept: Kept, weighed: Weighed) 
     prompts: dict[str, dict[str, Any]] = {}
     for found in run_tasks(read_examples, arguments, run.config.workers):
         prompts.update(found)
-    add_token_texts(prompts.values(), run.target_renderer.token_bytes)
-    chosen = kept.statistics.examples.chosen
-    return [{**prompts[row[2]], "kind": kind} for kind, rows in chosen.items() for row in rows if row[2] in prompts]
+    return examples_of_kinds(prompts, kept.statistics.examples.chosen, run.target_renderer.token_bytes)
 
 
 def outcome_of_scores(run: Run, prepared: Prepared, scored: ScoreTotals) -> Outcome:

@@ -8,7 +8,7 @@ from grape_service.digests import partition_of
 from grape_service.errors import UserError
 from grape_service.prepare.shards import shard_paths
 from grape_service.releases.load import Release
-from grape_service.report.examples import add_token_texts, read_examples, release_rows
+from grape_service.report.examples import TokenBytes, examples_of_kinds, read_examples, release_rows
 from grape_service.report.page import facts_of_manifest, render_page
 from grape_service.scored_pool import open_scored_pool
 
@@ -39,7 +39,7 @@ def examples_of(release: Release) -> list[dict[str, Any]]:
         shards, final = shard_paths(pool.prepared, partition), release_rows(release, ids)
         prompts |= read_examples(pool.workspace, partition, shards, pool.store, ids, pool.select, None, final=final)
     try:
-        add_token_texts(prompts.values(), pool.renderer().token_bytes)
+        token_bytes: TokenBytes | None = pool.renderer().token_bytes
     except UserError:
-        add_token_texts(prompts.values(), None)
-    return [{**prompts[row[2]], "kind": kind} for kind, rows in chosen.items() for row in rows if row[2] in prompts]
+        token_bytes = None
+    return examples_of_kinds(prompts, chosen, token_bytes)

@@ -29,6 +29,8 @@ MAX_CANDIDATES = 6
 MAX_TEXT = 1_500
 """Characters of a prompt that a page shows."""
 
+EXAMPLE_KINDS = ("closest", "clearest", "random")
+
 FinalRows = dict[tuple[str, str], dict[str, Any]]
 """What is known of kept rows, by prompt and candidate: arrays of one value a token with loss."""
 
@@ -64,7 +66,7 @@ def read_examples(
     """Prompts of one partition by id, each with its candidates, best first (a Ray task).
 
     `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights;
-    `final` is the same already read.
+    `final` is the same already read. Without a `store` only kept rows have scores, of the log-probabilities there.
     Token values are cut to `max_tokens`; `num_tokens` says how many there are.
     """
     table = rows_of_prompts(storage, shards, prompt_ids, COLUMNS)
@@ -105,6 +107,9 @@ def read_examples(
         }
         if kept is not None:
             candidate.update({key: _rounded(values[:max_tokens]) for key, values in kept.items()})
+            if store is None and "logprobs" in kept:
+                known = kept["logprobs"][counted[loss_offsets[row] : loss_offsets[row + 1]]]
+                candidate["score"] = _number(known.mean()) if len(known) else None
         prompt = prompts.setdefault(
             light["prompt_id"],
             {"prompt_id": light["prompt_id"], "prompt": prompt_text(light["messages"]), "candidates": []},
@@ -120,6 +125,29 @@ def rank(candidates: list[dict[str, Any]]) -> None:
     candidates.sort(key=lambda c: (-c["score"] if c["score"] is not None else float("inf"), c["candidate_id"]))
     for place, candidate in enumerate(candidates, start=1):
         candidate["rank"] = place if candidate["score"] is not None else None
+
+
+def reason_of(candidate: dict[str, Any], candidates: list[dict[str, Any]], select: SelectConfig) -> str:
+    """Why a candidate was kept or not, in words."""
+    kept = [c for c in candidates if c["kept"]]
+    if candidate["kept"]:
+        return f"kept: number {candidate['rank']} by score" if candidate["rank"] else f"kept by method {select.method}"
+    if select.needs_scores and candidate["score"] is None:
+        return "has no score"
+    if select.min_response_tokens is not None and candidate["num_tokens"] < select.min_response_tokens:
+        return f"shorter than select.min_response_tokens {select.min_response_tokens}"
+    if select.max_response_tokens is not None and candidate["num_tokens"] > select.max_response_tokens:
+        return f"longer than select.max_response_tokens {select.max_response_tokens}"
+    if not kept:
+        if select.needs_scores and any(c["score"] is None for c in candidates):
+            return "its prompt was left out: a candidate of it could not be scored"
+        return "its prompt was left out: see min_margin, max_source_share and behavior.missing of the config"
+    if select.method != "grape":
+        return f"not chosen by method {select.method}"
+    worst = min(c["score"] for c in kept if c["score"] is not None)
+    if candidate["score"] > worst:
+        return "scored better, but select.max_source_share passed the win to another source"
+    return f"its score is lower by {worst - candidate['score']:.4f}"
 
 
 def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> FinalRows:
@@ -171,9 +199,22 @@ def content_text(content: Any) -> str:
     return content if isinstance(content, str) else "" if content is None else orjson.dumps(content).decode()
 
 
-def add_token_texts(
-    prompts: Iterable[dict[str, Any]], token_bytes: Callable[[list[int]], list[bytes | None]] | None
-) -> None:
+TokenBytes = Callable[[list[int]], list[bytes | None]]
+
+
+def examples_of_kinds(
+    prompts: dict[str, dict[str, Any]], chosen: dict[str, list[list[Any]]], token_bytes: TokenBytes | None
+) -> list[dict[str, Any]]:
+    """What a page shows: the prompts that were found, with their tokens' texts, by the kind that they were chosen as.
+
+    `chosen` holds [key, order, prompt_id] by kind, as report.statistics.Examples has them.
+    """
+    add_token_texts(prompts.values(), token_bytes)
+    found = [(kind, row[2]) for kind in EXAMPLE_KINDS for row in chosen.get(kind, []) if row[2] in prompts]
+    return [{**prompts[prompt_id], "kind": kind} for kind, prompt_id in found]
+
+
+def add_token_texts(prompts: Iterable[dict[str, Any]], token_bytes: TokenBytes | None) -> None:
     """Give each candidate `texts`, one a token: a character that several tokens share stands at its last one."""
     for prompt in prompts:
         for candidate in prompt["candidates"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import Any
 import jinja2
 import orjson
 
+from grape_service.config import SelectConfig
 from grape_service.report import plots
-from grape_service.report.examples import MAX_CANDIDATES, MAX_TEXT
+from grape_service.report.examples import MAX_CANDIDATES, MAX_TEXT, reason_of
+from grape_service.report.statistics import MAX_SOURCES
 from grape_service.report.text import cut, short, visible
 from grape_service.report.warnings import share, warnings_of
 
@@ -58,6 +62,7 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
     if report.get("weights"):
         clip = (facts["config"].get("weights") or {}).get("ratio_clip")
         figures.update(_weight_figures(report["weights"], clip))
+    selection = SelectConfig.model_validate(facts["config"].get("select") or {})
     flow = flow_of_rows(facts)
     figures["flow"] = plots.bars([label for label, _ in flow], [count for _, count in flow], "rows")
     return (
@@ -69,28 +74,30 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
             warnings=warnings_of(facts),
             reasons=reasons_of(facts),
             select=report.get("select"),
-            sources=source_rows(report.get("select"), facts),
+            sources=source_rows(report.get("select")),
             weights=report.get("weights"),
             weigh=facts["counts"].get("weigh") or {},
-            weight_figures=facts["statistics"].get("weights") or {},
-            control=control_rows(facts),
+            weight_rows=weight_rows(facts),
+            modes=shown_modes(examples),
+            engines=engine_rows(facts),
+            estimate=facts["statistics"].get("estimate"),
             figures=figures,
             figures_json=script_json(figures),
             checks=facts["statistics"].get("checks") or [],
-            examples=[_shown(example) for example in examples],
+            examples=[_shown(example, selection) for example in examples],
             config_text=orjson.dumps(facts["config"], option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS).decode(),
             seconds=facts["statistics"].get("stage_seconds") or {},
-            plotly_js=plotly_js(),
+            plotly_packed=plotly_packed(),
         )
     )
 
 
 @cache
-def plotly_js() -> str:
-    """The library that draws, as text."""
+def plotly_packed() -> str:
+    """The library that draws, as gzip in base64: a third of its size, and the same for the same library."""
     from plotly.offline import get_plotlyjs
 
-    return get_plotlyjs().replace("</script", "<\\/script")
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 @cache
@@ -99,7 +106,9 @@ def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(short=short, visible=visible, cut=cut, number=number, percent=percent)
+    environment.filters.update(short=short, visible=visible, cut=cut, number=number, percent=percent, signed=signed)
+    environment.filters["setting"] = lambda value: value if isinstance(value, str) else orjson.dumps(value).decode()
+    environment.filters["moment"] = lambda created: created[:16].replace("T", " ") + " UTC"
     return environment
 
 
@@ -116,6 +125,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None or value != value:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """A correlation; a dash where there is none."""
+    return "–" if value is None else f"{value:+.2f}"
 
 
 def percent(value: float | None) -> str:
@@ -142,42 +156,54 @@ def reasons_of(facts: dict[str, Any]) -> list[tuple[str, str, int]]:
     return [row for row in rows if row[2]]
 
 
-def source_rows(select: dict[str, Any] | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line a source: candidates, kept, share of contested prompts won, mean score, effective share."""
+def source_rows(select: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A line a source: candidates, kept, share of contested prompts won, mean score."""
     if not select:
         return []
-    by_source = (facts["counts"].get("weigh") or {}).get("sources") or {}
-    found = []
-    for place, name in enumerate(select["names"]):
-        sums = by_source.get(name)
-        squares = sums["tokens"] * sums["sum_squares"] if sums else 0
-        found.append(
-            {
-                "name": name,
-                "candidates": select["candidates"][place],
-                "kept": select["kept"][place],
-                "win_share": share(select["wins"][place], select["prompts_with"][place]),
-                "score": select["score_mean"][place] if sum(select["scores"][place]) else None,
-                "effective": sums["sum"] ** 2 / squares if sums and squares else None,
-            }
-        )
-    return found
+    return [
+        {
+            "name": name,
+            "candidates": select["candidates"][place],
+            "kept": select["kept"][place],
+            "present": select["prompts_with"][place],
+            "win_share": wins / present if (present := select["prompts_with"][place]) else None,
+            "score": select["score_mean"][place] if sum(select["scores"][place]) else None,
+        }
+        for place, (name, wins) in enumerate(zip(select["names"], select["wins"], strict=True))
+    ]
 
 
-def control_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The weights beside those that the target against itself would get."""
+def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weights, all and by source, and those that the target against itself would get."""
     from grape_service.pear import WeightTotals
 
     weigh = facts["counts"].get("weigh") or {}
     figures = facts["statistics"].get("weights")
     if not figures:
         return []
-    rows = [{"name": "these weights", **figures}]
-    names = {"control": "target against itself, exact", "control_noisy": "target against itself, scored twice"}
-    for key, name in names.items():
-        if weigh.get(key, {}).get("tokens"):
-            rows.append({"name": name, **WeightTotals.from_json(weigh[key]).figures()})
+    rows = [{"name": "all of these weights", "tokens": None, **figures}]
+    sources = sorted((weigh.get("sources") or {}).items(), key=lambda item: (-item[1]["tokens"], item[0]))
+    parts = [(f"source {name}", sums) for name, sums in sources[:MAX_SOURCES]]
+    parts.append(("control: target against itself, exact", weigh.get("control") or {}))
+    parts.append(("control: target against itself, scored twice", weigh.get("control_noisy") or {}))
+    for name, sums in parts:
+        if sums.get("tokens"):
+            rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})
+    rows[0]["tokens"] = sum(sums["tokens"] for _, sums in sources) or None
     return rows
+
+
+def engine_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What scoring took: replicas, tokens and seconds, by model and engine."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for engine in facts["statistics"].get("engines") or []:
+        name = f"{engine['engine']} {engine['version']} on {engine['device']}, {engine['dtype']}"
+        row = {"model": engine["model"], "engine": name, "replicas": 0, "tokens": 0, "seconds": 0.0}
+        row = found.setdefault((engine["policy_id"], name), row)
+        row["replicas"] += 1
+        row["tokens"] += int(engine["stats"].get("tokens", 0))
+        row["seconds"] += engine["stats"].get("seconds", 0.0)
+    return [{**row, "rate": share(row["tokens"], row["seconds"])} for row in found.values()]
 
 
 def _select_figures(select: dict[str, Any]) -> dict[str, plots.Figure]:
@@ -189,12 +215,16 @@ def _select_figures(select: dict[str, Any]) -> dict[str, plots.Figure]:
     agree = sorted(select["agree"].items(), key=lambda item: -item[1])
     labels = [*(name for name, _ in agree), "a random choice (expected)"]
     shares = [*(count / select["contested"] for _, count in agree), select["chance"]]
+    rules = {"this selection": select["wins"], **{name: select["picked"][name] for name, _ in agree}}
     figures |= {
         "scores": plots.scores(names, select["scores"]),
         "margins": plots.margins(names, select["margins"]),
         "wins": plots.bars(names, [round(rate, 4) for rate in rates], "prompts won of those it is in", percent=True),
         "length_scores": plots.length_scores(select["length_scores"]),
-        "agree": plots.bars(labels, [round(value, 4) for value in shares], "same choice", percent=True),
+        "agree": plots.bars(
+            labels, [round(value, 4) for value in shares], "prompts with the same choice", percent=True
+        ),
+        "picked": plots.picked(rules, names),
     }
     if len(names) > 1:
         figures["matrix"] = plots.win_matrix(names, select["beats"])
@@ -211,26 +241,34 @@ def _weight_figures(weights: dict[str, Any], clip: list[float] | None) -> dict[s
     }
 
 
-KIND_NAMES = {"closest": "Closest choice", "clearest": "Clearest choice", "random": "Random choice"}
+KIND_NAMES = {"closest": "Closest choice", "clearest": "Clearest choice", "random": "Random prompt"}
+MODES = {"logprobs": "log-probability", "ratios": "ratio", "weights": "weight"}
+"""What tokens can be shaded by; the page's script knows them by their place."""
 
 
-def _shown(example: dict[str, Any]) -> dict[str, Any]:
+def shown_modes(examples: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Those of which any candidate has values."""
+    there = [candidate for example in examples for candidate in example["candidates"]]
+    return [(n, name) for n, (key, name) in enumerate(MODES.items()) if any(c.get(key) is not None for c in there)]
+
+
+def _shown(example: dict[str, Any], select: SelectConfig) -> dict[str, Any]:
     """An example cut to what a page shows."""
     candidates = example["candidates"]
     kept = [c for c in candidates if c["kept"]]
     others = [c for c in candidates if not c["kept"]]
     shown = [*kept, *others][:MAX_CANDIDATES]
     return {
-        "kind": KIND_NAMES.get(example.get("kind", ""), "Choice"),
+        "kind": KIND_NAMES[example["kind"]],
         "prompt_id": example["prompt_id"],
         "prompt": cut(example["prompt"], MAX_TEXT),
         "more": len(candidates) - len(shown),
-        "candidates": [{**c, "tokens": list(_tokens(c))} for c in shown],
+        "candidates": [{**c, "tokens": list(_tokens(c)), "reason": reason_of(c, candidates, select)} for c in shown],
     }
 
 
 def _tokens(candidate: dict[str, Any]) -> Any:
-    values = [candidate.get(key) for key in ("logprobs", "ratios", "weights")]
+    values = [candidate.get(key) for key in MODES]
     for place, text in enumerate(candidate["texts"]):
         numbers = [row[place] if row is not None and place < len(row) else None for row in values]
         yield {"text": cut(text, 200), "numbers": numbers}

@@ -19,6 +19,7 @@ from grape_service.behavior import NO_SOURCE
 from grape_service.choice import KEPT, Candidates, Choice
 from grape_service.digests import prompt_order
 from grape_service.ragged import Int64s
+from grape_service.report.examples import EXAMPLE_KINDS
 from grape_service.weigh import WeightBatch
 
 MAX_SOURCES = 12
@@ -28,14 +29,16 @@ UNIT, WEIGHT_UNIT = 2.0**12, 2.0**16
 SCORE_EDGES = np.linspace(-8.0, 0.0, 81)
 MARGIN_EDGES = np.concatenate([[0.0], np.logspace(-4, 1, 51)])
 LENGTH_EDGES = 2.0 ** np.arange(0, 18.5, 0.5)
-WEIGHT_EDGES = np.linspace(-5.0, 3.0, 81)  # log10
-RATIO_EDGES = np.linspace(-4.0, 4.0, 81)
+WEIGHT_EDGES = np.linspace(-5.05, 3.05, 82)  # log10; a weight of 1 is in the middle of its bin
+FINE = 5
+"""Bins by position in one of WEIGHT_EDGES, so that quantiles of weights are known to 5%."""
+FINE_WEIGHT_EDGES = np.linspace(-5.05, 3.05, 81 * FINE + 1)
+RATIO_EDGES = np.linspace(-4.0, 4.0, 401)
 NUM_POSITIONS = 20
 LENGTH_MATCH = 1.25
 """A length-matched choice is among candidates at most this factor away from their prompt's median length."""
 
 EXAMPLES_EACH = 3
-EXAMPLE_KINDS = ("closest", "clearest", "random")
 
 
 def source_names(rows_by_source: dict[str, int], without_source: int = 0) -> list[str]:
@@ -180,7 +183,11 @@ class SelectStatistics(Statistics):
     rival_tokens: int = 0  # of the other candidates of those prompts, their mean in each, in units
     contested: int = 0  # kept prompts with two scored candidates or more
     chance: int = 0  # expected agreement of a random choice, in units
-    agree: dict[str, int] = field(default_factory=dict)  # alternative choice -> prompts where it is kept
+    agree: dict[str, int] = field(default_factory=dict)  # another rule -> contested prompts where its choice is kept
+    picked: dict[str, Int64s] = field(
+        default_factory=dict
+    )  # another rule -> [S] contested prompts by its choice's source
+    picked_tokens: dict[str, int] = field(default_factory=dict)  # another rule -> tokens of its choices
     overall: Moments = field(default_factory=Moments)  # log2 length, score
     within: Moments = field(default_factory=Moments)  # the same, less the prompt's means
     examples: Examples = field(default_factory=Examples)
@@ -288,7 +295,7 @@ class SelectStatistics(Statistics):
         self.rival_tokens += int(np.rint(rivals * UNIT).sum())
         num_kept = np.add.reduceat(kept.astype(np.int64), starts)
         self.chance += int(np.rint(num_kept[contested] / sizes[contested] * UNIT).sum())
-        self._add_alternatives(c, scored, starts, group, contested, kept, scores, tokens)
+        self._add_alternatives(c, scored, starts, group, contested, kept, scores, tokens, codes)
         numbers = prompts[rows[known]]
         self.examples.offer("closest", margins[known], detail.prompt_ids, numbers)
         self.examples.offer("clearest", -margins[known], detail.prompt_ids, numbers)
@@ -303,6 +310,7 @@ class SelectStatistics(Statistics):
         kept: npt.NDArray[np.bool_],
         scores: npt.NDArray[np.float64],
         tokens: Int64s,
+        codes: Int64s,
     ) -> None:
         """How often what another rule would choose first is among what was kept."""
         detail = c.detail
@@ -323,8 +331,11 @@ class SelectStatistics(Statistics):
             best = np.maximum.reduceat(key, starts)
             tied = np.where(key == best[group], ties, np.iinfo(np.int64).max)
             winner = tied == np.minimum.reduceat(tied, starts)[group]
-            agree = int((winner & kept & contested[group]).sum())
-            self.agree[name] = self.agree.get(name, 0) + agree
+            found = winner & contested[group]
+            by_source = np.bincount(codes[found], minlength=len(self.names))
+            self.agree[name] = self.agree.get(name, 0) + int((found & kept).sum())
+            self.picked[name] = self.picked.get(name, 0) + by_source
+            self.picked_tokens[name] = self.picked_tokens.get(name, 0) + int(tokens[found].sum())
 
 
 def _medians(values: Int64s, group: Int64s, starts: Int64s) -> npt.NDArray[np.float64]:
@@ -340,7 +351,7 @@ class WeighStatistics(Statistics):
 
     weights: Int64s  # [S, bins of WEIGHT_EDGES] log10
     ratios: Int64s  # [bins of RATIO_EDGES] known log ratios
-    positions: Int64s  # [NUM_POSITIONS, bins of WEIGHT_EDGES] by relative position in the response
+    positions: Int64s  # [NUM_POSITIONS, bins of FINE_WEIGHT_EDGES] by relative position in the response
     position_sum: list[int]  # [NUM_POSITIONS] units of 2**-16
 
     @classmethod
@@ -351,7 +362,7 @@ class WeighStatistics(Statistics):
             names,
             np.zeros((len(names), bins), dtype=np.int64),
             np.zeros(len(RATIO_EDGES) - 1, dtype=np.int64),
-            np.zeros((NUM_POSITIONS, bins), dtype=np.int64),
+            np.zeros((NUM_POSITIONS, bins * FINE), dtype=np.int64),
             [0] * NUM_POSITIONS,
         )
 
@@ -372,7 +383,8 @@ class WeighStatistics(Statistics):
         sums = np.array([value / WEIGHT_UNIT for value in self.position_sum])
         plain["position_mean"] = (sums / counts).tolist()
         for share in (0.1, 0.5, 0.9):
-            plain[f"position_q{share * 100:.0f}"] = [_quantile(row, share) for row in self.positions]
+            logs = [quantile(row, FINE_WEIGHT_EDGES, share) for row in self.positions]
+            plain[f"position_q{share * 100:.0f}"] = [None if log is None else 10**log for log in logs]
         total = sums.sum()
         plain["last_tenth"] = float(sums[-NUM_POSITIONS // 10 :].sum() / total) if total else None
         del plain["position_sum"], plain["positions"]
@@ -384,11 +396,11 @@ class WeighStatistics(Statistics):
         codes = np.repeat(source_codes(batch.sources, self.names), lengths)
         place = np.arange(int(batch.offsets[-1])) - np.repeat(batch.offsets[:-1], lengths)
         position = place * NUM_POSITIONS // np.maximum(1, np.repeat(lengths, lengths))
-        step = WEIGHT_EDGES[1] - WEIGHT_EDGES[0]
-        num_bins = len(WEIGHT_EDGES) - 1
-        logs = np.log10(np.maximum(batch.weights, 10.0 ** WEIGHT_EDGES[0]))
-        bins = np.clip((logs - WEIGHT_EDGES[0]) / step, 0, num_bins - 1).astype(np.int64)
-        self.weights += _table(codes, bins, len(self.names), num_bins)
+        step = FINE_WEIGHT_EDGES[1] - FINE_WEIGHT_EDGES[0]
+        num_bins = len(FINE_WEIGHT_EDGES) - 1
+        logs = np.log10(np.maximum(batch.weights, 10.0 ** FINE_WEIGHT_EDGES[0]))
+        bins = np.clip((logs - FINE_WEIGHT_EDGES[0]) / step, 0, num_bins - 1).astype(np.int64)
+        self.weights += _table(codes, bins // FINE, len(self.names), num_bins // FINE)
         self.positions += _table(position, bins, NUM_POSITIONS, num_bins)
         units = np.rint(np.minimum(batch.weights, 2.0**20) * WEIGHT_UNIT)
         sums = np.bincount(position, weights=units, minlength=NUM_POSITIONS)
@@ -401,10 +413,13 @@ class WeighStatistics(Statistics):
         self.ratios += np.bincount(np.minimum(ratio_bins.astype(np.int64), last), minlength=last + 1)
 
 
-def _quantile(row: Int64s, share: float) -> float | None:
-    """A weight of which about `share` of a histogram's values are at or below; None of nothing."""
-    total = int(row.sum())
-    if not total:
+def quantile(row: npt.ArrayLike, edges: npt.NDArray[np.float64], share: float) -> float | None:
+    """The value at or below which are `share` > 0 of a histogram's values, between the edges of its bin; None of
+    nothing."""
+    counts = np.asarray(row, dtype=np.int64)
+    sums = np.cumsum(counts)
+    if not sums[-1]:
         return None
-    place = int(np.searchsorted(np.cumsum(row), share * total))
-    return float(10 ** ((WEIGHT_EDGES[place] + WEIGHT_EDGES[place + 1]) / 2))
+    place = int(np.searchsorted(sums, share * sums[-1]))
+    part = (share * sums[-1] - (sums[place] - counts[place])) / counts[place]
+    return float(edges[place] + part * (edges[place + 1] - edges[place]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _UNSEEN = re.compile(
     "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -44,6 +45,15 @@ def short(text: str, most: int = 40) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def plot_label(text: str, most: int = 24) -> str:
-    """A name in a plot: plotly reads a little HTML in its texts."""
-    return html.escape(short(text, most))
+def plot_labels(texts: Sequence[str], most: int = 24) -> list[str]:
+    """Names in a plot, each another: long ones lose their middle, since the ends of model names tell them apart.
+    plotly reads a little HTML in its texts."""
+    found: list[str] = []
+    for text in texts:
+        line = short(text, 1 << 30)
+        label = line if len(line) <= most else f"{line[: most // 2]}…{line[-(most - most // 2 - 1) :]}"
+        label, number = html.escape(label), 2
+        while label in found:
+            label, number = f"{html.escape(line[: most - 4])}… ({number})", number + 1
+        found.append(label)
+    return found

@@ -7,16 +7,40 @@
     if (narrow) figure.layout.font.size = 11;
     return Plotly.newPlot(div, figure.data, figure.layout, { responsive: true, displayModeBar: false });
   };
-  // One plot at a time, so that the page can be read and scrolled from the start.
+  // The library is packed, and unpacked when there is already something to read.
+  const library = async () => {
+    const packed = document.getElementById("plotly").textContent;
+    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(packed) : Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  };
   const pause = () => new Promise((done) => setTimeout(done, 0));
+  const painted = () =>
+    new Promise((done) => {
+      new PerformanceObserver(done).observe({ type: "paint", buffered: true });
+      setTimeout(done, 500);
+    });
+  // One plot at a time, the nearest to what is in view first, so that the page can be read and scrolled from the start.
   window.plotsDrawn = (async () => {
-    for (const div of document.querySelectorAll(".plot")) {
-      await draw(div);
+    await painted();
+    await library();
+    const left = [...document.querySelectorAll(".plot")];
+    while (left.length) {
+      const distances = new Map(left.map((div) => [div, Math.abs(div.getBoundingClientRect().top - innerHeight / 2)]));
+      left.sort((a, b) => distances.get(a) - distances.get(b));
+      await draw(left.shift());
       await pause();
     }
   })();
 
   const names = ["log-probability", "ratio", "weight"];
+  const scales = [
+    "the darker, the less probable under the target; full colour at -5.5 and below",
+    "orange: less probable under the target than under its behavior policy; blue: more probable; only kept rows have ratios",
+    "orange: weighs less than 1; blue: weighs more; only kept rows have weights",
+  ];
   const readout = document.getElementById("readout");
   if (!readout) return;
   const shade = (mode, value) => {
@@ -28,6 +52,7 @@
     return signed < 0 ? `rgba(217,105,43,${strength.toFixed(3)})` : `rgba(61,125,202,${strength.toFixed(3)})`;
   };
   const paint = (mode) => {
+    document.getElementById("scale").textContent = scales[mode];
     for (const token of document.querySelectorAll(".tokens span")) token.style.background = shade(mode, token.dataset[mode]);
   };
   const tell = (token) => {
@@ -54,5 +79,6 @@
       }
     });
   }
-  paint(0);
+  const checked = document.querySelector("input[name=mode]:checked");
+  if (checked) paint(Number(checked.value));
 })();

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grape_service.report.comparison import render_comparison
 from grape_service.report.page import render_page
 from tests.chromium import BINARY, Browser, running_browser
 from tests.grape_service.report.made_report import HOSTILE, examples, facts
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here: apt-ge
 
 SHOTS = os.environ.get("GRAPE_SCREENSHOTS")
 DRAWN = ".cartesianlayer .trace, .cartesianlayer image"
-SIZES = [(1280, 900, False), (390, 844, True)]
+SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
 
 CONTRASTS = """(() => {
   const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -52,30 +53,54 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("comparison") / "comparison.html"
+    sides = {"candidate_id": HOSTILE[0], "tokens": 7, "score": -1.0, "score_other": -1.5}
+    sides = {"first": {**sides, "source": HOSTILE[1]}, "second": {**sides, "source": HOSTILE[5]}}
+    entry = {"prompt_id": HOSTILE[0], "lost": 1.0, "rank_correlation": -1.0, **sides}
+    ranking = {"prompts": 3, "rank_correlation": 0.5, "same_first": 0.5, "histogram": [1] * 20}
+    found = {
+        **{"first": HOSTILE[5], "second": "b@v2", "prompts": {"first": 3, "second": 3, "both": 3}, "same_choice": 2},
+        **{"agreement": 2 / 3, "sources": {HOSTILE[0]: [3, 2], HOSTILE[4]: [0, 1]}},
+        **{
+            "moves": [{"from": HOSTILE[5], "to": None, "prompts": 1}],
+            "ranking": {**ranking, "most_different": [entry]},
+        },
+        "settings": [{"key": "select.keep", "first": HOSTILE[0], "second": None}],
+    }
+    path.write_text(render_comparison(found))
+    return path
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with running_browser(tmp_path_factory.mktemp("chromium")) as running:
         yield running
 
 
-@pytest.mark.parametrize(("width", "height", "dark"), SIZES, ids=["laptop-light", "phone-dark"])
-def test_page_is_drawn_quiet_and_readable(browser: Browser, page: Path, width: int, height: int, dark: bool) -> None:
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_page_is_drawn_quiet_and_readable(
+    browser: Browser, page: Path, comparison: Path, name: str, size: str, dark: bool
+) -> None:
     browser.errors.clear()
     browser.asked.clear()
-    seconds = browser.open(page, width, height, dark)
+    browser.open(page if name == "report" else comparison, *SIZES[size], dark)
     plots = browser.run("document.querySelectorAll('.plot').length")
-    assert plots == 11
+    assert plots == (12 if name == "report" else 2)
     assert browser.run(f"[...document.querySelectorAll('.plot')].every((p) => p.querySelector({DRAWN!r}))")
     assert browser.run("[...document.querySelectorAll('.plot')].every((p) => p.clientHeight > 100)")
     assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), "the page is wider than the window"
     assert browser.run("window.hacked") is None
-    for text in (HOSTILE[0], HOSTILE[5]):
+    for text in (HOSTILE[0], HOSTILE[5]) if name == "report" else ():
         assert browser.run(f"document.body.innerText.includes({text!r})")
+    if SHOTS:
+        browser.screenshot(Path(SHOTS) / f"{name}-{size}-{'dark' if dark else 'light'}.png")
+    assert browser.axe() == []
     assert browser.run(CONTRASTS) == []
     assert browser.errors == []
     assert [url for url in browser.asked if not url.startswith(("file:", "data:", "blob:"))] == []
-    print(f"{width} wide: {seconds:.2f} s until all plots are drawn")
-    if SHOTS:
-        browser.screenshot(Path(SHOTS) / f"{width}-{'dark' if dark else 'light'}.png")
 
 
 def test_hover_and_keyboard(browser: Browser, page: Path) -> None:
