@@ -281,7 +281,7 @@ class WorkersConfig(Model):
     """How the stages run."""
 
     replicas: int | Literal["auto"] = "auto"
-    """Scoring engines at the same time; auto: as many as the GPUs allow, one where there is none."""
+    """Scoring engines at the same time; auto: as many as fit on the GPUs, or one a node without GPUs."""
     ray_address: str = "auto"
     """auto starts a private Ray; http://head:8265 submits there as one job."""
     max_failed_share: float = Field(0.0, ge=0, le=1)

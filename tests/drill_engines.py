@@ -28,6 +28,24 @@ class SlowEngine(TransformersEngine):
         return super().score(batch, temperature)
 
 
+class TogetherEngine(SlowEngine):
+    """As slow, from a moment on at which DRILL_ENGINES of them are in a call, the canary's not counted.
+
+    A file in DRILL_FOLDER for each that is so far, named by its process id.
+    """
+
+    is_canary = True
+
+    def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
+        folder = Path(os.environ["DRILL_FOLDER"])
+        if not self.is_canary:
+            (folder / str(os.getpid())).touch()
+            while len(list(folder.iterdir())) < int(os.environ["DRILL_ENGINES"]):
+                time.sleep(0.1)
+        self.is_canary = False
+        return super().score(batch, temperature)
+
+
 class DrillEngine(ConstantEngine):
     """Does what the JSON file DRILL_FILE says at each call; scores are those of the constant engine.
 

@@ -61,6 +61,7 @@ class RayCluster:
         """`ray start --block ARGUMENTS` as a child process of this one."""
         environment = {**os.environ, **self.environment, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0"}
         environment |= {"OMP_NUM_THREADS": "1", "PREFECT_HOME": str(self.folder / "prefect"), "PYTHONPATH": str(ROOT)}
+        environment["RAY_health_check_period_ms"] = "500"  # a lost node is noticed in seconds, a busy one is not lost
         environment["PATH"] = f"{RAY.parent}{os.pathsep}{environment['PATH']}"
         agent = f"--dashboard-agent-listen-port={free_port()}"
         log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")

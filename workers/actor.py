@@ -76,8 +76,8 @@ class ScoringActor:
         self.callers = threading.Semaphore(1)
         self.state_lock = threading.Lock()
         self.tokens_done = 0
-        self.begun: set[str] = set()
-        self.taken_back: set[str] = set()
+        self.waiting: set[int] = set()  # calls of score that are not on the engine yet
+        self.taken_back: set[int] = set()
         self.events: deque[str] = deque()
 
     def start(self) -> dict[str, object]:
@@ -117,19 +117,31 @@ class ScoringActor:
         """Whether the engine can go on after an error; if not, this replica has to be replaced."""
         return bool(getattr(self.engine, "is_usable", True))
 
-    def take_back(self, path: str) -> bool:
-        """Give up a unit that waits here for the engine; False when it was begun."""
+    def take_back(self, call: int) -> bool:
+        """Give up a call of `score` that waits for the engine; False when it was begun, ended or did not come yet."""
         with self.state_lock:
-            if path in self.begun:
+            if call not in self.waiting:
                 return False
-            self.taken_back.add(path)
+            self.waiting.discard(call)
+            self.taken_back.add(call)
             return True
 
-    def score(self, unit: Unit, store_id: str, temperature: float = 1.0) -> UnitResult | None:
+    def score(self, call: int, unit: Unit, store_id: str, temperature: float = 1.0) -> UnitResult | None:
         """Score the rows of a unit that have no scores yet and store them; None when it was taken back.
 
-        `store_id` is the policy id under which scores at this temperature are kept.
+        `call` is a number of this call's own; `store_id` is the policy id under which scores at this temperature
+        are kept.
         """
+        with self.state_lock:
+            self.waiting.add(call)
+        try:
+            return self._score_unit(call, unit, store_id, temperature)
+        finally:
+            with self.state_lock:
+                self.waiting.discard(call)
+                self.taken_back.discard(call)
+
+    def _score_unit(self, call: int, unit: Unit, store_id: str, temperature: float) -> UnitResult | None:
         store = ScoreStore(self.spec.workspace, store_id)
         table = read_rows(self.spec.workspace, unit.path)
         total = table.num_rows
@@ -139,10 +151,9 @@ class ScoringActor:
         batch = token_batch(table)
         with self.callers:
             with self.state_lock:
-                if unit.path in self.taken_back:
-                    self.taken_back.discard(unit.path)
+                if call in self.taken_back:
                     return None
-                self.begun.add(unit.path)
+                self.waiting.discard(call)
             started = time.monotonic()
             scores = self._score_batch(batch, temperature)
             seconds = time.monotonic() - started
@@ -154,8 +165,6 @@ class ScoringActor:
         if bad:
             failed = table.take(list(bad))
             write_failures(self.spec.workspace, self.spec.run_id, store_id, unit, failed, list(bad.values()))
-        with self.state_lock:
-            self.begun.discard(unit.path)
         return UnitResult(int(good.sum()), len(bad), total - len(batch), batch.num_tokens, seconds)
 
     def _score_batch(self, batch: TokenBatch, temperature: float) -> npt.NDArray[np.float32]:

@@ -15,8 +15,15 @@ from typing import Any, TypeVar
 import ray
 
 from grape_service.config import WorkersConfig
+from grape_service.errors import StageError, UserError
 
 T = TypeVar("T")
+
+ENGINE_CPUS = 0.001
+"""CPUs that an engine asks Ray for: a place on a node that has some, without a stage's task losing one to it."""
+TASK_CPUS = 0.95
+"""CPUs that a stage's task asks for: engines have room beside as many tasks as there are CPUs."""
+TASK_RETRIES = 3
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: the run joins that job's cluster."""
@@ -26,8 +33,7 @@ IN_CLUSTER = "GRAPE_IN_CLUSTER"
 def ray_for(workers: WorkersConfig) -> Iterator[None]:
     """Ray is up inside the block and gone after it.
 
-    A private Ray never joins one that it finds. Engines get a core's share each by their own options, so
-    logical CPUs are the machine's cores and one for each engine.
+    A private Ray never joins one that it finds.
     """
     if ray.is_initialized():
         yield
@@ -72,9 +78,20 @@ def num_slots(workers: WorkersConfig) -> int:
     return num_cores(workers)
 
 
-def num_gpus() -> int:
-    """GPUs of the whole cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+def node_gpus() -> list[int]:
+    """GPUs of each node that has some: of those that are there and of those that the autoscaler may start."""
+    there = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+    config = ray._private.state.state.get_cluster_config()  # type: ignore[attr-defined]
+    promised = []
+    for group in config.node_group_configs if config is not None else ():
+        promised += [int(group.resources.get("GPU", 0))] * max(1, group.max_count)  # -1: without a limit
+    found = max(there, promised, key=sum)
+    return [gpus for gpus in found if gpus]
+
+
+def num_nodes() -> int:
+    """Nodes that tasks can run on now."""
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
 
 
 def import_path() -> list[str]:
@@ -93,10 +110,11 @@ def run_tasks(
 ) -> list[T]:
     """Run `function(*arguments[i])` as Ray tasks, a few in flight at a time; results in order.
 
-    `done(i, result)` is called in the driver as each ends. A task that a lost worker takes with it is run
-    again by Ray, up to 3 times; an exception of the function itself ends the stage at once.
+    `done(i, result)` is called in the driver as each ends. A task that a lost process or node takes with it is
+    run again by Ray, up to 3 times, on whatever node is left; an exception of the function itself ends the stage
+    at once.
     """
-    remote = ray.remote(num_cpus=1, max_retries=3)(function).options(
+    remote = ray.remote(num_cpus=TASK_CPUS, max_retries=TASK_RETRIES)(function).options(
         runtime_env={
             "env_vars": {
                 "PYTHONPATH": os.pathsep.join(import_path()),
@@ -122,6 +140,9 @@ def run_tasks(
                 results[index] = ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
                 raise original(error) from None
+            except ray.exceptions.RayError as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise StageError(f"a task was lost with its process {TASK_RETRIES + 1} times: {reason}") from error
             if done:
                 done(index, results[index])
     finally:
@@ -131,8 +152,6 @@ def run_tasks(
 
 def original(error: ray.exceptions.RayTaskError) -> Exception:
     """The exception that a task raised, without Ray's wrapping when it is one of ours."""
-    from grape_service.errors import StageError, UserError
-
     cause = error.cause
     if isinstance(cause, UserError | StageError):
         return type(cause)(*cause.args)

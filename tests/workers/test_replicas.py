@@ -121,6 +121,7 @@ def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> Non
     with new_run(bench.config(2)) as run, engines_of(run) as engines:
         shards = make_shards(run.workspace, num_shards)
         replicas = engines.of(run.config.target, num_shards)
+        replicas.wait_ready(2)
         assert len(replicas.replicas) == 2
         started = time.monotonic()
         totals = score_shards(run, engines, run.config.target, shards, "score")
