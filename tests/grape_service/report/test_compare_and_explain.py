@@ -31,6 +31,7 @@ def test_a_release_agrees_with_itself(tmp_path: Path) -> None:
     assert found["agreement"] == 1.0
     assert found["ranking"]["rank_correlation"] == pytest.approx(1.0)
     assert found["ranking"]["most_different"] == []
+    assert found["ranking"]["score_difference"] == {"mean": 0.0, "largest": 0.0}
     assert found["settings"] == []
 
 
@@ -43,6 +44,10 @@ def test_two_targets_that_disagree_in_a_third_of_the_prompts(tmp_path: Path) -> 
     assert found["moves"] == [{"from": "s0", "to": "s2", "prompts": 10}]
     assert found["ranking"]["rank_correlation"] == pytest.approx((20 - 10) / 30)
     assert found["ranking"]["same_first"] == pytest.approx(2 / 3)
+    # 0.01 a prompt's number; in every third the first and the last of three change places, in one by 0.5 more.
+    total = sum(4 + 0.01 * number if number % 3 == 0 else 0.03 * number for number in range(30)) + 0.5
+    apart = {"mean": total / 90, "largest": 2.5 - 0.09}
+    assert found["ranking"]["score_difference"] == pytest.approx(apart, abs=1e-6)
     assert found["ranking"]["most_different"][0]["prompt_id"] == "p009"
     assert found["ranking"]["most_different"][0]["lost"] == pytest.approx(2.0 + 2.5)
     assert {"key": "target.model", "first": "one", "second": "two"} in found["settings"]
