@@ -40,9 +40,6 @@ cancels in the difference that a response takes of it."""
 CHUNK_TOKENS = 1 << 16
 """Tokens worked on at a time, so that the intermediate arrays stay in the processor's cache."""
 
-SCORING_NOISE = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
-"""Standard deviation of a token's log ratio between two scorings by one policy, by precision."""
-
 
 @dataclass(frozen=True)
 class PearWeights:
@@ -142,13 +139,6 @@ def _log_weights(delta: npt.NDArray[np.float64], offsets: Int64s, config: Weight
         remaining = last - block_end  # T - e_k
         later = running[last] - running[block_end]
     return remaining * np.log(config.gamma) + later * (1 / FIXED_POINT)
-
-
-def control_ratios(num_tokens: int, noise: float, seed: int) -> npt.NDArray[np.float64]:
-    """Log ratios [L] of a policy against itself, scored twice: normal noise of that standard deviation."""
-    if noise == 0:
-        return np.zeros(num_tokens)
-    return np.random.Generator(np.random.Philox(key=seed)).normal(0.0, noise, num_tokens)
 
 
 @dataclass

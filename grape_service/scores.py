@@ -29,6 +29,8 @@ from grape_service.schemas import SCORE
 from grape_service.storage import Storage
 
 PARTITION_PATTERN = re.compile(r"b[01]*")
+TWICE_SUFFIX = "-twice"
+"""After a policy id: second scorings of a few rows, for the control of weights."""
 METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
 

@@ -6,7 +6,7 @@ which. Both policies score the same response tokens, one value for each token wi
 
 from __future__ import annotations
 
-import zlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,10 +27,8 @@ from grape_service.config import Config, WeightsConfig
 from grape_service.counts import Counts
 from grape_service.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.pear import (
-    SCORING_NOISE,
     PearWeights,
     WeightTotals,
-    control_ratios,
     log_ratios,
     pear_weights,
     totals_by_group,
@@ -52,11 +50,14 @@ from grape_service.row_scores import (
     read_scores,
 )
 from grape_service.schemas import LOSS_TURN_END
-from grape_service.scores import ScoreStore
+from grape_service.scores import ScoreStore, ScoreTable
 from grape_service.storage import Storage
 
 PEAR, UNIFORM = "pear", "uniform"
 """Values of weight_source."""
+
+TWICE_PARTITION = "b"
+"""Where second scorings for the control are kept: they are few."""
 
 WEIGHED_COLUMNS = [
     pa.field("behavior_logprobs", pa.list_(pa.float32())),  # one a token with loss; null without a behavior
@@ -91,8 +92,15 @@ class WeighCounts(Counts):
     """Sums over PEAR weights by source, before `normalize: dataset`."""
     control: WeightTotals = field(default_factory=WeightTotals)
     """The same sums if both policies were the target and every score exact."""
-    control_noisy: WeightTotals = field(default_factory=WeightTotals)
-    """The same with the noise that scoring twice at this precision has."""
+    control_twice: WeightTotals = field(default_factory=WeightTotals)
+    """What the target against itself really gets, over the kept rows that it scored twice."""
+    noise_squares: float = 0.0
+    """Sum over the tokens of `control_twice` of the squared difference between the two scorings."""
+
+    @property
+    def scoring_noise(self) -> float | None:
+        """Root mean square difference of a token's log-probability between two scorings by the target."""
+        return math.sqrt(self.noise_squares / self.control_twice.tokens) if self.control_twice.tokens else None
 
     @property
     def totals(self) -> WeightTotals:
@@ -135,12 +143,14 @@ def weigh_partition(
     out_path: str,
     at_temperature: dict[float, ScoreStore] | None = None,
     observer: WeighObserver | None = None,
+    twice_store: ScoreStore | None = None,
 ) -> WeighCounts:
     """Write the kept rows of a partition with their weights to `out_path`, in the same order.
 
     `target_store` is None where the kept rows bring their target_logprobs. `behavior_scores` are in the
     order of `config.behavior.policies()`. `at_temperature` holds the target's scores with its logits
-    divided by a temperature, for rows that were recorded at that one. A prompt of which a row could not
+    divided by a temperature, for rows that were recorded at that one. `twice_store` holds a second scoring
+    of some rows by the target, for the control. A prompt of which a row could not
     be scored is left out whole. Raises UserError for rows without a behavior where `missing` is error,
     StageError where scores do not fit their rows.
     """
@@ -164,8 +174,7 @@ def weigh_partition(
     )
     kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts)
     del light
-    noise = SCORING_NOISE[config.target.dtype]
-    seed = zlib.crc32(partition.encode()) << 32
+    twice = twice_store.read(TWICE_PARTITION, keys) if twice_store is not None else None
 
     def weighed_tables() -> Iterator[pa.Table]:
         row = 0
@@ -174,9 +183,11 @@ def weigh_partition(
             batch = _Batch(table.take(rows), rows + row, behaviors, scores)
             pear = pear_weights(batch.ratios, batch.pear_offsets, weights)
             if len(batch.pear_rows):
-                _count_weights(counts, batch, pear, weights, noise, seed + row)
+                _count_weights(counts, batch, pear, weights)
                 if observer is not None:
                     observer.add_weights(WeightBatch(batch.sources, batch.pear_offsets, pear.weights, batch.ratios))
+            if twice is not None:
+                _count_twice(counts, batch, twice, rows + row, weights)
             yield batch.output(pear)
             row += table.num_rows
 
@@ -296,16 +307,29 @@ def _lists(offsets: Int64s, values: npt.NDArray[np.float32], valid: npt.NDArray[
     )
 
 
-def _count_weights(
-    counts: WeighCounts, batch: _Batch, pear: PearWeights, weights: WeightsConfig, noise: float, seed: int
-) -> None:
+def _count_weights(counts: WeighCounts, batch: _Batch, pear: PearWeights, weights: WeightsConfig) -> None:
     encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
     for name, totals in zip(names, totals_by_group(pear, batch.pear_offsets, codes, len(names)), strict=True):
         counts.sources[name] = counts.sources.get(name, WeightTotals()) + totals
     counts.unknown_tokens += int(np.isnan(batch.ratios).sum())
-    together = np.zeros(len(batch.pear_rows), dtype=np.int64)
-    for name, level in (("control", 0.0), ("control_noisy", noise)):
-        control = pear_weights(control_ratios(len(batch.ratios), level, seed), batch.pear_offsets, weights)
-        totals = totals_by_group(control, batch.pear_offsets, together, 1)[0]
-        setattr(counts, name, getattr(counts, name) + totals)
+    exact = pear_weights(np.zeros(len(batch.ratios)), batch.pear_offsets, weights)
+    counts.control += _totals(exact, batch.pear_offsets)
+
+
+def _count_twice(counts: WeighCounts, batch: _Batch, twice: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
+    """The weights of the target against its second scoring; `rows` [N] are the batch's places in `twice`."""
+    usable = segment_sums(~np.isfinite(batch.target), batch.offsets) == 0
+    usable &= twice.finite()[rows] & (twice.lengths[rows] == batch.lengths)
+    there = np.flatnonzero(usable)
+    if not len(there):
+        return
+    first = batch.target[gather_rows(batch.offsets[there], batch.lengths[there])]
+    ratios = log_ratios(first, twice.take(rows[there]))
+    counts.noise_squares += float(np.square(ratios).sum())
+    offsets = offsets_from_lengths(batch.lengths[there])
+    counts.control_twice += _totals(pear_weights(ratios, offsets, weights), offsets)
+
+
+def _totals(pear: PearWeights, offsets: Int64s) -> WeightTotals:
+    return totals_by_group(pear, offsets, np.zeros(len(offsets) - 1, dtype=np.int64), 1)[0]

@@ -42,15 +42,19 @@ class Engines:
 
     def of(self, policy: PolicyConfig, num_units: int) -> Replicas:
         """Started engines for a policy; those of another policy are ended first."""
-        policy_id = self.run.policy_id(policy)
-        if self.replicas is not None and self.replicas.spec.policy_id == policy_id:
+        if self.replicas is not None and self.are_up(policy):
             return self.replicas
         self.close()
+        policy_id = self.run.policy_id(policy)
         config = self.run.config
         spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse)
         count = num_replicas(config, policy.tensor_parallel, num_units)
         self.replicas = Replicas(config, spec, count)
         return self.replicas
+
+    def are_up(self, policy: PolicyConfig) -> bool:
+        """Whether engines of this policy are started."""
+        return self.replicas is not None and self.replicas.spec.policy_id == self.run.policy_id(policy)
 
     def close(self) -> None:
         """End the engines and keep what they were and did for the manifest."""
@@ -81,9 +85,13 @@ def score_shards(
     shards: Sequence[ShardFile],
     stage: str,
     temperature: float = 1.0,
+    store_id: str | None = None,
 ) -> ScoreTotals:
-    """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing."""
-    store_id = run.policy_id(policy, temperature)
+    """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing.
+
+    Scores are kept under the policy's id at this temperature, unless a `store_id` is given.
+    """
+    store_id = store_id or run.policy_id(policy, temperature)
     units, reused = plan_units(run, store_id, shards)
     totals = ScoreTotals(reused=reused)
     if not units:

@@ -15,6 +15,7 @@ from grape_service.storage import Storage
 from grape_service.weigh import BehaviorScores, WeighCounts, dataset_factor, weigh_partition
 from workers import publishing
 from workers.cluster import run_tasks
+from workers.control import score_twice, twice_store
 from workers.publishing import file_digest
 from workers.replicas import ScoreTotals
 from workers.run import Run
@@ -63,8 +64,6 @@ def score_policies(run: Run, engines: Engines, kept: Kept) -> Derivations:
     if config.weights is None:
         return Derivations()
     groups = policy_groups(run, kept)
-    if not groups:
-        return Derivations()
     with run.stage("score behavior"):
         arguments = [
             (
@@ -79,9 +78,10 @@ def score_policies(run: Run, engines: Engines, kept: Kept) -> Derivations:
             )
             for partition, path in kept.paths.items()
         ]
-        made = run_tasks(derive_partition, arguments, config.workers)
-        derivations = Derivations(groups, dict(zip(kept.paths, made, strict=True)))
-        for group in sorted(groups, key=lambda group: not _same_weights(run, group)):
+        made = run_tasks(derive_partition, arguments if groups else [], config.workers)
+        derivations = Derivations(groups, dict(zip(kept.paths, made, strict=bool(groups))))
+
+        def score_group(group: Group) -> None:
             shards = [
                 ShardFile(shard.path, partition, shard.rows, shard.tokens)
                 for partition, by_group in derivations.shards.items()
@@ -91,6 +91,15 @@ def score_policies(run: Run, engines: Engines, kept: Kept) -> Derivations:
                 stage = f"score {group.name}"
                 totals = score_shards(run, engines, group.policy, shards, stage, group.temperature)
                 derivations.totals[group.name] = totals
+
+        # What the target scores comes first: its engines may be up.
+        ours = [group for group in groups if _same_weights(run, group)]
+        for group in ours:
+            score_group(group)
+        score_twice(run, engines, kept.paths)
+        for group in groups:
+            if group not in ours:
+                score_group(group)
     return derivations
 
 
@@ -146,6 +155,7 @@ class Lookups:
     target: ScoreStore | None
     behaviors: list[BehaviorScores]
     at_temperature: dict[float, ScoreStore]
+    twice: ScoreStore
 
 
 def _lookups(run: Run, derivations: Derivations, partition: str) -> Lookups:
@@ -159,7 +169,7 @@ def _lookups(run: Run, derivations: Derivations, partition: str) -> Lookups:
         else:
             paths = [shard.path for shard in derivations.shards[partition][group.name].shards]
             behaviors.append(BehaviorScores(store, paths))
-    return Lookups(target, behaviors, at_temperature)
+    return Lookups(target, behaviors, at_temperature, twice_store(run))
 
 
 def weigh_task(
@@ -177,6 +187,7 @@ def weigh_task(
         out_path,
         at_temperature=lookups.at_temperature,
         observer=statistics,
+        twice_store=lookups.twice,
     )
     return counts, file_digest(storage, out_path), statistics
 

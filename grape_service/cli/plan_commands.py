@@ -19,7 +19,8 @@ def plan(
     config: ConfigArgument,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Scoring engines at the same time.")] = 1,
     device: Annotated[
-        str | None, typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs, else H100.")
+        str | None,
+        typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs, else H100."),
     ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option("--tokens-per-second", min=0.001, help="Of one replica, where you know it.")

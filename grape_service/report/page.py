@@ -185,7 +185,7 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     sources = sorted((weigh.get("sources") or {}).items(), key=lambda item: (-item[1]["tokens"], item[0]))
     parts = [(f"source {name}", sums) for name, sums in sources[:MAX_SOURCES]]
     parts.append(("control: target against itself, exact", weigh.get("control") or {}))
-    parts.append(("control: target against itself, scored twice", weigh.get("control_noisy") or {}))
+    parts.append(("control: target against itself, scored twice", weigh.get("control_twice") or {}))
     for name, sums in parts:
         if sums.get("tokens"):
             rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})

@@ -11,6 +11,7 @@ import pytest
 
 import grape_service
 from grape_service.errors import UserError
+from grape_service.weigh import WeighCounts
 from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
 
@@ -51,6 +52,11 @@ def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
             assert weights[mask][-1] == 1.0
             assert (weights[~mask] == 0).all()
             assert row["grape_score"] == pytest.approx(np.array(row["target_logprobs"])[mask][:-1].mean(), abs=1e-6)
+
+        weigh = WeighCounts.from_json(grape_service.load(first["reference"]).manifest.counts["weigh"])
+        assert weigh.control_twice.rows == 10
+        assert weigh.scoring_noise is not None
+        assert 0 <= weigh.scoring_noise < 1e-5
 
         again = job.run()
         assert again["scored"] == 0

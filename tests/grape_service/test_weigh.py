@@ -46,6 +46,7 @@ class Bench:
         self.rows = rows
         self.target = ScoreStore(self.storage, "target")
         self.writer = ScoreStore(self.storage, "writer")
+        self.twice = ScoreStore(self.storage, "target-twice")
         shards = put_shards(self.storage, [rows])
         select_partition(self.storage, "b", shards, None, config({"column": "c"}), None, "kept.parquet")
 
@@ -69,7 +70,16 @@ class Bench:
             settings.behavior.policies()
         )
         return weigh_partition(
-            self.storage, "b", "kept.parquet", self.target, scores, settings, "weighed.parquet", temperatures, observer
+            self.storage,
+            "b",
+            "kept.parquet",
+            self.target,
+            scores,
+            settings,
+            "weighed.parquet",
+            temperatures,
+            observer,
+            self.twice,
         )
 
     def weighed(self) -> dict[str, dict]:
@@ -95,6 +105,7 @@ def test_a_behavior_policy_with_its_own_rendering(tmp_path):
         bench.writer,
         {other_key(rows[0]): [-1.5, -1, -0.25], other_key(rows[1]): [-1, -2], other_key(rows[2]): [-1, -2]},
     )
+    put_scores(bench.twice, {rows[2].key: [-1.5, -3.25]})
     counts = bench.weigh(config(POLICY))
     weighed = bench.weighed()
     np.testing.assert_allclose(weighed["x"]["weights"], token_weights([0.5, -1.0, -0.25]), rtol=1e-6)
@@ -110,8 +121,9 @@ def test_a_behavior_policy_with_its_own_rendering(tmp_path):
     assert counts.totals.tokens == 7
     assert counts.totals.sum == pytest.approx(sum(sum(row["weights"]) for row in weighed.values()))
     assert counts.control.sum == pytest.approx(1 + GAMMA + GAMMA**2 + 2 * (1 + GAMMA))
-    assert counts.control_noisy.sum == pytest.approx(counts.control.sum, rel=1e-2)
-    assert counts.control_noisy.sum != counts.control.sum
+    assert counts.control_twice.tokens == 2
+    assert counts.control_twice.sum == pytest.approx(sum(token_weights([0.5, 0.25])))
+    assert counts.scoring_noise == pytest.approx(math.sqrt((0.5**2 + 0.25**2) / 2))
     assert WeighCounts.from_json(counts.to_json()) == counts
     assert (counts + counts).sources["w"].tokens == 14
 
