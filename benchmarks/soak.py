@@ -34,7 +34,9 @@ import numpy as np
 
 import grape_service
 from grape_service.releases.catalog import read_catalog
+from grape_service.releases.claim import CLAIM
 from grape_service.releases.gc import collect
+from grape_service.releases.manifest import read_manifest
 from grape_service.releases.verify import verify
 from grape_service.storage import Storage
 from tests import tiny_models
@@ -43,6 +45,8 @@ from tests.ray_cluster import free_port
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 KINDS = ("actor", "worker", "prefect", "s3")
+PROMPTS = 20
+"""By which the pool grows in a round."""
 ATTEMPTS = 6
 GROWTH = {
     "processes": 0,
@@ -135,7 +139,12 @@ class Killer:
         return True
 
     def _kill_process(self, prefix: str) -> bool:
-        found = [pid for pid, line in self.job.processes().items() if line.startswith(prefix)]
+        """Wait for such a process, then a little, and kill one."""
+        while not self._processes(prefix):
+            if self.stopped.wait(0.5):
+                return False
+        self.stopped.wait(self.draw.uniform(0, 3))
+        found = self._processes(prefix)
         if not found:
             return False
         try:
@@ -143,6 +152,9 @@ class Killer:
         except ProcessLookupError:
             return False
         return True
+
+    def _processes(self, prefix: str) -> list[int]:
+        return [pid for pid, line in self.job.processes().items() if line.startswith(prefix)]
 
     def close(self) -> dict[str, int]:
         """Stop killing; what was killed. Raises what went wrong with a server."""
@@ -167,7 +179,7 @@ def soak(minutes: float, pause: float, seed: int, out: Path, scratch: Path) -> T
                 job.environment |= {
                     "PREFECT_API_URL": f"http://127.0.0.1:{prefect.port}/api",
                     "GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine",
-                    "DRILL_SECONDS": "0.5",
+                    "DRILL_SECONDS": "1",
                     "TMPDIR": str(scratch),
                 }
                 deadline = time.monotonic() + 60 * minutes
@@ -188,7 +200,7 @@ def one_round(
 ) -> str | None:
     """The pool grows, a run goes through kills to its end, its release is verified; its reference."""
     number = tally.rounds
-    write_jsonl(job.folder / "pool" / f"day-{number:04d}.jsonl", pool_rows(10, start=10 * number))
+    write_jsonl(job.folder / "pool" / f"day-{number:04d}.jsonl", pool_rows(PROMPTS, start=PROMPTS * number))
     outcome: dict[str, Any] | None = None
     started = time.monotonic()
     for attempt in range(ATTEMPTS):
@@ -207,7 +219,7 @@ def one_round(
     if outcome is None:
         tally.problems.append(f"round {number} did not end well: {done.stderr[-500:]}")
     else:
-        tally.problems += problems_of(outcome, 10 * tally.rounds)
+        tally.problems += problems_of(outcome, PROMPTS * tally.rounds)
         tally.rows += outcome["rows"]
     left = job.wait_gone(40)
     if left:
@@ -252,15 +264,19 @@ def compare_with_peace(job: Job, reference: str) -> list[str]:
 
 def sample(job: Job, output: Storage, workspace: Storage) -> dict[str, int]:
     """What must not grow: living processes and temporary files of the job, memory of its driver at its peak (the
-    largest until now), open files and memory of this process, and what is no release, score or shard on S3."""
+    largest until now), open files and memory of this process, objects on S3 of unfinished versions and of runs that
+    made no release."""
     status = Path("/proc/self/status").read_text()
     rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
     finished = {entry.version for entry in read_catalog(output, job.config["name"])}
-    unfinished = set(output.folders(f"{job.config['name']}/versions")) - finished
+    versions = [info.path.split("/") for info in output.list(f"{job.config['name']}/versions")]
+    unfinished = [path for path in versions if path[2] not in finished and path[-1] != CLAIM]  # claims stay for ever
+    needed = {read_manifest(output, job.config["name"], version).parents.run_id for version in finished}
+    stray = [info for info in workspace.list("runs") if info.path.split("/")[1] not in needed]
     return {
         "processes": len(job.processes()),
         "temporary_files": len(list(Path(job.environment["TMPDIR"]).iterdir())),
-        "stray_objects": len(workspace.list("runs")) + len(unfinished),
+        "stray_objects": len(stray) + len(unfinished),
         "run_memory_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "open_files": len(os.listdir("/proc/self/fd")),
         "memory_mb": rss // 1024,

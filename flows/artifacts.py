@@ -24,7 +24,6 @@ from grape_service.config import Config
 from grape_service.progress import Ahead, RunClock, Silent, duration, reporter, set_reporter
 from grape_service.releases.manifest import without_secrets
 from workers.publishing import Outcome
-from workers.run import Run
 
 UPDATE_SECONDS = 5.0
 
@@ -33,11 +32,14 @@ class PrefectProgress:
     """A reporter: a progress artifact a stage, a log line an event. A server that is away stops nothing."""
 
     def __init__(self, name: str, run_id: str):
-        self.name, self.run_id = name, run_id
+        self.name, self.run_id = name, run_id  # "" until a job elsewhere tells its run's id
         self.run = RunClock()
         self.artifacts: dict[str, UUID] = {}
         self.updated: dict[str, float] = {}
         self.stage = "start"
+
+    def started(self, run_id: str) -> None:
+        self.run_id = run_id
 
     def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
         self.run.expect(ahead, token_rate)
@@ -81,27 +83,25 @@ class PrefectProgress:
 
 
 @contextlib.contextmanager
-def shown(run: Run) -> Iterator[None]:
-    """Progress goes to Prefect inside the block, unless somebody (the CLI) shows it already."""
+def shown(config: Config, name: str, run_id: str = "") -> Iterator[None]:
+    """Progress of a run goes to Prefect inside the block, unless somebody (the CLI) shows it already."""
     if not isinstance(reporter(), Silent):
         yield
         return
-    set_reporter(PrefectProgress(run.name, run.run_id))
+    set_reporter(PrefectProgress(name, run_id))
     try:
-        show_config(run.config, run.run_id)
+        show_config(config, name)
         yield
     finally:
         set_reporter(Silent())
 
 
-def show_config(config: Config, run_id: str) -> None:
+def show_config(config: Config, name: str) -> None:
     """The resolved config, secrets hidden."""
     text = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
     indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block that no line of text can end
     with contextlib.suppress(Exception):
-        create_markdown_artifact(
-            f"Run `{run_id}`\n\n{indented}\n", key=key(config.name, "config"), description="Resolved config"
-        )
+        create_markdown_artifact(f"{indented}\n", key=key(name, "config"), description="Resolved config")
 
 
 def show_outcome(config: Config, outcome: Outcome) -> None:

@@ -38,7 +38,7 @@ def curate(config: Config, until: Until = "release", force: bool = False) -> Out
         if config.train is not None:
             checked_jobs(config.train, config.workers.ray_address)
         elsewhere = jobs_api.runs_elsewhere(config)
-        outcome = submit(config, until, force) if elsewhere else do_stages(config, until, force)
+        outcome = do_elsewhere(config, until, force) if elsewhere else do_stages(config, until, force)
         if config.train is not None and until == "release" and not elsewhere:
             assert outcome.reference is not None
             outcome.training = train(outcome.reference, config.train, config.workers.ray_address, config.storage)
@@ -47,9 +47,20 @@ def curate(config: Config, until: Until = "release", force: bool = False) -> Out
     return outcome
 
 
+def do_elsewhere(config: Config, until: Until, force: bool) -> Outcome:
+    """The stages as one job of another cluster."""
+    with shown(config, config.name):
+        return submit(config, until, force)
+
+
 def do_stages(config: Config, until: Until, force: bool) -> Outcome:
     """The stages, one after the other, on a Ray of this run's own or on the cluster that it is a job of."""
-    with new_run(config) as run, shown(run), ray_for(config.workers), engines_of(run) as engines:
+    with (
+        new_run(config) as run,
+        shown(config, run.name, run.run_id),
+        ray_for(config.workers),
+        engines_of(run) as engines,
+    ):
         prepared = prepare(run)
         scored = score_target(run, engines, prepared)
         if until == "score":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.artifacts import show_outcome
-from flows.curate import do_stages, submit
+from flows.curate import do_elsewhere, do_stages
 from flows.limits import TIMEOUT_SECONDS
 from grape_service.config import Config
 from grape_service.notify import ending_told
@@ -18,7 +18,7 @@ def score_pool(config: Config) -> Outcome:
     """Score the rows of a pool that have no score yet under the target. An unchanged pool starts no engine."""
     with ending_told(config) as told:
         elsewhere = jobs_api.runs_elsewhere(config)
-        outcome = submit(config, "score") if elsewhere else do_stages(config, "score", force=False)
+        outcome = do_elsewhere(config, "score", force=False) if elsewhere else do_stages(config, "score", force=False)
         show_outcome(config, outcome)
         told.append(outcome.to_json())
     return outcome

@@ -27,7 +27,7 @@ def weigh_release(reference: str, config: Config, force: bool = False) -> Outcom
     old = load(reference, config.storage)
     with (
         new_run(config, parse_reference(reference)) as run,
-        shown(run),
+        shown(config, run.name, run.run_id),
         ray_for(config.workers),
         engines_of(run) as engines,
     ):

@@ -308,8 +308,9 @@ class TrainConfig(Model):
 class NotifyConfig(Model):
     """Who is told when a run ends."""
 
-    webhook: str
-    """URL that receives a JSON body; signed where GRAPE_WEBHOOK_SECRET is set."""
+    webhook: str | None = None
+    """URL that receives a JSON body, signed where GRAPE_WEBHOOK_SECRET is set; null: GRAPE_WEBHOOK of the environment,
+    for an address that is itself a secret."""
 
 
 class CheckConfig(Model):

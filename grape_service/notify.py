@@ -19,6 +19,8 @@ from grape_service.config import Config, NotifyConfig
 from grape_service.progress import reporter
 
 SECRET = "GRAPE_WEBHOOK_SECRET"
+ADDRESS = "GRAPE_WEBHOOK"
+"""Environment: the webhook's address, where the config names none."""
 SIGNATURE = "X-Grape-Signature"
 TRIES = 5
 FIRST_PAUSE_SECONDS = 1.0
@@ -40,7 +42,11 @@ def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIR
     """
     if config is None:
         return False
-    host = urlsplit(config.webhook).hostname or "no host"
+    address = config.webhook or os.environ.get(ADDRESS)
+    if not address:
+        reporter().event(f"nobody was told how the run ended: give notify.webhook or set {ADDRESS}")
+        return False
+    host = urlsplit(address).hostname or "no host"
     data = orjson.dumps(body, default=str)
     headers = {"Content-Type": "application/json", "User-Agent": "grape-service"}
     secret = os.environ.get(SECRET)
@@ -50,7 +56,7 @@ def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIR
     for attempt in range(TRIES):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
-        problem, again = _post(config.webhook, data, headers)
+        problem, again = _post(address, data, headers)
         if not problem:
             return True
         if not again:

@@ -21,6 +21,7 @@ import yaml
 from grape_service.config import Config
 from grape_service.errors import StageError, UserError
 from grape_service.progress import reporter
+from grape_service.progress_lines import PROGRESS, Replay
 from workers.cluster import IN_CLUSTER
 from workers.publishing import Outcome
 from workers.trainers.job_server import JobRequest, JobServer, job_server
@@ -168,16 +169,17 @@ def runs_elsewhere(config: Config) -> bool:
 
 
 def run_as_job(config: Config, until: Until = "release", force: bool = False) -> Outcome:
-    """Run a config as one job at its workers.ray_address and follow it on this process's standard error.
+    """Run a config as one job at its workers.ray_address; its progress is shown as if it ran here.
 
     The job is stopped when this process is interrupted. Raises UserError or StageError as the job ended.
     """
     quiet = config.model_copy(update={"notify": None})  # whoever submits tells the webhook
     with job_server(config.workers.ray_address) as server:
-        job = submit(quiet, server, ("--force",) if force else (), command=COMMANDS[until])
+        arguments = ("--force",) if force else ()
+        job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[until])
         reporter().event(f"job {job.job_id} on {job.address}")
         try:
-            status = follow(server, job.job_id, write_error)
+            status = follow(server, job.job_id, Replay(write_error))
         except BaseException:
             with contextlib.suppress(Exception):
                 server.stop(job.job_id)

@@ -64,13 +64,15 @@ class Outcome:
             "is_new": self.is_new,
             "training": self.training,
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stage_seconds.items()},
+            "counts": self.counts,
         }
 
     def sentence(self) -> str:
         """The run in one line."""
         news = "" if self.is_new else "; nothing changed, so the version is the existing one"
+        what = " released" if self.reference else ""
         return (
-            f"{self.rows:,} rows of {self.prompts:,} prompts released, {self.rejected:,} pool rows rejected, "
+            f"{self.rows:,} rows of {self.prompts:,} prompts{what}, {self.rejected:,} pool rows rejected, "
             f"{self.failed:,} failed; {self.scored:,} rows scored, {self.reused:,} had scores; "
             f"{self.seconds:.1f} s{news}"
         )

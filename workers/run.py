@@ -104,6 +104,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
+    reporter().started(run_id)
     try:
         yield run
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from grape_service.progress import Ahead, RunClock, Silent, StageClock, duration, set_reporter
+from grape_service.progress_lines import PROGRESS, Lines
 
 LOG_SECONDS = 10.0
 """How often a line is printed where standard error is no terminal."""
@@ -71,6 +74,9 @@ class Bars:
     def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
         self.run.expect(ahead, token_rate)
 
+    def started(self, run_id: str) -> None:
+        self._line(f"run {run_id}")
+
     def begin(self, stage: str, total: int, unit: str) -> None:
         clock = self.run.begin(stage, total, unit)
         self.tasks[stage] = self.progress.add_task(stage, total=max(total, 1), clock=clock)
@@ -100,3 +106,17 @@ class Bars:
 
     def _line(self, text: str) -> None:
         self.progress.console.print(Text(text), highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Progress goes to standard error inside the block: as bars, or as lines for another process that follows."""
+    if os.environ.get(PROGRESS) != "lines":
+        with Bars():
+            yield
+        return
+    set_reporter(Lines())
+    try:
+        yield
+    finally:
+        set_reporter(Silent())

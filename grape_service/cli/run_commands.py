@@ -72,13 +72,13 @@ def weigh(
     as_json: JsonOption = False,
 ) -> None:
     """Make a new version with PEAR weights from the rows of an existing release, scoring only what is missing."""
-    from grape_service.cli.bars import Bars
+    from grape_service.cli.bars import shown
 
     settings = config_of(config)
     quiet_prefect()
     from flows.weigh import weigh_release
 
-    with stdout_to_stderr(), Bars():
+    with stdout_to_stderr(), shown():
         outcome = weigh_release(reference, settings, force=force)
     if as_json:
         print_json(outcome.to_json())
@@ -89,13 +89,13 @@ def weigh(
 
 def run_flow(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:
     """Run the flow in this process with progress on standard error."""
-    from grape_service.cli.bars import Bars
+    from grape_service.cli.bars import shown
 
     config = config_of(config_path)
     quiet_prefect()
     from flows.curate import curate
 
-    with stdout_to_stderr(), Bars():
+    with stdout_to_stderr(), shown():
         return curate(config, until=until, force=force)
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
 import grape_service
@@ -58,10 +59,14 @@ def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
         assert weigh.scoring_noise is not None
         assert 0 <= weigh.scoring_noise < 1e-5
 
-        again = job.run()
+        done = job.grape("run", str(job.config_path), "--json")  # an unchanged pool starts no engine and says so
+        again = orjson.loads(done.stdout)
         assert again["scored"] == 0
         assert again["version"] == first["version"]
         assert not again["is_new"]
+        assert "the pool is unchanged" in done.stderr
+        assert "all 30 rows have scores already, no engine is started" in done.stderr
+        assert "starting" not in done.stderr
         assert job.wait_gone(15) == {}
 
         job.config["weights"] = {"method": "pear", "level": "sequence"}

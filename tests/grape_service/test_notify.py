@@ -104,6 +104,17 @@ def test_without_a_secret_there_is_no_signature(receiver: Receiver, monkeypatch:
     assert "X-Grape-Signature" not in receiver.got[0][0]
 
 
+def test_the_address_may_come_from_the_environment(
+    receiver: Receiver, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPE_WEBHOOK", raising=False)
+    assert not notify(NotifyConfig(), {})
+    assert "GRAPE_WEBHOOK" in events.texts[0]
+    monkeypatch.setenv("GRAPE_WEBHOOK", receiver.url)
+    assert notify(NotifyConfig(), {"event": "completed"})
+    assert len(receiver.got) == 1
+
+
 def test_failures_tell_our_sentences_and_only_the_type_of_others() -> None:
     assert failed(StageError("too many failed"), "x", 1.0)["error"] == "too many failed"
     assert "key=abc" not in failed(RuntimeError("key=abc"), "x", 1.0)["error"]

@@ -1,0 +1,61 @@
+"""Secrets of the environment are in nothing that a run leaves: files, objects, output, Prefect's database."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from grape_service.storage import Storage
+from tests import tiny_models
+from tests.flows.test_job_on_s3 import on_s3
+from tests.jobs import tiny_job
+from tests.ray_cluster import free_port
+from tests.seaweed import SECRET, SeaweedServer
+
+pytestmark = pytest.mark.timeout(600)
+
+CANARIES = ("canary-webhook-key-5e1f", "canary-webhook-address-77ac", "canary-token-90bd", SECRET)
+
+
+def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, s3_url: str, s3_server: SeaweedServer) -> None:
+    model = tiny_models.make_model(tmp_path / "model")
+    with tiny_job(tmp_path, model) as job:
+        on_s3(job, s3_url, 3)
+        job.config["notify"] = {}
+        job.config["storage"] = {"endpoint_url": s3_server.endpoint}
+        job.environment = {
+            "GRAPE_WEBHOOK_SECRET": CANARIES[0],
+            "GRAPE_WEBHOOK": f"http://127.0.0.1:{free_port()}/{CANARIES[1]}",  # nobody listens: that is told
+            "AWS_SESSION_TOKEN": "",
+            "HF_TOKEN": CANARIES[2],
+            "PREFECT_LOGGING_LEVEL": "DEBUG",
+            "PREFECT_LOGGING_TO_API_ENABLED": "true",
+        }
+        done = job.grape("run", str(job.config_path))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "was not told how the run ended" in done.stderr
+        job.config["pool"] = {"path": f"{s3_url}/nothing"}
+        failed = job.grape("run", str(job.config_path))
+        assert failed.returncode == 2
+        refused = dict(job.config, storage={"secret": CANARIES[2]})
+        job.config, kept = refused, job.config
+        done_badly = job.grape("run", str(job.config_path))
+        job.config = kept
+        assert done_badly.returncode == 2
+        assert "storage.secret is a secret" in done_badly.stderr
+        job.config_path.unlink()
+
+        found = [name for name in CANARIES for one in (done, failed, done_badly) if name in one.stdout + one.stderr]
+        databases = list((tmp_path / "prefect").glob("*.db"))
+        assert databases
+        with sqlite3.connect(databases[0]) as database:
+            assert database.execute("select count(*) from flow_run").fetchone()[0] >= 2
+        left = [path for path in tmp_path.rglob("*") if path.is_file()]
+        found += [str(path) for path in left for name in CANARIES if name.encode() in path.read_bytes()]
+        storage = Storage(s3_url)
+        objects = storage.list()
+        assert any(info.path.endswith("config.json") for info in objects)
+        found += [i.path for i in objects for name in CANARIES if name.encode() in storage.read(i.path)]
+    assert found == []
