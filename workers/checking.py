@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from grape_service.checks.dealt import deal, mean_scores, trust
 from grape_service.checks.evaluation import evaluation_items
-from grape_service.checks.findings import CheckCounts, result_of
+from grape_service.checks.findings import FINDING, CheckCounts, result_of
 from grape_service.checks.partition import check_partition, shared_digests
 from grape_service.checks.settings import Check, enabled_checks
 from grape_service.checks.sources import check_sources
@@ -43,11 +43,14 @@ def check(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> list[di
         results = []
         for item in checks:
             if item.name == "sources":
-                results.append(check_sources(item, kept.statistics.to_json()))
+                result, findings = check_sources(item, kept.statistics.to_json())
             elif item.name == "untrusted_target":
-                results.append(_check_target(run, engines, prepared, kept, item))
+                result, findings = _check_target(run, engines, prepared, kept, item)
             else:
-                results.append(result_of(item, counts[item.name], f"{run.workspace.root}/{folder}"))
+                result, findings = result_of(item, counts[item.name], None), None
+            if findings is not None:
+                write_parquet(run.workspace, f"{folder}/{item.name}.parquet", FINDING, [findings])
+            results.append({**result, "table": f"{run.workspace.root}/{folder}"})
     for result in results:
         if result["warning"]:
             run.event(f"check {result['name']}: {result['warning']}")
@@ -90,9 +93,11 @@ def _check_partitions(
     return totals
 
 
-def _check_target(run: Run, engines: Engines, prepared: Prepared, kept: Kept, item: Check) -> dict[str, Any]:
+def _check_target(
+    run: Run, engines: Engines, prepared: Prepared, kept: Kept, item: Check
+) -> tuple[dict[str, Any], pa.Table]:
     """Score a sample of kept responses under other prompts and compare with their own scores."""
-    counts, warning = CheckCounts(), None
+    counts, warning, findings = CheckCounts(), None, FINDING.empty_table()
     sample = _sample(run, prepared, kept, int(item.settings["rows"]))
     if sample is not None and sample.num_rows > 1:
         path = f"{run.folder}/dealt/shard-00000.parquet"
@@ -106,9 +111,10 @@ def _check_target(run: Run, engines: Engines, prepared: Prepared, kept: Kept, it
         if len(usable):
             real = mean_scores([sample["target_logprobs"][int(row)].as_py() for row in usable])
             other = mean_scores([found.take(np.array([row])).tolist() for row in usable])
-            counts, warning = trust(real, other, item.settings)
+            touched, warning = trust(real, other, item.settings)
+            counts, findings = touched.counts(len(usable), 0.0), touched.table(item.name, sample.take(usable))
     result = result_of(Check(item.name, item.action, {**item.settings, "max_share": 1.0}), counts, None)
-    return {**result, "warning": warning}
+    return {**result, "warning": warning}, findings
 
 
 def _sample(run: Run, prepared: Prepared, kept: Kept, most: int) -> pa.Table | None:

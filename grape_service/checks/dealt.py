@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from grape_service.checks.findings import CheckCounts
+from grape_service.checks.findings import Touched
 from grape_service.digests import row_keys
 from grape_service.parquet import array_of
 from grape_service.ragged import list_array, list_offsets_and_values, offsets_from_lengths, segment_sums
@@ -51,14 +51,16 @@ def mean_scores(logprobs: list[list[float]]) -> np.ndarray:
     )
 
 
-def trust(real: np.ndarray, dealt: np.ndarray, settings: dict[str, Any]) -> tuple[CheckCounts, str | None]:
-    """Counts of sampled rows whose response scores no better under its own prompt, and a warning or None."""
-    worse = int((real <= dealt).sum())
-    counts = CheckCounts(len(real), worse, 0.0, {"scores as high under another prompt": worse} if worse else {})
-    better = 1 - worse / max(1, len(real))
+def trust(real: np.ndarray, dealt: np.ndarray, settings: dict[str, Any]) -> tuple[Touched, str | None]:
+    """The sampled rows whose response scores no better under its own prompt, and a warning or None."""
+    worse = np.flatnonzero(real <= dealt).tolist()
+    reasons = ["scores as high under another prompt"] * len(worse)
+    details: list[str | None] = [f"{real[row]:.4f} under its own prompt, {dealt[row]:.4f} there" for row in worse]
+    touched = Touched(worse, reasons, details)
+    better = 1 - len(worse) / max(1, len(real))
     if len(real) < MIN_ROWS or better >= settings["min_better"]:
-        return counts, None
-    return counts, (
+        return touched, None
+    return touched, (
         f"The target's scores cannot be trusted: only {better:.0%} of {len(real)} sampled responses score higher under "
         f"their own prompt than under another (mean {real.mean():.3f} against {dealt.mean():.3f})."
     )

@@ -13,8 +13,8 @@ from grape_service.counts import Counts
 FINDING = pa.schema(
     [
         pa.field("check", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("candidate_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string()),  # null where a whole source is touched
+        pa.field("candidate_id", pa.string()),
         pa.field("reason", pa.string(), nullable=False),  # a short phrase, counted by
         pa.field("detail", pa.string()),  # what exactly, for a person
     ]

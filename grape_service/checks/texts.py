@@ -113,7 +113,7 @@ def truncation(table: pa.Table, settings: dict[str, Any]) -> Touched:
 
 
 def _matches(pattern: re.Pattern[str], text: str, reason: str) -> tuple[str, str | None] | None:
-    match = pattern.search(text)
+    match = pattern.search(text.replace("’", "'"))
     return (reason, match[0]) if match else None
 
 

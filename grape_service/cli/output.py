@@ -16,6 +16,7 @@ from rich.text import Text
 
 from grape_service.config import Config
 from grape_service.config_file import load_config
+from grape_service.report.text import visible
 
 ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 ReferenceArgument = Annotated[
@@ -53,12 +54,12 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; cells are shown as text, whatever they hold."""
+    """A table; cells are shown as text, whatever they hold, control characters written out."""
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(Text("" if cell is None else visible(str(cell))) for cell in row))
     console().print(table)
 
 

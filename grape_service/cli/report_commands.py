@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import orjson
 import typer
 from rich.panel import Panel
 from rich.text import Text
@@ -87,15 +88,22 @@ def compare(
         rows = [
             [e["prompt_id"], _who(e["first"]), _who(e["second"]), f"{e['lost']:.3f}"] for e in ranking["most_different"]
         ]
-        print_table("where they differ most", ["prompt", "first choice of A", "of B", "lost"], rows)
+        columns = ["prompt", "first choice of A (score in A / B)", "first choice of B (score in A / B)", "lost"]
+        print_table("where they differ most", columns, rows)
+        say("lost: what both lose together, in score, if each took the first choice of the other")
     print_table("kept rows by source", ["source", "A", "B"], [[s, *counts] for s, counts in found["sources"].items()])
-    print_table(
-        "settings that differ", ["key", "A", "B"], [[d["key"], d["first"], d["second"]] for d in found["settings"]]
-    )
+    if found["settings"]:
+        rows = [
+            [d["key"], *(orjson.dumps(d[side]).decode() for side in ("first", "second"))] for d in found["settings"]
+        ]
+        print_table("settings that differ", ["key", "A", "B"], rows)
+    else:
+        say("no setting differs, and no policy")
 
 
 def _who(choice: dict[str, Any]) -> str:
-    return f"{choice['source']} {choice['candidate_id'][:12]} ({choice['score']:.3f} / {choice['score_other']:.3f})"
+    who = f"{choice['source'] or '(no source)'} {choice['candidate_id'][:12]}"
+    return f"{who} ({choice['score']:.3f} / {choice['score_other']:.3f})"
 
 
 def explain(
@@ -117,7 +125,8 @@ def explain(
     screen.print(Panel(Text(cut(found["prompt"], 4000)), title=Text(f"prompt {prompt_id}"), title_align="left"))
     for candidate in found["candidates"]:
         score = "no score" if candidate["score"] is None else f"score {candidate['score']:.4f}"
-        title = f"{candidate['source'] or '(no source)'}  {score}, {candidate['counted_tokens']} tokens"
+        who = f"{candidate['source'] or '(no source)'} {candidate['candidate_id']}"
+        title = f"{who}: {score}, {candidate['counted_tokens']} tokens"
         body = Text()
         for place, text in enumerate(candidate["texts"]):
             body.append(visible(text), style=_shade(candidate["logprobs"], place))

@@ -57,12 +57,12 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
     """The whole page. All text from outside is escaped; nothing is loaded from elsewhere."""
     report = facts["statistics"].get("report") or {}
     figures: dict[str, plots.Figure] = {}
+    selection = SelectConfig.model_validate(facts["config"].get("select") or {})
     if report.get("select"):
-        figures.update(_select_figures(report["select"]))
+        figures.update(_select_figures(report["select"], selection))
     if report.get("weights"):
         clip = (facts["config"].get("weights") or {}).get("ratio_clip")
         figures.update(_weight_figures(report["weights"], clip))
-    selection = SelectConfig.model_validate(facts["config"].get("select") or {})
     flow = flow_of_rows(facts)
     figures["flow"] = plots.bars([label for label, _ in flow], [count for _, count in flow], "rows")
     return (
@@ -206,24 +206,26 @@ def engine_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "rate": share(row["tokens"], row["seconds"])} for row in found.values()]
 
 
-def _select_figures(select: dict[str, Any]) -> dict[str, plots.Figure]:
+def _select_figures(select: dict[str, Any], config: SelectConfig) -> dict[str, plots.Figure]:
     names = select["names"]
     figures = {"lengths": plots.lengths(select["lengths"], select["kept_lengths"])}
     if not select["contested"]:
         return figures
     rates = [share(wins, present) for wins, present in zip(select["wins"], select["prompts_with"], strict=True)]
     agree = sorted(select["agree"].items(), key=lambda item: -item[1])
-    labels = [*(name for name, _ in agree), "a random choice (expected)"]
+    words = {TURN_END: "turn end not counted" if config.count_turn_end else "turn end counted"}
+    labels = [*(words.get(name, name) for name, _ in agree), "random (expected)"]
     shares = [*(count / select["contested"] for _, count in agree), select["chance"]]
-    rules = {"this selection": select["wins"], **{name: select["picked"][name] for name, _ in agree}}
+    rules = {f"this selection, {select['winner_tokens']:.0f} tokens": select["wins"]}
+    for name, _ in agree:
+        tokens = select["picked_tokens"][name] / select["contested"]
+        rules[f"{words.get(name, name)}, {tokens:.0f} tokens"] = select["picked"][name]
     figures |= {
         "scores": plots.scores(names, select["scores"]),
         "margins": plots.margins(names, select["margins"]),
         "wins": plots.bars(names, [round(rate, 4) for rate in rates], "prompts won of those it is in", percent=True),
         "length_scores": plots.length_scores(select["length_scores"]),
-        "agree": plots.bars(
-            labels, [round(value, 4) for value in shares], "prompts with the same choice", percent=True
-        ),
+        "agree": plots.bars(labels, [round(value, 4) for value in shares], "same choice", percent=True),
         "picked": plots.picked(rules, names),
     }
     if len(names) > 1:
@@ -241,6 +243,7 @@ def _weight_figures(weights: dict[str, Any], clip: list[float] | None) -> dict[s
     }
 
 
+TURN_END = "turn end the other way"
 KIND_NAMES = {"closest": "Closest choice", "clearest": "Clearest choice", "random": "Random prompt"}
 MODES = {"logprobs": "log-probability", "ratios": "ratio", "weights": "weight"}
 """What tokens can be shaded by; the page's script knows them by their place."""

@@ -44,7 +44,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
         "height": 320,
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#111820", "font": {"color": "#ffffff"}},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "xaxis": {**axis, "title": {"text": x}, **more.pop("xaxis", {})},
         "yaxis": {**axis, "title": {"text": y}, **more.pop("yaxis", {})},
         **more,
@@ -78,7 +78,7 @@ def histograms(
     starts = np.arange(first, end, together)
     bounds = edges[[*starts, end]]
     middles = np.sqrt(bounds[:-1] * bounds[1:]) if log else (bounds[:-1] + bounds[1:]) / 2
-    traces = []
+    traces: list[dict[str, Any]] = []
     for label, row in zip(plot_labels(names), table, strict=True):
         total = sum(row)
         if total:
@@ -95,12 +95,9 @@ def histograms(
                 }
             )
     xaxis = log_axis(bounds[0], bounds[-1]) if log else {}
-    figure = {
-        "data": traces,
-        "layout": layout(x, f"share of {of}", xaxis=xaxis, yaxis={"tickformat": ".0%", "rangemode": "tozero"}),
-    }
-    figure["layout"]["showlegend"] = len(names) > 1
-    return figure
+    yaxis = {"tickformat": ".0%", "rangemode": "tozero"}
+    more = {"xaxis": xaxis, "yaxis": yaxis, "showlegend": len(names) > 1}
+    return {"data": traces, "layout": layout(x, f"share of {of}", **more)}
 
 
 SPREAD = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -160,7 +157,7 @@ def bars(labels: list[str], values: list[float], x: str, percent: bool = False) 
     }
     most = 1.0 if percent else max([*values, 1])
     xaxis = {"range": [0, most * 1.18]} | (
-        {"tickformat": ".0%", "tickvals": [0, 0.25, 0.5, 0.75, 1.0]} if percent else {"nticks": 6}
+        {"tickformat": ".0%", "tickvals": [0, 0.5, 1.0]} if percent else {"nticks": 6}
     )
     height = max(180, 40 * len(labels) + 80)
     return {"data": [trace], "layout": layout(x, "", xaxis=xaxis, yaxis={"autorange": "reversed"}, height=height)}
@@ -178,10 +175,10 @@ def picked(rules: dict[str, list[int]], names: list[str]) -> Figure:
             marker = {"color": COLORS[place % len(COLORS)], "opacity": 1 if place < len(COLORS) else 0.5}
             hover = "%{y}: %{fullData.name} %{x:.1%} (%{customdata:,} prompts)<extra></extra>"
             traces.append({**trace, "marker": marker, "customdata": counts, "hovertemplate": hover})
-    xaxis = {"tickformat": ".0%", "range": [0, 1], "tickvals": [0, 0.25, 0.5, 0.75, 1.0]}
+    xaxis = {"tickformat": ".0%", "range": [0, 1], "tickvals": [0, 0.5, 1.0]}
     height = max(220, 36 * len(labels) + 140)
     more = {"barmode": "stack", "height": height, "yaxis": {"autorange": "reversed"}, "xaxis": xaxis}
-    return {"data": traces, "layout": layout("share of the prompts with a choice", "", **more)}
+    return {"data": traces, "layout": layout("share of the prompts", "", **more)}
 
 
 def win_matrix(names: list[str], beats: list[list[int]]) -> Figure:
@@ -214,7 +211,7 @@ def win_matrix(names: list[str], beats: list[list[int]]) -> Figure:
     axes = {"xaxis": {"showgrid": False}, "yaxis": {"autorange": "reversed", "showgrid": False}}
     return {
         "data": [trace],
-        "layout": layout("... against a candidate of", "the choice is of ...", height=height, **axes),
+        "layout": layout("source of the loser", "source of the choice", height=height, **axes),
     }
 
 
@@ -307,7 +304,7 @@ def positions(stats: dict[str, Any]) -> Figure:
         for name, key, more in kinds
     ]
     values = [value for _, key, _ in kinds for value in stats[key] if value]
-    xaxis = {"tickformat": ".0%", "range": [0, 1], "tickvals": [0, 0.25, 0.5, 0.75, 1.0]}
+    xaxis = {"tickformat": ".0%", "range": [0, 1], "tickvals": [0, 0.5, 1.0]}
     yaxis = log_axis(min(values), max(values)) if values else {}
     return {"data": traces, "layout": layout("position in the response", "weight", xaxis=xaxis, yaxis=yaxis)}
 

@@ -318,14 +318,14 @@ class SelectStatistics(Statistics):
         median = _medians(tokens, group, starts)[group]
         matched = (tokens <= median * LENGTH_MATCH) & (tokens * LENGTH_MATCH >= median)
         keys = {
-            "mean log-probability": scores,
-            "sum of log-probabilities": scores * tokens,
-            "mean, among candidates of like length": np.where(matched, scores, -np.inf),
+            "mean": scores,
+            "sum": scores * tokens,
+            "length-matched": np.where(matched, scores, -np.inf),
             "longest": tokens.astype(np.float64),
             "shortest": -tokens.astype(np.float64),
         }
         if detail.turn_end_scores is not None:
-            keys["the turn end counted the other way"] = np.nan_to_num(detail.turn_end_scores[scored], nan=-np.inf)
+            keys["turn end the other way"] = np.nan_to_num(detail.turn_end_scores[scored], nan=-np.inf)
         ties = c.ties[scored]
         for name, key in keys.items():
             best = np.maximum.reduceat(key, starts)

@@ -24,7 +24,9 @@ def warnings_of(facts: dict[str, Any]) -> list[Warning]:
     report = facts["statistics"].get("report") or {}
     found = _pool(facts) + _checks(facts)
     if report.get("select"):
-        found += _sources(facts, report["select"]) + _choice(facts, report["select"])
+        checked = any(check["name"] == "sources" for check in facts["statistics"].get("checks") or [])
+        found += [] if checked else _sources(facts, report["select"])
+        found += _choice(facts, report["select"])
     if report.get("weights"):
         found += _weights(facts, report["weights"])
     return found
@@ -142,7 +144,7 @@ def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
                 "Set select.min_margin, or score with target.dtype: float32.",
             )
         )
-    other = (select["agree"] or {}).get("the turn end counted the other way")
+    other = (select["agree"] or {}).get("turn end the other way")
     if other is not None and share(other, select["contested"]) < 0.6:
         found.append(
             Warning(

@@ -27,8 +27,11 @@ def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_pat
         assert done.returncode == 1
         assert "checks.contamination is set to fail" in done.stderr
         assert not list((tmp_path / "datasets").glob("tiny/versions/*/manifest.json"))
-        tables = [pq.read_table(path) for path in (tmp_path / "datasets" / ".grape").glob("checks/*/b*.parquet")]
-        found = [row for table in tables for row in table.to_pylist() if row["check"] == "contamination"]
+
+        def paths() -> list[Path]:
+            return sorted((tmp_path / "datasets" / ".grape").glob("checks/*/*.parquet"))
+
+        found = [row for path in paths() for row in pq.read_table(path).to_pylist() if row["check"] == "contamination"]
         assert [row["reason"] for row in found] == ["evaluation item in the prompt"]
 
         job.config["checks"]["contamination"] = {**contamination, "action": "warn"}
@@ -38,6 +41,10 @@ def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_pat
         results = {result["name"]: result for result in release.manifest.statistics["checks"]}
         assert results["contamination"]["found"] == 1
         assert results["untrusted_target"]["rows"] == 24
+        found = [row for path in paths() for row in pq.read_table(path).to_pylist()]
+        assert len([row for row in found if row["check"] == "untrusted_target"]) == results["untrusted_target"]["found"]
+        # Random weights know nothing of a prompt: a response scores as high under another one.
+        assert "cannot be trusted" in results["untrusted_target"]["warning"]
         page = release.storage.read(f"{release.folder}/report.html").decode()
         assert "1 of 24 kept rows" in page
         assert "Clearest choice" in page

@@ -59,7 +59,7 @@ BAD = {
     "language": [
         f"Das ist die Antwort auf die Frage {n}, und sie ist nicht mit der anderen zu verwechseln." for n in range(8)
     ],
-    "refusal": [f"I'm sorry, but I can't help with that request number {n}." for n in range(8)],
+    "refusal": [f"I{'’' if n % 2 else chr(39)}m sorry, but that is request number {n}." for n in range(8)],
     "boilerplate": [f"{ANSWER.format(n)} I hope this helps with the sums that you have to do." for n in range(8)],
     "truncation": [f"{ANSWER.format(n) * 2} And now to the last of the many steps that we" for n in range(8)],
     "repetition": [f"Number {n} " + "and again the same words " * 20 for n in range(8)],
@@ -100,10 +100,14 @@ def test_no_turn_end_is_truncation(tmp_path: Path) -> None:
 
 def test_sources_that_always_or_never_win() -> None:
     select = {"names": ["a", "b", "c"], "prompts_with": [100, 100, 10], "wins": [99, 0, 10]}
-    result = check_sources(check_of("sources"), select)
+    result, findings = check_sources(check_of("sources"), select)
     assert result["found"] == 2
+    assert result["reasons"] == {"always wins": 1, "never wins": 1}
     assert "a wins 99 of 100 prompts; b wins 0 of 100" in result["warning"]
-    assert check_sources(check_of("sources"), {**select, "wins": [60, 40, 10]})["warning"] is None
+    assert findings["detail"].to_pylist() == ["a wins 99 of 100 prompts", "b wins 0 of 100 prompts"]
+    result, findings = check_sources(check_of("sources"), {**select, "wins": [60, 40, 10]})
+    assert result["warning"] is None
+    assert findings.num_rows == 0
 
 
 def test_responses_are_dealt_to_the_next_prompt() -> None:
@@ -119,7 +123,10 @@ def test_responses_are_dealt_to_the_next_prompt() -> None:
     real = mean_scores([[-1.0, -2.0]] * 30)
     assert real.tolist() == [-1.5] * 30
     assert trust(real, real - 1, settings)[1] is None
-    assert "cannot be trusted" in (trust(real, real + np.linspace(-0.1, 0.1, 30), settings)[1] or "")
+    touched, warning = trust(real, real + np.linspace(-0.1, 0.1, 30), settings)
+    assert "cannot be trusted" in (warning or "")
+    assert touched.rows == list(range(15, 30))
+    assert touched.details[-1] == "-1.5000 under its own prompt, -1.4000 there"
 
 
 def test_evaluation_files_and_their_errors(tmp_path: Path) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import html.parser
+from collections.abc import Callable
+from typing import Any
 
 import plotly.graph_objects as go
 import pytest
 
+from grape_service.checks.findings import CheckCounts, result_of
+from grape_service.checks.settings import enabled_checks
+from grape_service.config import SelectConfig
 from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
-from grape_service.report.text import cut, visible
+from grape_service.report.text import cut, plot_labels, visible
 from grape_service.report.warnings import warnings_of
 from tests.grape_service.report.made_report import NAMES, examples, facts
 
@@ -56,9 +61,57 @@ def test_a_clean_release_has_no_warning_and_bad_ones_have_their_own() -> None:
     assert all(warning.change for warning in warnings_of(bad))
 
 
+def _margins(made: dict[str, Any]) -> None:
+    for row in made["statistics"]["report"]["select"]["margins"]:
+        row[:] = [sum(row), *([0] * (len(row) - 1))]
+
+
+def _select(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda made: made["statistics"]["report"]["select"].update(values)
+
+
+def _counts(stage: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda made: made["counts"][stage].update(values)
+
+
+def _check(made: dict[str, Any]) -> None:
+    check = enabled_checks({"refusal": "warn"})[0]
+    made["statistics"]["checks"] = [result_of(check, CheckCounts(10, 9, 1.0, {"refuses": 9}), "findings")]
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "could not be used": _counts("pool", rejected=300),
+    "cut off by a length limit": _counts("pool", truncated=200),
+    "prompts were left out": _counts("select", prompts_left_out={"margin below select.min_margin": 100}),
+    "almost never wins": _select(wins=[200, 100, 0], prompts_with=[300, 300, 300]),
+    "wins 97%": _select(wins=[290, 5, 5], prompts_with=[300, 300, 300]),
+    "much shorter than": _select(winner_tokens=20.0, rival_tokens=90.0),
+    "much longer than": _select(winner_tokens=90.0, rival_tokens=20.0),
+    "score and length go together": _select(within=-0.8),
+    "within the noise of bf16": _margins,
+    "Whether the turn end counts": _select(agree={"turn end the other way": 100}),
+    "effective sample size": lambda made: made["statistics"]["weights"].update(effective_share=0.1),
+    "lower bound": lambda made: made["statistics"]["weights"].update(weight_low=0.3),
+    "upper bound": lambda made: made["statistics"]["weights"].update(weight_high=0.1),
+    "last tenth": lambda made: made["statistics"]["report"]["weights"].update(last_tenth=0.7),
+    "no behavior policy": _counts("weigh", uniform_rows=200),
+    "Check refusal": _check,
+}
+
+
+@pytest.mark.parametrize("phrase", WAYS)
+def test_each_bad_way_has_its_own_warning_and_no_other(phrase: str) -> None:
+    made = facts()
+    WAYS[phrase](made)
+    found = warnings_of(made)
+    assert [phrase in warning.text for warning in found] == [True]
+    assert found[0].change
+    assert phrase in render_page(made)
+
+
 def test_plotly_knows_every_figure() -> None:
     made = facts()["statistics"]["report"]
-    figures = {**_select_figures(made["select"]), **_weight_figures(made["weights"], [-0.08, 0.3])}
+    figures = {**_select_figures(made["select"], SelectConfig()), **_weight_figures(made["weights"], [-0.08, 0.3])}
     assert len(figures) == 11
     for figure in figures.values():
         assert go.Figure(figure).data
@@ -75,6 +128,14 @@ def test_releases_with_fewer_statistics_have_a_page(empty: str) -> None:
 def test_scripts_cannot_be_closed_by_data() -> None:
     assert "<" not in script_json({"a": "</script>"})
     assert NAMES[2] not in render_page(facts())
+
+
+def test_names_in_plots_stay_apart() -> None:
+    long = "organisation/model-of-a-kind-{}B-instruct"
+    labels = plot_labels([long.format(7), long.format(70), "same", "same"], 20)
+    assert len(set(labels)) == 4
+    assert labels[0].endswith("-instruct")
+    assert all(len(label) <= 22 for label in labels)
 
 
 def test_unseen_characters_are_written_out() -> None:

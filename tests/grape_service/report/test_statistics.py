@@ -56,9 +56,9 @@ def test_figures_against_a_loop() -> None:
         ordered = sorted(found.scores[rows], reverse=True)
         margins[f"prompt-{prompt}"] = ordered[0] - ordered[1]
     assert (stats.beats == beats).all()
-    assert stats.agree["sum of log-probabilities"] == agree_sum
+    assert stats.agree["sum"] == agree_sum
     assert stats.agree["shortest"] == agree_short
-    assert stats.agree["mean log-probability"] == 50
+    assert stats.agree["mean"] == 50
     assert stats.wins.sum() == stats.contested == 50
     assert [row[2] for row in stats.examples.chosen["closest"]] == sorted(margins, key=margins.__getitem__)[:3]
     assert [row[2] for row in stats.examples.chosen["clearest"]] == sorted(margins, key=lambda p: -margins[p])[:3]
