@@ -45,6 +45,8 @@ from tests.ray_cluster import free_port
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 KINDS = ("actor", "worker", "prefect", "s3")
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Of the node itself: with one of them the whole node ends."""
 PROMPTS = 20
 """By which the pool grows in a round."""
 ATTEMPTS = 6
@@ -144,8 +146,7 @@ class Killer:
             if self.stopped.wait(0.5):
                 return False
         self.stopped.wait(self.draw.uniform(0, 3))
-        found = self._processes(prefix)
-        if not found:
+        if not (found := self._processes(prefix)):
             return False
         try:
             os.kill(self.draw.choice(found), signal.SIGKILL)
@@ -154,7 +155,8 @@ class Killer:
         return True
 
     def _processes(self, prefix: str) -> list[int]:
-        return [pid for pid, line in self.job.processes().items() if line.startswith(prefix)]
+        found = self.job.processes().items()
+        return [pid for pid, line in found if line.startswith(prefix) and not line.startswith(AGENTS)]
 
     def close(self) -> dict[str, int]:
         """Stop killing; what was killed. Raises what went wrong with a server."""
@@ -299,6 +301,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, about")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left behind
     with (
         tempfile.TemporaryDirectory(prefix="grape-soak-", ignore_cleanup_errors=True) as out,
         tempfile.TemporaryDirectory(prefix="soak", ignore_cleanup_errors=True) as scratch,  # short: socket paths

@@ -11,13 +11,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from grape_service.storage import refuse_secrets
+
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class Model(BaseModel):
-    """Base of every part of the config: frozen, unknown keys refused, docstrings are descriptions."""
+    """Base of every part of the config: frozen, unknown keys refused, docstrings are descriptions.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    Errors do not repeat the input: it may be a secret in the wrong place.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
 
 
 class Filter(Model):
@@ -369,6 +380,12 @@ class Config(Model):
         if workspace is not None and not workspace.strip():
             raise ValueError("workspace is empty: give a folder or leave the key out")
         return workspace
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secrets(cls, storage: dict[str, Any]) -> dict[str, Any]:
+        refuse_secrets(storage)
+        return storage
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

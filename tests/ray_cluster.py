@@ -163,8 +163,8 @@ def _session(pid: int) -> int:
 
 
 @contextmanager
-def ray_cluster(folder: Path, head_cpus: int = 4) -> Iterator[RayCluster]:
-    """A head that is ready; nothing of it is left after the block."""
+def ray_cluster(folder: Path, head_cpus: int = 4, *arguments: str) -> Iterator[RayCluster]:
+    """A head, started with `arguments`, that is ready; nothing of it is left after the block."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
         cluster = RayCluster(folder, f"{scratch}/n")
         try:
@@ -177,6 +177,7 @@ def ray_cluster(folder: Path, head_cpus: int = 4) -> Iterator[RayCluster]:
                 f"--metrics-export-port={cluster.metrics_port}",
                 f"--ray-client-server-port={free_port()}",
                 f"--temp-dir={cluster.scratch}",
+                *arguments,
                 num_cpus=head_cpus,
             )
             cluster.wait_ready()

@@ -18,6 +18,7 @@ from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
 from workers.actor import ScoringSpec, Unit, read_rows, write_failures
 from workers.cluster import run_tasks
+from workers.metrics import ScoringMetrics
 from workers.outlook import keep_rate
 from workers.replicas import Replicas, ScoreTotals, Work, num_replicas
 from workers.run import Run
@@ -94,6 +95,7 @@ def score_shards(
     store_id = store_id or run.policy_id(policy, temperature)
     units, reused = plan_units(run, store_id, shards)
     totals = ScoreTotals(reused=reused)
+    ScoringMetrics(run.name, store_id, gpus=0).add("grape_rows_reused", reused)
     if not units:
         run.event(f"{stage}: all {reused:,} rows have scores already, no engine is started")
         return totals
@@ -181,7 +183,10 @@ def record_failed_units(run: Run, totals: ScoreTotals) -> None:
     for work, reason in totals.failed_units:
         run.event(f"shard {work.unit.path} is given up after its last attempt: {reason}")
     arguments = [(run.workspace, run.run_id, work.store_id, work.unit, reason) for work, reason in totals.failed_units]
-    totals.failed += sum(run_tasks(record_failed_unit, arguments, run.config.workers))
+    failed = run_tasks(record_failed_unit, arguments, run.config.workers)
+    for (work, _), rows in zip(totals.failed_units, failed, strict=True):
+        ScoringMetrics(run.name, work.store_id, gpus=0).add("grape_failures", rows)
+    totals.failed += sum(failed)
 
 
 def record_failed_unit(storage: Storage, run_id: str, store_id: str, unit: Unit, reason: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,6 +20,7 @@ from grape_service.cli.output import (
     stdout_to_stderr,
 )
 from grape_service.cli.train_commands import show_training
+from grape_service.errors import StageError
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
 SHOWN_ROWS = 12
@@ -78,7 +81,7 @@ def weigh(
     quiet_prefect()
     from flows.weigh import weigh_release
 
-    with stdout_to_stderr(), shown():
+    with outages_told(), stdout_to_stderr(), shown():
         outcome = weigh_release(reference, settings, force=force)
     if as_json:
         print_json(outcome.to_json())
@@ -95,8 +98,27 @@ def run_flow(config_path: str, until: Literal["score", "select", "release"], for
     quiet_prefect()
     from flows.curate import curate
 
-    with stdout_to_stderr(), shown():
+    with outages_told(), stdout_to_stderr(), shown():
         return curate(config, until=until, force=force)
+
+
+@contextlib.contextmanager
+def outages_told() -> Iterator[None]:
+    """Prefect's server or Ray being gone in the middle of a run is one sentence. Raises StageError."""
+    import httpx
+    import ray
+
+    try:
+        yield
+    except (httpx.TransportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise StageError(
+            f"the Prefect server does not answer ({str(error) or type(error).__name__}): "
+            "run again once it does, or without PREFECT_API_URL; what was scored is kept"
+        ) from error
+    except (ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError) as error:
+        raise StageError("Ray ended in the middle of the run: run again, what was scored is kept") from error
 
 
 def show_outcome(outcome: Any) -> None:
