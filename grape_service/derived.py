@@ -21,6 +21,7 @@ from grape_service.behavior import RowBehaviors, row_behaviors
 from grape_service.candidates import Candidate, Rejection, Rendered
 from grape_service.config import BehaviorConfig, PolicyConfig, RenderConfig
 from grape_service.digests import row_keys
+from grape_service.models import folder_here
 from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import list_offsets_and_values, offsets_from_lengths
 from grape_service.render.renderer import Renderer
@@ -44,7 +45,7 @@ class Group:
     name: str  # a folder
     policy: PolicyConfig
     policy_id: str
-    folder: str  # of the model's files
+    folder: str  # of the model's files, on the machine of the driver
     temperature: float
     place: int | None  # in config.behavior.policies(); None for the target
 
@@ -91,7 +92,9 @@ def derive_partition(
 ) -> dict[str, Derived]:
     """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`."""
     renderers = {
-        group.name: Renderer.load(group.folder, group.policy, render, own_template=True)
+        group.name: Renderer.load(
+            folder_here(group.policy, group.folder, storage.options), group.policy, render, own_template=True
+        )
         for group in groups
         if not group.is_target
     }

@@ -33,6 +33,7 @@ MAX_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "s
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LISTING_FILE = ".grape-listing.json"
+TEXT_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,17 @@ def _num_parameters(path: Path) -> int:
 
 
 # Digests
+
+
+def folder_here(policy: PolicyConfig, folder: str, storage_options: dict[str, Any] | None = None) -> str:
+    """The folder of a policy's model on this machine: `folder`, which another machine has, where it is here too."""
+    return folder if Path(folder).is_dir() else resolve_model(policy, storage_options).folder
+
+
+def text_digests(folder: str) -> dict[str, str]:
+    """sha256 of each file of a model folder that decides how text becomes tokens, the chat template included."""
+    files = {path for pattern in TEXT_FILES for path in Path(folder).glob(pattern) if path.is_file()}
+    return {path.name: _content_digest(path) for path in sorted(files)}
 
 
 def _digest(*parts: Any) -> str:

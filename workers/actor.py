@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from grape_service import schemas
 from grape_service.config import PolicyConfig
 from grape_service.errors import StageError
-from grape_service.models import policy_id, resolve_model
+from grape_service.models import policy_id, resolve_model, text_digests
 from grape_service.parquet import open_parquet, write_parquet
 from grape_service.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.scores import ScoreStore
@@ -66,6 +66,7 @@ class ScoringSpec:
     workspace: Storage
     run_id: str
     reuse: str  # compatible | exact
+    text_digests: dict[str, str]  # of the run's tokenizer and chat template files
 
 
 class ScoringActor:
@@ -89,6 +90,14 @@ class ScoringActor:
             raise StageError(
                 f"this replica's weights of {spec.policy.model} are not those of the run: "
                 f"their id is {here}, expected {spec.policy_id}"
+            )
+        texts = text_digests(files.folder)
+        if texts != spec.text_digests:
+            names = {*texts, *spec.text_digests}
+            differ = sorted(name for name in names if texts.get(name) != spec.text_digests.get(name))
+            raise StageError(
+                f"this replica's tokenizer or chat template of {spec.policy.model} is not that of the run: "
+                f"{', '.join(differ)} differ; give every node the same model files"
             )
         local = spec.policy.model_copy(update={"adapter": files.adapter_folder})
         self.engine: Engine = load_engine(local, files.folder)

@@ -182,9 +182,16 @@ class Replicas:
         reporter().event(text)
 
     def descriptions(self) -> list[dict[str, Any]]:
-        """What each replica is and did."""
+        """What each replica is and did: its engine's description, GPUs, tokens a second and GPU seconds."""
         asked = [replica.actor.describe.remote() for replica in self.replicas if replica.is_ready]
-        return [found for found in answers(asked, ANSWER_SECONDS).values() if found is not None]
+        found = [one for one in answers(asked, ANSWER_SECONDS).values() if one is not None]
+        for one in found:
+            stats = one["stats"]
+            seconds = stats["seconds"]
+            stats["cache_hit_rate"] = stats.get("cached_tokens", 0.0) / max(1.0, stats["tokens"])
+            stats["tokens_per_second"] = stats["tokens"] / seconds if seconds else 0.0
+            stats["gpu_seconds"] = self.gpus * seconds
+        return found
 
     def score(self, works: Sequence[Work], advance: Callable[[int], None]) -> ScoreTotals:
         """Score every unit; `advance(tokens)` is called about once a second while it goes on."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.config import PolicyConfig
+from grape_service.models import text_digests
 from grape_service.parquet import write_parquet
 from grape_service.progress import reporter
 from grape_service.scores import ScoreStore
@@ -48,7 +49,8 @@ class Engines:
         self.close()
         policy_id = self.run.policy_id(policy)
         config = self.run.config
-        spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse)
+        texts = text_digests(self.run.files_of(policy).folder)
+        spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse, texts)
         count = num_replicas(config, policy.tensor_parallel, num_units)
         self.replicas = Replicas(config, spec, count)
         return self.replicas

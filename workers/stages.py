@@ -6,6 +6,7 @@ holds counts, never rows. No Prefect here: flows call these functions.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import pyarrow as pa
 from grape_service.checks.settings import enabled_checks
 from grape_service.config import Config
 from grape_service.digests import partition_of
-from grape_service.errors import UserError
+from grape_service.errors import StageError, UserError
+from grape_service.models import folder_here
 from grape_service.plan import estimate_against_actual
 from grape_service.prepare.counts import PieceCounts
 from grape_service.prepare.finish import finish_prepare, load_prepared
@@ -66,10 +68,11 @@ def prepare(run: Run) -> Prepared:
 def _prepare_anew(run: Run, plan: PreparePlan) -> Prepared:
     config, workspace = run.config, run.workspace
     threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
+    digest = run.target_renderer.digest()
     reporter().begin("prepare", len(plan.pieces), "pieces")
     pieces = run_tasks(
         map_task,
-        [(plan, piece, config, run.target_files.folder, workspace) for piece in plan.pieces],
+        [(plan, piece, config, run.target_files.folder, digest, workspace) for piece in plan.pieces],
         config.workers,
         done=lambda *_: reporter().advance("prepare", 1),
         threads=threads,
@@ -87,9 +90,17 @@ def _prepare_anew(run: Run, plan: PreparePlan) -> Prepared:
     return finish_prepare(plan, summary, partitions, config, workspace)
 
 
-def map_task(plan: PreparePlan, piece: Piece, config: Config, folder: str, workspace: Storage) -> PieceCounts:
-    """map_piece with a renderer of this process (a Ray task)."""
-    return map_piece(plan, piece, config, Renderer.load(folder, config.target, config.render), workspace)
+def map_task(
+    plan: PreparePlan, piece: Piece, config: Config, folder: str, digest: str, workspace: Storage
+) -> PieceCounts:
+    """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
+    renderer = Renderer.load(folder_here(config.target, folder, config.storage), config.target, config.render)
+    if renderer.digest() != digest:
+        raise StageError(
+            f"the tokenizer or chat template of {config.target.model} on {socket.gethostname()} is not "
+            "that of the run: give every node the same model files"
+        )
+    return map_piece(plan, piece, config, renderer, workspace)
 
 
 def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:

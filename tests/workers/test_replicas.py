@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
 from tests import tiny_models
 from workers.cluster import ray_for
+from workers.replicas import Replicas
 from workers.run import Run, new_run
 from workers.scoring import ShardFile, engines_of, score_shards
 
@@ -204,7 +206,7 @@ def test_a_replica_with_other_scores_is_refused_by_its_canary(bench: Bench) -> N
             engines.of(run.config.target, 1)
 
 
-def test_replicas_of_other_weights_are_refused(bench: Bench, tmp_path: Path) -> None:
+def test_replicas_of_other_weights_or_another_template_are_refused(bench: Bench, tmp_path: Path) -> None:
     bench.drill()
     with new_run(bench.config(1)) as run, engines_of(run) as engines:
         other = tiny_models.make_model(tmp_path / "other", seed=1)
@@ -213,9 +215,27 @@ def test_replicas_of_other_weights_are_refused(bench: Bench, tmp_path: Path) -> 
         engines.of(run.config.target, 1)
         spec = engines.replicas.spec  # type: ignore[union-attr]
         engines.close()
-        from dataclasses import replace
-
-        from workers.replicas import Replicas
-
         with pytest.raises(StageError, match="are not those of the run"):
             Replicas(run.config, replace(spec, policy=wrong), 1)
+
+        copied = Path(shutil.copytree(bench.model, tmp_path / "copied"))
+        template = copied / "chat_template.jinja"
+        template.write_text(template.read_text() + "{# changed #}")
+        same_weights = run.config.target.model_copy(update={"model": str(copied)})
+        with pytest.raises(StageError, match=r"is not that of the run: chat_template\.jinja differ"):
+            Replicas(run.config, replace(spec, policy=same_weights), 1)
+
+
+def test_policies_take_turns(bench: Bench, tmp_path: Path) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        first = engines.of(run.config.target, 1)
+        pid = first.descriptions()[0]["pid"]
+        assert engines.of(run.config.target, 1) is first
+        other = run.config.target.model_copy(update={"model": tiny_models.make_model(tmp_path / "other", seed=1)})
+        second = engines.of(other, 1)
+        assert second is not first
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, "the first policy's engine is still there"
+            time.sleep(0.1)
