@@ -14,6 +14,11 @@ from tests.jobs import pool_rows, tiny_job
 pytestmark = pytest.mark.timeout(600)
 
 
+def findings(folder: Path, check: str) -> list[dict[str, str]]:
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [row for row in rows if row["check"] == check]
+
+
 def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_path: Path) -> None:
     model = tiny_models.make_model(tmp_path / "model", arch="llama")
     evaluation = tmp_path / "eval.txt"
@@ -27,12 +32,8 @@ def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_pat
         assert done.returncode == 1
         assert "checks.contamination is set to fail" in done.stderr
         assert not list((tmp_path / "datasets").glob("tiny/versions/*/manifest.json"))
-
-        def paths() -> list[Path]:
-            return sorted((tmp_path / "datasets" / ".grape").glob("checks/*/*.parquet"))
-
-        found = [row for path in paths() for row in pq.read_table(path).to_pylist() if row["check"] == "contamination"]
-        assert [row["reason"] for row in found] == ["evaluation item in the prompt"]
+        (folder,) = (tmp_path / "datasets" / ".grape" / "checks").iterdir()
+        assert [row["reason"] for row in findings(folder, "contamination")] == ["evaluation item in the prompt"]
 
         job.config["checks"]["contamination"] = {**contamination, "action": "warn"}
         outcome = job.run()
@@ -41,8 +42,8 @@ def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_pat
         results = {result["name"]: result for result in release.manifest.statistics["checks"]}
         assert results["contamination"]["found"] == 1
         assert results["untrusted_target"]["rows"] == 24
-        found = [row for path in paths() for row in pq.read_table(path).to_pylist()]
-        assert len([row for row in found if row["check"] == "untrusted_target"]) == results["untrusted_target"]["found"]
+        touched = findings(Path(results["untrusted_target"]["table"]), "untrusted_target")
+        assert len(touched) == results["untrusted_target"]["found"]
         # Random weights know nothing of a prompt: a response scores as high under another one.
         assert "cannot be trusted" in results["untrusted_target"]["warning"]
         page = release.storage.read(f"{release.folder}/report.html").decode()

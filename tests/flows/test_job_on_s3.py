@@ -47,6 +47,11 @@ def test_the_job_on_s3_and_weights_later(tmp_path: Path, s3_url: str, s3_server:
         assert all(row["input_ids"] == same[row["candidate_id"]]["input_ids"] for row in rows)
         assert all(row["target_logprobs"] == same[row["candidate_id"]]["target_logprobs"] for row in rows)
 
+        page = weighed.storage.read(f"{weighed.folder}/report.html").decode()
+        assert page.count("<article>") == 9
+        assert page.count('class="candidate kept"') == page.count('class="candidate')  # those that lost have no score
+        assert 'data-2="1.0"' in page  # a token's weight
+
         whole = job.run()  # the same choices and weights, made in one go: the same rows, scored already
         assert whole["scored"] == 0
         direct = {

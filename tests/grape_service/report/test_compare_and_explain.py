@@ -86,6 +86,9 @@ def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["explain", release.reference, "p004"])
     assert done.exit_code == 0, done.output
     assert "longer than" in done.stdout
+    coloured = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "NO_COLOR": ""}
+    done = CliRunner().invoke(app, ["explain", release.reference, "p004"], env=coloured)
+    assert "48;2;" in done.stdout  # a background in true colour
 
 
 def test_the_report_of_a_version_that_has_none_is_made_anew(tmp_path: Path) -> None:
