@@ -46,7 +46,7 @@ def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
     assert "&lt;U+202E&gt;gnp.exe" in page
     assert "zero&lt;U+200B&gt;width" in page
     assert 'dir="auto"' in page
-    assert len(page) < 3_000_000
+    assert len(page) < 1_500_000
 
 
 def test_a_clean_release_has_no_warning_and_bad_ones_have_their_own() -> None:
