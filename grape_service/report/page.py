@@ -77,6 +77,7 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
             weights=report.get("weights"),
             weigh=facts["counts"].get("weigh") or {},
             weight_rows=weight_rows(facts),
+            noise=scoring_noise(facts),
             modes=shown_modes(examples),
             engines=engine_rows(facts),
             estimate=facts["statistics"].get("estimate"),
@@ -192,6 +193,13 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})
     rows[0]["tokens"] = sum(sums["tokens"] for _, sums in sources) or None
     return rows
+
+
+def scoring_noise(facts: dict[str, Any]) -> float | None:
+    """Root mean square difference a token between two scorings by the target; None where it scored nothing twice."""
+    weigh = facts["counts"].get("weigh") or {}
+    tokens = (weigh.get("control_twice") or {}).get("tokens")
+    return (weigh["noise_squares"] / tokens) ** 0.5 if tokens else None
 
 
 def engine_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -59,13 +59,16 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sides = {"first": {**sides, "source": HOSTILE[1]}, "second": {**sides, "source": HOSTILE[5]}}
     entry = {"prompt_id": HOSTILE[0], "lost": 1.0, "rank_correlation": -1.0, **sides}
     ranking = {"prompts": 3, "rank_correlation": 0.5, "same_first": 0.5, "histogram": [1] * 20}
+    ranking |= {"most_different": [entry], "score_difference": {"mean": 0.1, "largest": 1.0}}
     found = {
-        **{"first": HOSTILE[5], "second": "b@v2", "prompts": {"first": 3, "second": 3, "both": 3}, "same_choice": 2},
-        **{"agreement": 2 / 3, "sources": {HOSTILE[0]: [3, 2], HOSTILE[4]: [0, 1]}},
-        **{
-            "moves": [{"from": HOSTILE[5], "to": None, "prompts": 1}],
-            "ranking": {**ranking, "most_different": [entry]},
-        },
+        "first": HOSTILE[5],
+        "second": "b@v2",
+        "prompts": {"first": 3, "second": 3, "both": 3},
+        "same_choice": 2,
+        "agreement": 2 / 3,
+        "sources": {HOSTILE[0]: [3, 2], HOSTILE[4]: [0, 1]},
+        "moves": [{"from": HOSTILE[5], "to": None, "prompts": 1}],
+        "ranking": ranking,
         "settings": [{"key": "select.keep", "first": HOSTILE[0], "second": None}],
     }
     path.write_text(render_comparison(found))
