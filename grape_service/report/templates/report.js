@@ -38,8 +38,8 @@
   const names = ["log-probability", "ratio", "weight"];
   const scales = [
     "the darker, the less probable under the target; full colour at -5.5 and below",
-    "orange: less probable under the target than under its behavior policy; blue: more probable; only kept rows have ratios",
-    "orange: weighs less than 1; blue: weighs more; only kept rows have weights",
+    "orange: less probable under the target than under its behavior policy; blue: more probable; full colour beyond -1.1 and 1.1; only kept rows have ratios",
+    "orange: weighs less than 1; blue: more; full colour at a third and at three times; only kept rows have weights",
   ];
   const readout = document.getElementById("readout");
   if (!readout) return;
@@ -48,7 +48,7 @@
     const v = Number(value);
     if (mode === 0) return `rgba(217,105,43,${Math.min(0.55, -v / 10).toFixed(3)})`;
     const signed = mode === 1 ? v : Math.log(Math.max(v, 1e-5));
-    const strength = Math.min(0.55, Math.abs(signed) / (mode === 1 ? 3 : 5));
+    const strength = Math.min(0.55, Math.abs(signed) / 2);
     return signed < 0 ? `rgba(217,105,43,${strength.toFixed(3)})` : `rgba(61,125,202,${strength.toFixed(3)})`;
   };
   const paint = (mode) => {
