@@ -1,6 +1,7 @@
 """Writes and reads a release on local disk and on an S3 server, beside plain pyarrow; lists a thousand versions.
 
     python -m benchmarks.releases --gb 2
+    python -m benchmarks.releases --objects 100000
 
 Plain pyarrow writes and reads the same rows, streamed, with the same compression, through the same file system object.
 Files are written and read in turns, each in a process of its own, which tells its peak memory. The S3 server is
@@ -173,12 +174,33 @@ def list_versions(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
     return {"versions": count, "seconds": seconds, "seconds_without_catalog": cold_seconds}
 
 
+def list_objects(storage: Storage, task: dict[str, Any]) -> dict[str, Any]:
+    """List many small objects; memory is what the process grew by at its peak, the listing itself included."""
+    count, chunk = task["objects"], 500
+    for start in range(0, count, chunk):
+        names = [f"objects/{i // 1000:04d}/part-{i:06d}.parquet" for i in range(start, min(start + chunk, count))]
+        if storage.is_s3:
+            storage.fs.pipe({storage.full(name): b"x" for name in names})
+        else:
+            os.makedirs(storage.full(names[0].rpartition("/")[0]), exist_ok=True)
+            for name in names:
+                Path(storage.full(name)).write_bytes(b"x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    clock = Clock()
+    found = storage.list("objects")
+    result = clock.stop()
+    assert len(found) == count
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return {**result, "objects": count, "grown_mib": grown}
+
+
 STEPS = {
     "plain write": write_plain,
     "write": write_ours,
     "plain read": read_plain,
     "read": read_ours,
     "list": list_versions,
+    "list objects": list_objects,
 }
 
 
@@ -206,6 +228,16 @@ def total(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {**summed, "peak_gib": max(result["peak_gib"] for result in results)}
 
 
+def show_listing(place: str, root: str, objects: int) -> None:
+    """Print how long a listing of many objects takes."""
+    result = run_step("list objects", root, objects=objects)
+    print(
+        f"{place:6} list         {result['objects']:,} objects {result['seconds']:.2f} s, cores {result['cpu']:.1f} s, "
+        f"{result['grown_mib']:.0f} MiB more memory",
+        flush=True,
+    )
+
+
 def compare(place: str, root: str, gigabytes: float, versions: int) -> list[str]:
     """Every step on one storage; prints lines and returns what fell short."""
     storage = Storage(root)
@@ -223,7 +255,7 @@ def compare(place: str, root: str, gigabytes: float, versions: int) -> list[str]
     for file in range(files):
         for step in ("plain read", "read") if file % 2 else ("read", "plain read"):
             results[step].append(run_step(step, root, reference=version.reference, file=file))
-    sums = {step: total(found) for step, found in results.items() if step != "list"}
+    sums = {step: total(found) for step, found in results.items() if found}
     for step, result in sums.items():
         print(
             f"{place:6} {step:12} {result['bytes'] / 1e9:5.2f} GB {result['seconds']:7.1f} s "
@@ -255,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=2.0, help="size on disk, in GB")
     parser.add_argument("--versions", type=int, default=1000, help="versions to list")
+    parser.add_argument("--objects", type=int, default=0, help="list this many small objects, and do nothing else")
     parser.add_argument("--place", choices=["local", "s3", "both"], default="both")
     parser.add_argument("--folder", default=None, help="where to work; default: a temporary folder")
     parser.add_argument("--step", default=None, help=argparse.SUPPRESS)
@@ -269,12 +302,19 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the S3 server ends too
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="grape-bench-") as folder:
         short = []
+
+        def measure(place: str, root: str) -> None:
+            if options.objects:
+                show_listing(place, root, options.objects)
+            else:
+                short.extend(compare(place, root, options.gb, options.versions))
+
         if options.place != "s3":
-            short += compare("local", f"{folder}/local", options.gb, options.versions)
+            measure("local", f"{folder}/local")
         if options.place != "local":
             with running_server(Path(folder) / "seaweed") as server:
                 os.environ.update(server.environment)
-                short += compare("s3", f"s3://{BUCKET}/bench", options.gb, options.versions)
+                measure("s3", f"s3://{BUCKET}/bench")
     print(f"fell short: {', '.join(short)}" if short else "all as wanted")
     return 1 if short else 0
 

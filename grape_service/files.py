@@ -24,7 +24,7 @@ TEMPORARY = ".tmp-"
 """First letters of files that are being written, and of locks; a listing leaves them out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """One file of a listing; `path` is relative to the storage's root."""
 

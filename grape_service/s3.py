@@ -6,13 +6,11 @@ Every request, those that pyarrow makes through this file system included, goes 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import io
 import os
 import random
 import time
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import lru_cache
@@ -20,13 +18,13 @@ from typing import IO, Any
 
 import botocore.exceptions as boto_errors
 import orjson
-import pyarrow as pa
 import pyarrow.fs as pafs
 import s3fs
 from aiohttp import ClientError as HttpClientError
 from fsspec.asyn import sync_wrapper
 from s3fs.errors import translate_boto_error
 
+from grape_service.arrow_files import ArrowHandler
 from grape_service.errors import StageError, UserError
 from grape_service.files import FileInfo, FileInfos, Names
 
@@ -270,32 +268,6 @@ def _plain(error: Exception, method: str, kwargs: dict[str, Any], attempts: int)
     translated: Exception = translate_boto_error(error, set_cause=False)
     translated.attempts = attempts  # type: ignore[attr-defined]
     return translated
-
-
-class ArrowHandler(pafs.FSSpecHandler):
-    """How pyarrow opens files for reading: one request less than by itself, and known until they are closed."""
-
-    used = False
-
-    def open_input_file(self, path: str) -> pa.PythonFile:
-        file = self.fs.open(path, "rb")
-        _open_files[id(file)] = file
-        ArrowHandler.used = True
-        return pa.PythonFile(file, mode="r")
-
-
-_open_files: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-@atexit.register
-def _let_arrow_close_its_files() -> None:
-    """pyarrow's threads close files a little after the last batch; one that needs Python while it ends aborts it."""
-    waited, known = 0, -1
-    while waited < 10 and _open_files:
-        waited, known = (waited + 1, known) if len(_open_files) == known else (0, len(_open_files))
-        time.sleep(0.02)
-    if ArrowHandler.used:
-        time.sleep(0.05)
 
 
 class S3Files:
