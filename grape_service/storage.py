@@ -174,7 +174,10 @@ def check_writable(storage: Storage) -> None:
     """Create and delete a probe, before any work is done. Raises UserError where that is not allowed, where the
     bucket does not exist or the disk is full, and where the server ignores the condition of a conditional write."""
     probe, data = f".grape-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-    storage.create_if_absent(probe, data)
+    try:
+        storage.create_if_absent(probe, data)
+    except UserError as error:
+        raise UserError(str(error).replace(f"/{probe}", "")) from error
     try:
         if storage.create_if_absent(probe, data + b"again"):
             raise UserError(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-import click
+import typer
 
 from grape_service.errors import StageError, UserError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""A mistake in the command line. Newer typers bring a click of their own, older ones import it."""
 
 
 def main() -> None:
@@ -14,17 +20,27 @@ def main() -> None:
     from grape_service.cli.app import app
 
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="grape", standalone_mode=False)
     except UserError as error:
         status = _fail(str(error), 2)
     except StageError as error:
         status = _fail(str(error), 1)
-    except click.ClickException as error:
-        error.show()
-        status = 2
-    except (KeyboardInterrupt, click.Abort):
-        status = _fail("stopped; run the same command again to go on from here", 130)
+    except ClickException as error:
+        status = _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        _fail("stopped; run the same command again to go on from here", status)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _usage(error: Any) -> int:
+    """What is wrong with a command line in one sentence; the help where there is nothing but `grape`."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "grape"
+    return _fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,3 +96,5 @@ def quiet_prefect() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    for worker in ("EventsWorker", "APILogWorker"):  # they warn of what a run that ends leaves untold to its server
+        logging.getLogger(worker).setLevel(logging.ERROR)

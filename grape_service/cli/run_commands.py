@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -140,7 +144,17 @@ def show_outcome(outcome: Any) -> None:
     say(f"report    {outcome.report}")
     if outcome.training:
         show_training(outcome.training)
-    say(f"load it   python -c \"import grape_service; print(grape_service.load('{outcome.reference}').to_hf())\"")
+    code = f"import grape_service; print(grape_service.load({outcome.reference!r}).to_hf())"
+    say(f'load it   {python_command()} -c "{code}"')
+
+
+def python_command() -> str:
+    """What starts this Python in the shell that the user sees."""
+    found = shutil.which("python")
+    if found and os.path.abspath(found) == os.path.abspath(sys.executable):
+        return "python"
+    near = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if near.startswith("..") else near)
 
 
 def short(text: str, width: int = 60) -> str:

@@ -136,11 +136,51 @@ def test_references_that_are_none(
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "check", "plan", "score", "select", "weigh", "submit", "train", "export", "datasets list", "datasets show"]
-    + [f"datasets {name}" for name in ("diff", "tag", "verify", "gc")],
+    ["run", "check", "plan", "score", "select", "weigh", "submit", "train", "export", "report", "explain", "compare"]
+    + [f"datasets {name}" for name in ("list", "show", "diff", "tag", "verify", "gc")],
 )
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
     status, out, _ = grape(monkeypatch, capsys, *command.split(), "--help")
     assert status == 0
     assert f"Example: grape {command}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("run", "; see `grape run --help`"),
+        ("run config.yaml --jsn", "--jsn"),
+        ("run config.yaml another.yaml", "another.yaml"),
+        ("datasets shw", "shw"),
+        ("plan config.yaml --replicas two", "--replicas"),
+    ],
+)
+def test_mistakes_in_a_command_line(
+    arguments: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = grape(monkeypatch, capsys, *arguments.split())
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_nothing_but_grape_shows_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = grape(monkeypatch, capsys)
+    assert status == 2
+    assert "datasets" in out + err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grape_service.cli.check_commands.config_of", interrupted)
+    status, out, err = grape(monkeypatch, capsys, "check", "config.yaml", "--json")
+    assert (status, out) == (130, "")
+    assert err == "error: stopped; run the same command again to go on from here\n"
