@@ -17,6 +17,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
@@ -36,7 +37,7 @@ class PrefectProgress:
         self.run = RunClock()
         self.artifacts: dict[str, UUID] = {}
         self.updated: dict[str, float] = {}
-        self.stage = "start"
+        self.stage = ""  # the one that has begun and not ended
 
     def started(self, run_id: str) -> None:
         self.run_id = run_id
@@ -65,10 +66,13 @@ class PrefectProgress:
         clock = self.run.end(stage)
         self._update(stage)
         self.event(f"{clock.done:,} {clock.unit} in {clock.seconds:.1f} s")
+        self.stage = ""
 
     def event(self, text: str) -> None:
         with contextlib.suppress(MissingContextError):
-            get_run_logger().info("run=%s stage=%s %s", self.run_id, self.stage.replace(" ", "-"), text)
+            task = TaskRunContext.get()
+            stage = self.stage or (task.task.name if task else "start")
+            get_run_logger().info("run=%s stage=%s %s", self.run_id, stage.replace(" ", "-"), text)
 
     def _update(self, stage: str) -> None:
         if stage not in self.artifacts:
@@ -77,7 +81,9 @@ class PrefectProgress:
         share = min(100.0, 100 * clock.done / max(clock.total, 1)) if clock.ended is None else 100.0
         left = f", {duration(clock.eta)} left" if clock.eta else ""
         whole = f"; {duration(eta)} left of the whole run" if eta else ""
-        text = f"{stage}: {clock.done:,} of {clock.total:,} {clock.unit}, {clock.rate_text}{left}{whole}"
+        text = (
+            f"{stage}: {min(clock.done, clock.total):,} of {clock.total:,} {clock.unit}, {clock.rate_text}{left}{whole}"
+        )
         with contextlib.suppress(Exception):
             update_progress_artifact(self.artifacts[stage], progress=round(share, 2), description=text)
 
@@ -111,9 +117,15 @@ def show_outcome(config: Config, outcome: Outcome) -> None:
     with contextlib.suppress(Exception):
         create_table_artifact(count_table(outcome), key=key(config.name, "counts"), description=outcome.sentence())
         links = {"report": outcome.report, "release": outcome.reference}
-        for name, address in links.items():
+        commands = {
+            "report": f"grape report {outcome.reference}",
+            "release": f"grape datasets show {outcome.reference}",
+        }
+        for name, address in links.items():  # a browser opens no s3:// address: the command does
             if address:
-                create_link_artifact(address, link_text=address, key=key(config.name, name), description=name)
+                create_link_artifact(
+                    address, link_text=address, key=key(config.name, name), description=f"`{commands[name]}`"
+                )
 
 
 def count_table(outcome: Outcome) -> list[dict[str, Any]]:
