@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="about how long each way works")
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     arguments = parser.parse_args()
+    # As the actor has it, and before torch is loaded.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tests.smollm2 import smollm2_folder
 
     config = parse_config(

@@ -27,9 +27,9 @@ from grape_service.scores import ScoreStore
 from grape_service.storage import Storage
 from tests import tiny_models
 from workers.cluster import ray_for
-from workers.replicas import Replicas
+from workers.replicas import Replicas, Work
 from workers.run import Run, new_run
-from workers.scoring import ShardFile, engines_of, score_shards
+from workers.scoring import ShardFile, engines_of, plan_units, score_shards
 
 pytestmark = pytest.mark.timeout(300)
 _names = itertools.count()
@@ -125,8 +125,10 @@ def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> Non
         replicas = engines.of(run.config.target, num_shards)
         replicas.wait_ready(2)
         assert len(replicas.replicas) == 2
+        store_id = run.policy_id(run.config.target)
+        units, _ = plan_units(run, store_id, shards)
         started = time.monotonic()
-        totals = score_shards(run, engines, run.config.target, shards, "score")
+        totals = replicas.score([Work(unit, store_id) for unit in units], lambda _: None)
         took = time.monotonic() - started
         ideal = num_shards * seconds / (1 + 1 / factor)
         print(f"{num_shards} shards, one replica {factor} times slower: {took:.1f} s, ideal {ideal:.1f} s")
