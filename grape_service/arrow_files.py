@@ -2,7 +2,7 @@
 
 pyarrow reads ahead on threads of its own. One that calls into Python while Python is being taken down is ended in
 the middle of C++, which aborts the process, or waits for ever for a lock. So the last that happens before is that
-every read fails, and that those under way are waited for.
+every read fails, that those under way are waited for, and that all threads have come to rest.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-ENDING_SECONDS = 20.0
+CALLS_SECONDS = 20.0
 """How long reads that are under way are waited for at the end of a process."""
-QUIET_SECONDS = 0.1
-"""Arrow's threads let go of what they hold a little after their last call."""
+REST_SECONDS = 5.0
+"""How long, after that, threads are waited for."""
+REST_LOOKS = 8
+"""Looks, 10 ms apart, that must find every other thread asleep."""
 
 
 class ArrowHandler(pafs.FSSpecHandler):
@@ -51,7 +55,8 @@ class ArrowFile:
             return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with _call(closing=True):
+            self._file.close()
 
     @property
     def closed(self) -> bool:
@@ -72,7 +77,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self.threads: set[int] = set()  # each operation on a set is whole under the interpreter's lock
-        self.last = 0.0
+        self.any = False
         self.ending = False
 
 
@@ -80,27 +85,45 @@ _calls = _Calls()
 
 
 @contextmanager
-def _call() -> Iterator[None]:
-    if _calls.ending:
-        _calls.last = time.monotonic()
+def _call(closing: bool = False) -> Iterator[None]:
+    if _calls.ending and not closing:
         raise OSError("this process is ending")
+    _calls.any = True
     thread = threading.get_ident()
     _calls.threads.add(thread)
     try:
         yield
     finally:
         _calls.threads.discard(thread)
-        _calls.last = time.monotonic()
+
+
+weakref.finalize(_calls, int)  # has weakref's own work at exit registered now, and so done after ours:
+# s3fs closes its connections there, and a read under way would wait for ever.
 
 
 @atexit.register
 def _end_reads() -> None:
     _calls.ending = True
-    if not _calls.last:
+    if not _calls.any:
         return
-    deadline = time.monotonic() + ENDING_SECONDS
-    while time.monotonic() < deadline and (_calls.threads or time.monotonic() - _calls.last < QUIET_SECONDS):
+    deadline = time.monotonic() + CALLS_SECONDS
+    while _calls.threads and time.monotonic() < deadline:
         time.sleep(0.01)
+    deadline = time.monotonic() + REST_SECONDS
+    looks = 0
+    while looks < REST_LOOKS and time.monotonic() < deadline:
+        time.sleep(0.01)
+        looks = looks + 1 if _others_sleep() and not _calls.threads else 0
+
+
+def _others_sleep() -> bool:
+    """Whether no thread but this one runs or waits for a core; True where the system does not tell."""
+    own = str(threading.get_native_id())
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            if stat.parent.name != own and stat.read_text().rpartition(")")[2].split()[0] == "R":
+                return False
+    return True
 
 
 os.register_at_fork(after_in_child=_calls.threads.clear)  # a fork has none of its parent's threads
