@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from flows.deployments import PrefectDeployments
+from flows.limits import TIMEOUT_SECONDS
 from grape_service.config import TrainConfig
 from grape_service.progress import Silent, reporter
 from workers.trainers.jobs import TrainingRun, open_run
@@ -27,7 +28,7 @@ def rl(run: TrainingRun) -> Record:
     return run.do("rl")
 
 
-@flow(name="train", persist_result=False)
+@flow(name="train", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def train(
     reference: str,
     config: TrainConfig,

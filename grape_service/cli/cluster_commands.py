@@ -11,6 +11,7 @@ import typer
 
 from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
 from grape_service.errors import UserError
+from grape_service.progress import duration
 
 AddressOption = Annotated[
     str, typer.Option("--address", envvar="GRAPE_RAY_ADDRESS", help="The head's Jobs API, http://head:8265.")
@@ -72,8 +73,8 @@ def list_jobs(address: AddressOption, as_json: JsonOption = False) -> None:
     if as_json:
         print_json({"jobs": found})
         return
-    rows = [[job["id"], job["state"], moment(job["started"]), moment(job["ended"])] for job in found]
-    print_table(address, ["job", "state", "started", "ended"], rows)
+    rows = [[job["id"], job["state"], moment(job["started"]), took(job["started"], job["ended"])] for job in found]
+    print_table(address, ["job", "state", "started", "took"], rows)
 
 
 @jobs.command(epilog="Example: grape jobs logs grape-math-sft-20261123T101500-3fa9c1 --follow")
@@ -113,5 +114,10 @@ def write_out(text: str) -> None:
 
 
 def moment(milliseconds: int | None) -> str:
-    """UTC time, or nothing."""
-    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d %H:%M:%S}" if milliseconds else ""
+    """Month, day and UTC time, or nothing: short, so that a job's id stays on one line."""
+    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%m-%d %H:%M}" if milliseconds else ""
+
+
+def took(started: int | None, ended: int | None) -> str:
+    """How long a job ran, or nothing while it does."""
+    return duration((ended - started) / 1000) if started and ended else ""
