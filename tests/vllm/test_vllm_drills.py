@@ -76,7 +76,7 @@ class Killer(Silent):
 
 
 @pytest.mark.drill
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(600)
 def test_a_killed_worker_and_a_killed_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPE_ENGINE_CLASS", "tests.vllm.slow_engine:SlowVllmEngine")
     folder = tiny_model(tmp_path / "model", num_key_value_heads=2)

@@ -220,7 +220,7 @@ def test_replicas_of_other_weights_or_another_template_are_refused(bench: Bench,
         with pytest.raises(StageError, match="are not those of the run"):
             Replicas(run.config, replace(spec, policy=wrong), 1)
 
-        copied = Path(shutil.copytree(bench.model, tmp_path / "copied"))
+        copied = Path(shutil.copytree(bench.model, tmp_path / "copied" / "model"))
         template = copied / "chat_template.jinja"
         template.write_text(template.read_text() + "{# changed #}")
         same_weights = run.config.target.model_copy(update={"model": str(copied)})
