@@ -27,7 +27,6 @@ from workers.trainers.settings import PromptSettings, RewardSettings, RlSettings
 from workers.trainers.sft import run_sft
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(name for name in RECIPES if name != "target")
 POOL_SEED, RL_SEED, TEST_SEED = 100, 200, 300
 
 
@@ -60,6 +59,7 @@ class Size:
     sft: dict[str, Any]
     rl: dict[str, Any]
     test_problems: int
+    sources: tuple[str, ...] = tuple(name for name in RECIPES if name != "target")  # who writes the pool
 
 
 SMALL = Size(
@@ -79,6 +79,7 @@ TINY = Size(
     sft={"batch_size": 4, "epochs": 1.0, "learning_rate": 1e-3},
     rl={"steps": 1, "prompts_per_step": 2, "num_generations": 2, "learning_rate": 1e-4},
     test_problems=8,
+    sources=("own", "terse"),
 )
 
 
@@ -92,7 +93,8 @@ class Experiment:
 
     def prepare(self) -> None:
         """Policies, the pool, the prompts of RL, and the accuracy that all arms start from; once."""
-        for name in RECIPES:
+        names = ("target", *self.size.sources)
+        for name in names:
             make_policy(name, self.folder / "policies", self.size.model, self.device)
         pool = self.folder / "pool.jsonl"
         if not pool.exists():
@@ -106,7 +108,7 @@ class Experiment:
         (self.folder / "rl-prompts.jsonl").write_text(prompts)
         start = self.folder / "start.json"
         if not start.exists():
-            start.write_text(json.dumps({name: self.accuracy(self._policy(name)) for name in RECIPES}))
+            start.write_text(json.dumps({name: self.accuracy(self._policy(name)) for name in names}))
 
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The results of an arm and seed: from its file, or made now."""
@@ -180,7 +182,7 @@ class Experiment:
         if arm.level is not None:
             policies = {
                 name: {"model": str(self._policy(name)), "dtype": "float32", "engine": "transformers"}
-                for name in SOURCES
+                for name in self.size.sources
             }
             config["behavior"] = {"sources": policies}
             config["weights"] = {"method": "pear", "level": arm.level}
@@ -198,7 +200,7 @@ class Experiment:
     def _pool_rows(self) -> list[dict[str, Any]]:
         asked = [problem for problem in problems(self.size.prompts, POOL_SEED) for _ in range(self.size.candidates)]
         rows = []
-        for number, source in enumerate(SOURCES):
+        for number, source in enumerate(self.size.sources):
             found = answers(self._policy(source), asked, self.size.max_tokens, self.device, 1.0, seed=number)
             for (text, ended), problem in zip(found, asked, strict=True):
                 rows.append(

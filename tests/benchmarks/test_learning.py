@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning.experiment import ARMS, TINY, Arm, Experiment, solved
+from benchmarks.learning.experiment import ARMS, SMALL, TINY, Arm, Experiment, solved
 from benchmarks.learning.summary import Estimate, plot, table
 from benchmarks.learning.task import ANSWER, STYLES, problems, solution
 from grape_service.config_file import parse_config
@@ -44,7 +44,8 @@ def test_an_arm_runs_to_its_result_once(tmp_path: Path) -> None:
     experiment = Experiment(tmp_path, TINY)
     experiment.prepare()
     rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
-    assert {row["source"] for row in rows} == {"own", "words", "terse"}
+    assert {row["source"] for row in rows} == set(TINY.sources)
+    assert Experiment(tmp_path, SMALL).size.sources == ("own", "words", "terse")
     arm = Arm("grape", "token")
     result = experiment.run(arm, seed=0)
     assert 0 <= result["after_sft"] <= 1
