@@ -265,9 +265,9 @@ def compare_with_peace(job: Job, reference: str) -> list[str]:
 
 
 def sample(job: Job, output: Storage, workspace: Storage) -> dict[str, int]:
-    """What must not grow: living processes and temporary files of the job, memory of the largest process
-    that was waited for until now (a run, or the Prefect server), open files and memory of this process, objects on S3 of unfinished versions and of runs that
-    made no release."""
+    """What must not grow: living processes and temporary files of the job, memory of the largest process that was
+    waited for until now (a run, or the Prefect server), open files and memory of this process, objects on S3 of
+    unfinished versions and of runs that made no release."""
     status = Path("/proc/self/status").read_text()
     rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
     finished = {entry.version for entry in read_catalog(output, job.config["name"])}
