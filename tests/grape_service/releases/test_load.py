@@ -147,7 +147,7 @@ def test_ray_data(s3_release: Release) -> None:
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     try:
         paths = [file.removeprefix("s3://") for file in s3_release.files]
         found = ray.data.read_parquet(paths, filesystem=s3_release.storage.arrow)
