@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 
 from grape_service.config import WorkersConfig
@@ -39,7 +40,7 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
         yield
         return
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scratch = None
+    scratch, before = None, _descendants()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -60,10 +61,24 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
         _restore(previous)
         yield
     finally:
+        started = _descendants() - before
         ray.shutdown()
         _restore(previous)
         if scratch:
+            _end(started)
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """End what a private Ray leaves behind: agents that were still starting do not see for 40 s that it is gone."""
+    _, left = psutil.wait_procs(processes, timeout=2)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def num_cores(workers: WorkersConfig) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from typing import Any
 
@@ -31,7 +33,16 @@ def main() -> None:
         status = INTERRUPTED
     if status == INTERRUPTED:
         _fail("stopped; run the same command again to go on from here", status)
+        _leave(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _leave(status: int) -> None:
+    """End this process without taking Python apart, in which Ray crashes where it was stopped while it started."""
+    atexit._run_exitfuncs()  # Prefect's server and Ray end here
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _usage(error: Any) -> int:

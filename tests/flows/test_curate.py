@@ -120,6 +120,24 @@ def test_ctrl_c_ends_within_15_seconds_and_the_next_run_goes_on(tmp_path: Path, 
         assert job.run()["scored"] == 240 - stored
 
 
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.5])
+def test_ctrl_c_while_ray_starts_leaves_nothing_behind(tmp_path: Path, model: str, after: float) -> None:
+    """Its agents would be there for another 40 seconds, and Python would end with a crash in Ray."""
+    with tiny_job(tmp_path, model, pool_rows(4)) as job:
+        process = job.start("run", str(job.config_path), "--json")
+        deadline = time.monotonic() + 120
+        while not any("raylet" in line for line in job.processes().values()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "Ray does not start"
+            time.sleep(0.05)
+        time.sleep(after)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert (process.returncode, err.splitlines()[-1][:15]) == (130, "error: stopped;")
+        assert job.wait_gone(15 - (time.monotonic() - started)) == {}
+
+
 def wait_for_scores(job: Job, files: int = 2, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while len(score_files(job)) < files:

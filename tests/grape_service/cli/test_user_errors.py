@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +181,29 @@ def test_nothing_but_grape_shows_the_commands(
     assert "Traceback" not in err
 
 
-def test_ctrl_c_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(path: str) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("grape_service.cli.check_commands.config_of", interrupted)
-    status, out, err = grape(monkeypatch, capsys, "check", "config.yaml", "--json")
-    assert (status, out) == (130, "")
+def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    os.mkfifo(path)
+    command = [sys.executable, "-m", "grape_service.cli", "check", str(path), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        writer = opened_when_read(path)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        os.close(writer)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
     assert err == "error: stopped; run the same command again to go on from here\n"
+
+
+def opened_when_read(fifo: Path, seconds: float = 60) -> int:
+    """A descriptor of the writing end, once somebody reads."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
