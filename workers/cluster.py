@@ -28,6 +28,8 @@ TASK_RETRIES = 3
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: the run joins that job's cluster."""
+PRIVATE = "GRAPE_PRIVATE_RAY"
+"""In the environment of every process of a private Ray: its scratch folder."""
 
 
 @contextlib.contextmanager
@@ -40,14 +42,14 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
         yield
         return
     previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scratch, before = None, _descendants()
+    scratch = None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         if os.environ.get(IN_CLUSTER):
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         else:
-            scratch = tempfile.mkdtemp(prefix="grape-ray-")
+            scratch = os.environ[PRIVATE] = tempfile.mkdtemp(prefix="grape-ray-")
             ray.init(
                 address="local",
                 num_cpus=2 * num_cores(workers),
@@ -61,24 +63,32 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
         _restore(previous)
         yield
     finally:
-        started = _descendants() - before
         ray.shutdown()
         _restore(previous)
         if scratch:
-            _end(started)
+            os.environ.pop(PRIVATE, None)
+            _end_processes(scratch)
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _descendants() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
-def _end(processes: set[psutil.Process]) -> None:
+def _end_processes(scratch: str) -> None:
     """End what a private Ray leaves behind: agents that were still starting do not see for 40 s that it is gone."""
-    _, left = psutil.wait_procs(processes, timeout=2)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    for _ in range(3):  # one that ends may just have started another
+        found = [one for one in psutil.process_iter() if one.pid != os.getpid() and _is_of(one, scratch)]
+        _, left = psutil.wait_procs(found, timeout=2)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _is_of(process: psutil.Process, scratch: str) -> bool:
+    """By its environment, over which an agent writes its title, or by the logs that it has open."""
+    try:
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+        marked = f"{PRIVATE}={scratch}".encode() in environment
+        return marked or any(file.path.startswith(f"{scratch}/") for file in process.open_files())
+    except (psutil.Error, OSError):  # gone, or somebody else's
+        return False
 
 
 def num_cores(workers: WorkersConfig) -> int:
