@@ -118,7 +118,7 @@ def assert_each_once(run: Run, num_rows: int) -> None:
 
 
 def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> None:
-    seconds, factor, num_shards = 0.2, 5, 100
+    seconds, factor, num_shards = 0.3, 5, 100
     bench.drill(seconds=seconds, slow_factor=factor)
     with new_run(bench.config(2)) as run, engines_of(run) as engines:
         shards = make_shards(run.workspace, num_shards)
