@@ -99,7 +99,8 @@ class Replicas:
         self.failed_starts = 0  # one after the other
         self.calls = itertools.count()
         self.gpus = spec.policy.tensor_parallel if node_gpus() else 0  # of a replica
-        self.threads = max(1, num_slots(config.workers) // max(count, num_nodes()))
+        processes = max(count, num_nodes()) * (1 if self.gpus else spec.policy.tensor_parallel)
+        self.threads = max(1, num_slots(config.workers) // processes)  # of each
         self.metrics = ScoringMetrics(config.name, spec.policy_id, self.gpus)
         reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
         self.replicas = [self._start() for _ in range(count)]
