@@ -66,7 +66,7 @@ test: install-test lint ## lint, types and all tests on CPU
 	.venv/bin/python -m coverage report --skip-covered --skip-empty | tail -60; exit $$status
 
 test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own
-	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" tests/vllm
+	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" tests/workers/engines/vllm
 
 lint: install-test ## ruff and mypy
 	.venv/bin/python -m ruff check .

@@ -21,18 +21,20 @@ import pyarrow as pa
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from grape_service import schemas
-from grape_service.config import Config
-from grape_service.config_file import parse_config
-from grape_service.digests import row_keys
-from grape_service.parquet import write_parquet
-from grape_service.ragged import offsets_from_lengths
-from grape_service.storage import Storage
-from workers.actor import prompt_slices, read_rows, token_batch
-from workers.cluster import ray_for
+from grape_service.config.loading import parse_config
+from grape_service.config.schema import Config
+from grape_service.rows.columns import SHARD
+from grape_service.rows.keys import row_keys
+from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.score.shards import ShardFile
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
+from workers.cluster.ray import ray_for
 from workers.engines.choose import load_engine
 from workers.run import new_run
-from workers.scoring import ShardFile, engines_of, score_shards
+from workers.scoring.actor import prompt_slices, read_rows, token_batch
+from workers.scoring.engines import engines_of
+from workers.stages.score import score_shards
 
 CANDIDATES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 60, 60
 COLUMNS = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "prompt_len")
@@ -71,7 +73,7 @@ def main() -> None:
 def make_shards(storage: Storage, count: int, folder: str) -> list[ShardFile]:
     """Shards of random token ids, 8 candidates a prompt; about 2,000 tokens each."""
     random = np.random.default_rng(len(folder))
-    schema = pa.schema([schemas.SHARD.field(name) for name in COLUMNS])
+    schema = pa.schema([SHARD.field(name) for name in COLUMNS])
     shards = []
     for number in range(count):
         rows: list[np.ndarray] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from grape_service.config import PolicyConfig
-from grape_service.ragged import TokenBatch
+from grape_service.config.policy import PolicyConfig
+from grape_service.rows.ragged import TokenBatch
 from workers.engines.base import EngineDescription
 
 

@@ -29,8 +29,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.score_choice import choice_lines, compare_choices
-from grape_service.config import PolicyConfig
-from grape_service.ragged import TokenBatch
+from grape_service.config.policy import PolicyConfig
+from grape_service.rows.ragged import TokenBatch
 
 SHAPES: dict[str, dict[str, Any]] = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
@@ -156,7 +156,7 @@ def matrix_product_rate(device: str) -> float:
 
 def measure(size: str, way: Way, workloads: list[str], device: str, profile: bool) -> Iterator[dict[str, Any]]:
     """In a process of its own: start the engine once, warm it up, and run each workload twice."""
-    from workers.engines.vllm_engine import VllmEngine
+    from workers.engines.vllm.engine import VllmEngine
 
     with tempfile.TemporaryDirectory() as folder:
         policy = PolicyConfig(

@@ -29,13 +29,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from grape_service.releases.catalog import read_catalog
-from grape_service.releases.claim import claim_version
-from grape_service.releases.load import Release, load
-from grape_service.releases.manifest import FileEntry, ManifestFields, read_manifest
-from grape_service.releases.writer import publish, write_part
-from grape_service.schemas import release_schema
-from grape_service.storage import Storage
+from grape_service.release.catalog import read_catalog
+from grape_service.release.claim import claim_version
+from grape_service.release.load import Release, load
+from grape_service.release.manifest import FileEntry, ManifestFields, read_manifest
+from grape_service.release.writer import publish, write_part
+from grape_service.rows.columns import release_schema
+from grape_service.storage.storage import Storage
 from tests.seaweed import BUCKET, running_server
 
 SCHEMA = release_schema([], [])

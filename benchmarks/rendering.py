@@ -13,9 +13,10 @@ import random
 import time
 from collections.abc import Callable
 
-from grape_service.candidates import Candidate
-from grape_service.config import PolicyConfig, RenderConfig
-from grape_service.render import Renderer
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate
 
 SENTENCE = (
     "the number of eggs is twice what each hen lays in a week so we add them and then divide by two which gives "

@@ -22,17 +22,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 from benchmarks.stages import make_partition
-from grape_service.checks.partition import check_partition
-from grape_service.checks.settings import KINDS, enabled_checks
+from grape_service.checks.run import check_partition
 from grape_service.checks.texts import evaluation_grams
-from grape_service.config import CheckConfig, Config
+from grape_service.config.checks import ChecksConfig
+from grape_service.config.schema import Config
 from grape_service.report.page import render_page
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
-from grape_service.scores import ScoreStore
-from grape_service.select import select_partition
-from grape_service.storage import Storage
-from grape_service.weigh import weigh_partition
+from grape_service.score.store import ScoreStore
+from grape_service.select.partition import select_partition
+from grape_service.storage.storage import Storage
+from grape_service.weigh.partition import weigh_partition
 
 REPEATS = 5
 NAMES = [f"source-{number}" for number in range(5)]
@@ -123,14 +124,15 @@ def main() -> None:
             )
         print(f"page: {made.costs.page:.2f} s")
         grams = evaluation_grams(["one two three four five six seven eight nine"], 8)
-        for name, kind in KINDS.items():
-            if kind.scope.endswith("rows"):
+        for name, field in ChecksConfig.model_fields.items():
+            scope = field.default.scope
+            if scope.endswith("rows"):
                 settings = {"files": ["x"]} if name == "contamination" else {}
-                checks = enabled_checks({name: CheckConfig(action="warn", **settings)})
+                checks = ChecksConfig.model_validate({name: {"action": "warn", **settings}}).enabled()
                 out = "kept.parquet", checks, grams, "findings.parquet", "digests.parquet"
                 took = seconds(partial(check_partition, made.storage, made.shards, *out))
-                looked_at = arguments.rows if kind.scope == "all rows" else made.num_kept
-                print(f"check {name} ({kind.scope}): {looked_at / took:,.0f} rows/s")
+                looked_at = arguments.rows if scope == "all rows" else made.num_kept
+                print(f"check {name} ({scope}): {looked_at / took:,.0f} rows/s")
         print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grape_service.config import PolicyConfig
-from grape_service.ragged import TokenBatch
+from grape_service.config.policy import PolicyConfig
+from grape_service.rows.ragged import TokenBatch
 
 POOL = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "pool"
 
@@ -42,7 +42,7 @@ def candidates(folder: str, prompts: int) -> Iterator[tuple[str, list[int], list
 
 def choice_lines(folder: str, precision: str, prompts: int) -> Iterator[dict[str, Any]]:
     """One line: every candidate's mean log-probability in a precision."""
-    from workers.engines.vllm_engine import VllmEngine
+    from workers.engines.vllm.engine import VllmEngine
 
     rows = list(candidates(folder, prompts))
     batch = TokenBatch.from_rows([(x + y, [False] * len(x) + [True] * len(y)) for _, x, y in rows])

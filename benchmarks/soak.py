@@ -33,12 +33,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 import grape_service
-from grape_service.releases.catalog import read_catalog
-from grape_service.releases.claim import CLAIM
-from grape_service.releases.gc import collect
-from grape_service.releases.manifest import read_manifest
-from grape_service.releases.verify import verify
-from grape_service.storage import Storage
+from grape_service.release.catalog import read_catalog
+from grape_service.release.claim import CLAIM
+from grape_service.release.gc import collect
+from grape_service.release.manifest import read_manifest
+from grape_service.release.verify import verify
+from grape_service.storage.storage import Storage
 from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
 from tests.ray_cluster import free_port

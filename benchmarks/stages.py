@@ -15,15 +15,15 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 
-from grape_service.config import Config
-from grape_service.final_rows import final_batches
-from grape_service.parquet import write_parquet
-from grape_service.ragged import list_array, offsets_from_lengths
-from grape_service.schemas import LOSS_TURN_END, SHARD, release_schema
-from grape_service.scores import ScoreStore
-from grape_service.select import select_partition
-from grape_service.storage import Storage
-from grape_service.weigh import weigh_partition
+from grape_service.config.schema import Config
+from grape_service.release.rows import final_batches
+from grape_service.rows.columns import LOSS_TURN_END, SHARD, release_schema
+from grape_service.rows.ragged import list_array, offsets_from_lengths
+from grape_service.score.store import ScoreStore
+from grape_service.select.partition import select_partition
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
+from grape_service.weigh.partition import weigh_partition
 
 CANDIDATES_A_PROMPT = 8
 SHARD_ROWS = 440

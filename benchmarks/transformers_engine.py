@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from grape_service.config import PolicyConfig
-from grape_service.ragged import TokenBatch
-from workers.engines.transformers_engine import TransformersEngine
+from grape_service.config.policy import PolicyConfig
+from grape_service.rows.ragged import TokenBatch
+from workers.engines.transformers.engine import TransformersEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = 8

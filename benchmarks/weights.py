@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 
-from grape_service.config import WeightsConfig
-from grape_service.pear import pear_weights
-from grape_service.ragged import offsets_from_lengths
+from grape_service.config.methods import WeightsConfig
+from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.weigh.pear import pear_weights
 
 SETTINGS: list[tuple[str, WeightsConfig]] = [
     ("token", WeightsConfig()),

@@ -21,10 +21,10 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
-from grape_service.config import Config
-from grape_service.progress import Ahead, RunClock, Silent, duration, reporter, set_reporter
-from grape_service.releases.manifest import without_secrets
-from workers.publishing import Outcome
+from grape_service.config.schema import Config
+from grape_service.progress.reporter import Ahead, RunClock, Silent, duration, reporter, set_reporter
+from grape_service.release.manifest import without_secrets
+from workers.outcome import Outcome
 
 UPDATE_SECONDS = 5.0
 

@@ -21,7 +21,7 @@ _ENDS = {StateType.COMPLETED: "succeeded", StateType.CANCELLED: "cancelled"}
 
 
 class PrefectDeployments:
-    """Starts, follows and cancels runs at PREFECT_API_URL; see workers.trainers.jobs.Deployments."""
+    """Starts, follows and cancels runs at PREFECT_API_URL; see workers.training.runs.Deployments."""
 
     def start(self, name: str, parameters: dict[str, Any], key: str) -> str:
         """Id of the deployment's one run for `key`. Raises UserError where there is no such deployment."""

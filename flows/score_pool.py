@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.artifacts import show_outcome
-from flows.curate import do_elsewhere, do_stages
-from flows.limits import TIMEOUT_SECONDS
-from grape_service.config import Config
-from grape_service.notify import ending_told
-from workers import jobs_api
-from workers.publishing import Outcome
+from flows.artifacts import show_outcome, shown
+from flows.tasks import TIMEOUT_SECONDS, as_task
+from grape_service.config.schema import Config
+from workers.outcome import Outcome
+from workers.pipeline import run_pipeline
 
 
 @flow(name="score-pool", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def score_pool(config: Config) -> Outcome:
     """Score the rows of a pool that have no score yet under the target. An unchanged pool starts no engine."""
-    with ending_told(config) as told:
-        elsewhere = jobs_api.runs_elsewhere(config)
-        outcome = do_elsewhere(config, "score", force=False) if elsewhere else do_stages(config, "score", force=False)
-        show_outcome(config, outcome)
-        told.append(outcome.to_json())
+    outcome = run_pipeline(config, until="score", as_stage=as_task, watch=shown)
+    show_outcome(config, outcome)
     return outcome

@@ -9,11 +9,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from flows.deployments import PrefectDeployments
-from flows.limits import TIMEOUT_SECONDS
-from grape_service.config import TrainConfig
-from grape_service.progress import Silent, reporter
-from workers.trainers.jobs import TrainingRun, open_run
-from workers.trainers.records import Record
+from flows.tasks import TIMEOUT_SECONDS
+from grape_service.config.training import TrainConfig
+from grape_service.progress.reporter import Silent, reporter
+from workers.stages.train import open_run
+from workers.training.records import Record
+from workers.training.runs import TrainingRun
 
 
 @task(name="sft", cache_policy=NO_CACHE, persist_result=False)

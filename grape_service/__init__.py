@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grape_service.releases.load import Release
+    from grape_service.release.load import Release
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,6 @@ def load(reference: str, storage: dict[str, Any] | None = None) -> Release:
 
     `storage` holds s3fs options; secrets come from the environment. Raises UserError if there is no such version.
     """
-    from grape_service.releases.load import load as load_release
+    from grape_service.release.load import load as load_release
 
     return load_release(reference, storage)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from grape_service.storage import Storage
+from grape_service.storage.storage import Storage
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 ROOT = str(Path(__file__).resolve().parent.parent)

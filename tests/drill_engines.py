@@ -12,10 +12,10 @@ import numpy.typing as npt
 import orjson
 
 from benchmarks.constant_engine import ConstantEngine
-from grape_service.config import PolicyConfig
-from grape_service.ragged import TokenBatch
+from grape_service.config.policy import PolicyConfig
+from grape_service.rows.ragged import TokenBatch
 from workers.engines.base import OutOfMemory
-from workers.engines.transformers_engine import TransformersEngine
+from workers.engines.transformers.engine import TransformersEngine
 
 
 class SlowEngine(TransformersEngine):

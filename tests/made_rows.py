@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from grape_service.parquet import write_parquet
-from grape_service.ragged import offsets_from_lengths
-from grape_service.schemas import LOSS_TOKEN, LOSS_TURN_END, SHARD
-from grape_service.scores import ScoreStore
-from grape_service.storage import Storage
+from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END, SHARD
+from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.score.store import ScoreStore
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
 
 
 @dataclass

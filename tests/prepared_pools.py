@@ -11,17 +11,17 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grape_service.candidates import Candidate, Rejection, Rendered
-from grape_service.config import Config
-from grape_service.digests import response_messages
+from grape_service.config.schema import Config
+from grape_service.prepare.counts import summarise_map
 from grape_service.prepare.finish import finish_prepare
-from grape_service.prepare.map_piece import Renders, map_piece
+from grape_service.prepare.map import Renders, map_piece
 from grape_service.prepare.plan import PreparePlan, plan_prepare
-from grape_service.prepare.prepared import Prepared
 from grape_service.prepare.reduce import reduce_partition
+from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import read_partition
-from grape_service.prepare.summary import summarise_map
-from grape_service.storage import Storage
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.messages import response_messages
+from grape_service.storage.storage import Storage
 
 
 class WordRenderer:

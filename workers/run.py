@@ -13,13 +13,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from grape_service.config import Config, PolicyConfig
-from grape_service.models import ModelFiles, policy_id, resolve_model
-from grape_service.progress import reporter
-from grape_service.releases.manifest import without_secrets
-from grape_service.releases.reference import Reference
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import Config
+from grape_service.models.files import ModelFiles, policy_id, resolve_model
+from grape_service.progress.reporter import reporter
+from grape_service.release.manifest import without_secrets
+from grape_service.release.reference import Reference
 from grape_service.render.renderer import Renderer
-from grape_service.storage import Storage, check_writable
+from grape_service.storage.storage import Storage, check_writable
 
 HEARTBEAT_SECONDS = 20
 """How often runs/<run_id>/heartbeat.json is written; gc leaves runs alone whose heartbeat is young."""
@@ -69,7 +70,7 @@ class Run:
 
     def delete_intermediate(self) -> None:
         """Delete what lay between the stages; the config and the failures of the run stay."""
-        for name in ("todo", "kept", "derived", "weighed"):
+        for name in ("todo", "kept", "rescore", "weighed"):
             self.workspace.delete_folder(f"{self.folder}/{name}")
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The arms: which candidates are selected and how they are weighed, then SFT, then the same RL for all.
 
 Each arm and seed is one JSON file of results; what is there is not done again, and an arm that was cut off goes on
-from its last checkpoint. Selection, weights, SFT and RL are those of the service: `grape run` and workers.trainers.
+from its last checkpoint. Selection, weights, SFT and RL are those of the service: `grape run` and workers.training.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import yaml
 
 from benchmarks.learning.policies import RECIPES, SEPARATOR, ModelSize, answers, make_policy
 from benchmarks.learning.task import ANSWER, Problem, problems
-from workers.trainers.rewards import exact_match
-from workers.trainers.rl import run_rl
-from workers.trainers.settings import PromptSettings, RewardSettings, RlSettings, RlTask, SftSettings, SftTask
-from workers.trainers.sft import run_sft
+from grape_service.config.training import PromptSettings, RewardSettings, RlSettings, RlTask, SftSettings, SftTask
+from workers.training.trainers.rewards import exact_match
+from workers.training.trainers.rl import run_rl
+from workers.training.trainers.sft import run_sft
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL_SEED, RL_SEED, TEST_SEED = 100, 200, 300

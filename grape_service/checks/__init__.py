@@ -1,1 +1,1 @@
-"""Data checks: who is touched by what can go wrong with a training set, and why."""
+"""Data checks: which rows of a training set have something wrong with them, and what."""

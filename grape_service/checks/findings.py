@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from grape_service.checks.settings import Check
-from grape_service.counts import Counts
+from grape_service.config.checks import Check
+from grape_service.rows.counts import Counts
 
 FINDING = pa.schema(
     [
         pa.field("check", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string()),  # null where a whole source is touched
+        pa.field("prompt_id", pa.string()),  # null where a whole source is flagged
         pa.field("candidate_id", pa.string()),
         pa.field("reason", pa.string(), nullable=False),  # a short phrase, counted by
         pa.field("detail", pa.string()),  # what exactly, for a person
@@ -32,7 +32,7 @@ class CheckCounts(Counts):
 
 
 @dataclass(frozen=True)
-class Touched:
+class Flagged:
     """Places of rows in a table, each with a reason and a detail."""
 
     rows: list[int]
@@ -59,22 +59,22 @@ def result_of(check: Check, counts: CheckCounts, table: str | None) -> dict[str,
     """A check's line in the manifest and the report; `warning` is None where its share is small enough."""
     share = counts.found / counts.rows if counts.rows else 0.0
     warning = None
-    if share > check.settings["max_share"]:
+    if share > check.max_share:
         worst = max(counts.reasons, key=lambda reason: counts.reasons[reason])
-        looked_at = check.kind.scope
+        looked_at = check.scope
         warning = (
             f"Check {check.name.replace('_', ' ')}: {counts.found:,} of {counts.rows:,} {looked_at} ({share:.1%}) "
-            f"are touched, most often: {worst}."
+            f"are flagged, most often: {worst}."
         )
     return {
         "name": check.name,
         "action": check.action,
-        "scope": check.kind.scope,
+        "scope": check.scope,
         "rows": counts.rows,
         "found": counts.found,
         "reasons": counts.reasons,
         "rows_per_second": round(counts.rows / counts.seconds) if counts.seconds else None,
         "warning": warning,
-        "change": check.kind.change,
+        "change": check.advice,
         "table": table,
     }

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from grape_service.checks.findings import Touched
+from grape_service.checks.findings import Flagged
 from grape_service.checks.tokens import without_turn_end
-from grape_service.report.examples import content_text
+from grape_service.config.checks import Boilerplate, Language, Refusal, Truncation
+from grape_service.rows.messages import shown_content
 
 WORD = re.compile(r"\w+")
 REFUSAL = re.compile(
@@ -56,7 +57,7 @@ _FREQUENT = {language: frozenset(words.split()) for language, words in FREQUENT.
 def texts(table: pa.Table) -> Iterator[tuple[str, str]]:
     """(prompt, response) of each row as text: the turns before and after the prompt's end."""
     for messages, count in zip(table["messages"].to_pylist(), table["num_prompt_messages"].to_pylist(), strict=True):
-        turns = [content_text(turn.get("content")) for turn in orjson.loads(messages)]
+        turns = [shown_content(turn.get("content")) for turn in orjson.loads(messages)]
         yield "\n".join(turns[:count]), "\n".join(turns[count:])
 
 
@@ -75,9 +76,9 @@ def language_of(text: str) -> str | None:
     return language if best > 0.12 and best > 1.4 * second else None
 
 
-def language(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def language(table: pa.Table, check: Language) -> Flagged:
     """Responses in a language that is not wanted."""
-    return _of_each(table, lambda _, text: _other_language(text, settings["languages"]))
+    return _of_each(table, lambda _, text: _other_language(text, check.languages))
 
 
 def _other_language(text: str, wanted: list[str]) -> tuple[str, str | None] | None:
@@ -85,19 +86,19 @@ def _other_language(text: str, wanted: list[str]) -> tuple[str, str | None] | No
     return (f"language {found}", None) if found is not None and found not in wanted else None
 
 
-def refusal(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def refusal(table: pa.Table, check: Refusal) -> Flagged:
     """Responses that begin with a refusal."""
     return _of_each(table, lambda _, text: _matches(REFUSAL, text[:300], "refuses"))
 
 
-def boilerplate(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def boilerplate(table: pa.Table, check: Boilerplate) -> Flagged:
     """Responses with set phrases of assistants."""
     return _of_each(table, lambda _, text: _matches(BOILERPLATE, text, "set phrase"))
 
 
-def truncation(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def truncation(table: pa.Table, check: Truncation) -> Flagged:
     """Responses without a turn end, and long ones that stop inside of a sentence."""
-    touched = Touched([], [], [])
+    flagged = Flagged([], [], [])
     open_ended = without_turn_end(table)
     for row, (_, response) in enumerate(texts(table)):
         reason = None
@@ -106,10 +107,10 @@ def truncation(table: pa.Table, settings: dict[str, Any]) -> Touched:
         elif len(response) > 120 and not SENTENCE_END.search(response[-40:]):
             reason = "stops inside of a sentence"
         if reason:
-            touched.rows.append(row)
-            touched.reasons.append(reason)
-            touched.details.append(response[-80:])
-    return touched
+            flagged.rows.append(row)
+            flagged.reasons.append(reason)
+            flagged.details.append(response[-80:])
+    return flagged
 
 
 def _matches(pattern: re.Pattern[str], text: str, reason: str) -> tuple[str, str | None] | None:
@@ -117,15 +118,15 @@ def _matches(pattern: re.Pattern[str], text: str, reason: str) -> tuple[str, str
     return (reason, match[0]) if match else None
 
 
-def _of_each(table: pa.Table, test: Any) -> Touched:
-    touched = Touched([], [], [])
+def _of_each(table: pa.Table, test: Any) -> Flagged:
+    flagged = Flagged([], [], [])
     for row, (prompt, response) in enumerate(texts(table)):
         found = test(prompt, response)
         if found is not None:
-            touched.rows.append(row)
-            touched.reasons.append(found[0])
-            touched.details.append(found[1])
-    return touched
+            flagged.rows.append(row)
+            flagged.reasons.append(found[0])
+            flagged.details.append(found[1])
+    return flagged
 
 
 MIN_WORDS = 5
@@ -166,7 +167,7 @@ def evaluation_grams(items: Iterable[str], n: int) -> dict[int, npt.NDArray[np.u
     return {size: np.unique(np.concatenate(parts)) for size, parts in sorted(found.items())}
 
 
-def contamination(table: pa.Table, grams: dict[int, npt.NDArray[np.uint64]]) -> Touched:
+def contamination(table: pa.Table, grams: dict[int, npt.NDArray[np.uint64]]) -> Flagged:
     """Rows that hold a run of words of an evaluation item."""
 
     def test(prompt: str, response: str) -> tuple[str, str | None] | None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from grape_service.checks.findings import Touched
-from grape_service.parquet import array_of
-from grape_service.ragged import list_offsets_and_values
-from grape_service.schemas import LOSS_TOKEN, LOSS_TURN_END
+from grape_service.checks.findings import Flagged
+from grape_service.config.checks import NearDuplicates, Repetition
+from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END
+from grape_service.rows.ragged import list_offsets_and_values
+from grape_service.storage.parquet import array_of
 
 MAX_PAIRWISE = 128
 """Candidates of a prompt that are compared one by one; of more, MinHash LSH finds the pairs."""
@@ -41,25 +41,25 @@ def shingles(ids: npt.NDArray[np.int32], n: int) -> npt.NDArray[np.uint64]:
     return found
 
 
-def near_duplicates(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def near_duplicates(table: pa.Table, check: NearDuplicates) -> Flagged:
     """Candidates much like an earlier one of their prompt: MinHash estimates the share of common shingles."""
     from datasketch import MinHash, MinHashLSH
 
-    num_perm, least = int(settings["num_perm"]), float(settings["similarity"])
+    num_perm, least = check.num_perm, check.similarity
     empty = MinHash(num_perm=num_perm, hashfunc=_same)
     sketches = []
     for ids in responses(table):
         sketch = empty.copy()
-        sketch.update_batch((shingles(ids, int(settings["shingle"])) >> np.uint64(32)).tolist())
+        sketch.update_batch((shingles(ids, check.shingle) >> np.uint64(32)).tolist())
         sketches.append(sketch)
     prompts = array_of(table, "prompt_id").dictionary_encode().indices.to_numpy()
     candidate_ids = table["candidate_id"].to_pylist()
-    touched = Touched([], [], [])
+    flagged = Flagged([], [], [])
 
     def add(row: int, other: int, similarity: float) -> None:
-        touched.rows.append(row)
-        touched.reasons.append("near duplicate of another candidate")
-        touched.details.append(f"{similarity:.2f} like candidate {candidate_ids[other]}")
+        flagged.rows.append(row)
+        flagged.reasons.append("near duplicate of another candidate")
+        flagged.details.append(f"{similarity:.2f} like candidate {candidate_ids[other]}")
 
     starts = np.flatnonzero(np.concatenate([[True], prompts[1:] != prompts[:-1]]))
     for start, end in zip(starts, np.append(starts[1:], len(prompts)), strict=True):
@@ -76,26 +76,26 @@ def near_duplicates(table: pa.Table, settings: dict[str, Any]) -> Touched:
             if others and max(others)[0] >= least:
                 add(row, -max(others)[1], max(others)[0])
             index.insert(row, sketches[row])
-    return touched
+    return flagged
 
 
 def _same(value: int) -> int:
     return value
 
 
-def repetition(table: pa.Table, settings: dict[str, Any]) -> Touched:
+def repetition(table: pa.Table, check: Repetition) -> Flagged:
     """Responses of which a large share of the n-grams repeats earlier ones."""
-    touched = Touched([], [], [])
+    flagged = Flagged([], [], [])
     for row, ids in enumerate(responses(table)):
-        if len(ids) < settings["min_tokens"]:
+        if len(ids) < check.min_tokens:
             continue
-        grams = shingles(ids, int(settings["n"]))
+        grams = shingles(ids, check.n)
         repeated = 1 - len(np.unique(grams)) / len(grams)
-        if repeated > settings["max_repeated"]:
-            touched.rows.append(row)
-            touched.reasons.append("repeats itself")
-            touched.details.append(f"{repeated:.0%} of its runs of {settings['n']} tokens stood there before")
-    return touched
+        if repeated > check.max_repeated:
+            flagged.rows.append(row)
+            flagged.reasons.append("repeats itself")
+            flagged.details.append(f"{repeated:.0%} of its runs of {check.n} tokens stood there before")
+    return flagged
 
 
 def without_turn_end(table: pa.Table) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def check(config: ConfigArgument, as_json: JsonOption = False) -> None:
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
-    from grape_service.check import check as findings_of
+    from grape_service.estimate.preflight import check as findings_of
     from workers.engines.choose import load_engine
 
     engines: dict[str, Any] = {}

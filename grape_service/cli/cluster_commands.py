@@ -11,7 +11,7 @@ import typer
 
 from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
 from grape_service.errors import UserError
-from grape_service.progress import duration
+from grape_service.progress.reporter import duration
 
 AddressOption = Annotated[
     str, typer.Option("--address", envvar="GRAPE_RAY_ADDRESS", help="The head's Jobs API, http://head:8265.")
@@ -42,8 +42,8 @@ def submit(
     as_json: JsonOption = False,
 ) -> None:
     """Run a config as one job of a Ray cluster, show its log, end with its exit status."""
-    from workers import jobs_api
-    from workers.trainers.job_server import job_server
+    from workers.cluster import submit
+    from workers.cluster.jobs import job_server
 
     settings = config_of(config)
     missing = [name for name in env or [] if name not in os.environ]
@@ -52,21 +52,21 @@ def submit(
     environment = {name: os.environ[name] for name in env or []}
     with job_server(address) as server:
         arguments = ("--force",) if force else ()
-        job = jobs_api.submit(settings, server, arguments, not installed, environment)
+        job = submit.submit(settings, server, arguments, not installed, environment)
         if detach:
             print_json({"job": job.job_id, "address": address}) if as_json else say(job.job_id)
             return
-        jobs_api.write_error(f"job {job.job_id}; Ctrl-C leaves it running, `grape jobs stop {job.job_id}` ends it\n")
-        status = jobs_api.follow(server, job.job_id, jobs_api.write_error)
+        submit.write_error(f"job {job.job_id}; Ctrl-C leaves it running, `grape jobs stop {job.job_id}` ends it\n")
+        status = submit.follow(server, job.job_id, submit.write_error)
         if as_json and status == 0:
-            print_json({"job": job.job_id, **(jobs_api.outcome_in(server.log(job.job_id)) or {})})
+            print_json({"job": job.job_id, **(submit.outcome_in(server.log(job.job_id)) or {})})
     raise typer.Exit(status)
 
 
 @jobs.command("list", epilog="Example: grape jobs list --address http://head:8265")
 def list_jobs(address: AddressOption, as_json: JsonOption = False) -> None:
     """Every job of the cluster, newest first."""
-    from workers.trainers.job_server import job_server
+    from workers.cluster.jobs import job_server
 
     with job_server(address) as server:
         found = server.jobs()
@@ -84,21 +84,21 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends, then exit as it did.")] = False,
 ) -> None:
     """What a job has printed."""
-    from workers import jobs_api
-    from workers.trainers.job_server import job_server
+    from workers.cluster import submit
+    from workers.cluster.jobs import job_server
 
     with job_server(address) as server:
         if server.state(job) is None:
             raise UserError(f"{address} knows no job '{job}': see `grape jobs list`")
         if follow:
-            raise typer.Exit(jobs_api.follow(server, job, write_out))
+            raise typer.Exit(submit.follow(server, job, write_out))
         write_out(server.log(job))
 
 
 @jobs.command(epilog="Example: grape jobs stop grape-math-sft-20261123T101500-3fa9c1")
 def stop(job: JobArgument, address: AddressOption) -> None:
     """End a job; what it scored is kept, and the next run goes on from there."""
-    from workers.trainers.job_server import job_server
+    from workers.cluster.jobs import job_server
 
     with job_server(address) as server:
         if server.state(job) is None:

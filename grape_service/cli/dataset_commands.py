@@ -32,9 +32,9 @@ def register(app: typer.Typer) -> None:
 @datasets.command("list", epilog="Example: grape datasets list s3://team/datasets")
 def list_versions(path: PathArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
     """Every version of every dataset in a folder, with its tags."""
-    from grape_service.releases.catalog import list_datasets, read_catalog
-    from grape_service.releases.tags import list_tags
-    from grape_service.storage import Storage
+    from grape_service.release.catalog import list_datasets, read_catalog
+    from grape_service.release.tags import list_tags
+    from grape_service.storage.storage import Storage
 
     storage = Storage(path, storage_options(endpoint))
     names = list_datasets(storage)
@@ -88,12 +88,12 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """What a version holds, and with --lineage what it was made from."""
-    from grape_service.releases.load import load
+    from grape_service.release.load import load
 
     release = load(reference, storage_options(endpoint))
     manifest = release.manifest
     if lineage:
-        from grape_service.releases.lineage import lineage_tree
+        from grape_service.release.lineage import lineage_tree
 
         tree = lineage_tree(release)
         print_json(tree.to_json()) if as_json else say(tree.render_text())
@@ -126,8 +126,8 @@ def tag(
     """Point a tag to a version."""
     import getpass
 
-    from grape_service.releases.load import load
-    from grape_service.releases.tags import move_tag
+    from grape_service.release.load import load
+    from grape_service.release.tags import move_tag
 
     release = load(reference, storage_options(endpoint))
     move_tag(release.storage, release.name, name, release.version, who=getpass.getuser(), expected=expected)
@@ -137,9 +137,9 @@ def tag(
 @datasets.command(epilog="Example: grape datasets verify s3://team/datasets/math-sft@latest")
 def verify(reference: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
     """Check the size and sha256 of every file of a version."""
-    from grape_service.releases.load import load
-    from grape_service.releases.verify import render_text
-    from grape_service.releases.verify import verify as problems_of
+    from grape_service.release.load import load
+    from grape_service.release.verify import render_text
+    from grape_service.release.verify import verify as problems_of
 
     release = load(reference, storage_options(endpoint))
     problems = problems_of(release)
@@ -158,9 +158,9 @@ def diff(
     old: ReferenceArgument, new: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False
 ) -> None:
     """Two versions side by side: rows added and removed, choices that changed, scores and weights that moved."""
-    from grape_service.releases.diff import diff as compare
-    from grape_service.releases.diff import render_text
-    from grape_service.releases.load import load
+    from grape_service.release.diff import diff as compare
+    from grape_service.release.diff import render_text
+    from grape_service.release.load import load
 
     found = compare(load(old, storage_options(endpoint)), load(new, storage_options(endpoint)))
     print_json(found.to_json()) if as_json else say(render_text(found))
@@ -181,8 +181,8 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Find what nobody needs: unfinished and old untagged versions, unused scores, leftovers. A dry run by default."""
-    from grape_service.releases.gc import collect, render_text
-    from grape_service.storage import Storage
+    from grape_service.release.gc import collect, render_text
+    from grape_service.storage.storage import Storage
 
     options = storage_options(endpoint)
     output = Storage(path, options)

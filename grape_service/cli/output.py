@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
@@ -15,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grape_service.config import Config
-from grape_service.config_file import load_config
-from grape_service.report.text import visible
+from grape_service.config.loading import load_config
+from grape_service.config.schema import Config
+from grape_service.display import visible
 
 ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 ReferenceArgument = Annotated[
@@ -75,13 +77,27 @@ def storage_options(endpoint: str | None) -> dict[str, Any]:
 
 
 def config_of(path: str) -> Config:
-    """The config of a command; its train section is looked at too, whatever the command."""
-    from workers.trainers.job_settings import train_jobs
+    """The config of a command."""
+    return load_config(path)
 
-    config = load_config(path)
-    if config.train is not None:
-        train_jobs(config.train)
-    return config
+
+def prefect_is_configured() -> bool:
+    """Whether a Prefect API is named by the environment, the active profile or a prefect.toml. Imports no Prefect."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+    profiles = _toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
+    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
+    profile = profiles.get("profiles", {}).get(active, {})
+    project = _toml(Path("prefect.toml")).get("api", {})
+    return bool(profile.get("PREFECT_API_URL") or project.get("url"))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):  # Prefect itself says what is wrong with it
+        return {}
 
 
 def quiet_prefect() -> None:

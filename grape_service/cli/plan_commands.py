@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
-from grape_service.progress import duration
+from grape_service.progress.reporter import duration
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +30,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Count the pool's tokens and estimate what scoring it takes. Starts no engine."""
-    from grape_service.plan import make_plan
+    from grape_service.estimate.plan import make_plan
 
     made = make_plan(config_of(config), replicas, device, tokens_per_second, price, exact)
     if as_json:

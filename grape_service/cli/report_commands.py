@@ -36,20 +36,20 @@ def register(app: typer.Typer) -> None:
 def report(
     reference: ReferenceArgument,
     out: OutOption = None,
-    anew: Annotated[
-        bool, typer.Option("--anew", help="Make the page again from the manifest and the workspace.")
+    regenerate: Annotated[
+        bool, typer.Option("--regenerate", help="Make the page again from the manifest and the workspace.")
     ] = False,
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a version's report to a file: the one that it was published with, or a new one."""
-    from grape_service.releases.load import load
-    from grape_service.report.again import report_page
+    from grape_service.release.load import load
+    from grape_service.report.page import report_page
 
     release = load(reference, storage_options(endpoint))
     path = (out or Path(f"{release.name}-{release.version}-report.html")).resolve()
-    path.write_text(report_page(release, anew))
+    path.write_text(report_page(release, regenerate))
     print_json({"reference": release.reference, "report": str(path)}) if as_json else say(str(path))
     if open_it:
         typer.launch(path.as_uri())
@@ -63,13 +63,13 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare what two versions chose: agreement of winners, rank correlation, where they differ most."""
-    from grape_service.compare import compare as compare_releases
-    from grape_service.releases.load import load
+    from grape_service.release.compare import compare as compare_releases
+    from grape_service.release.load import load
 
     options = storage_options(endpoint)
     found = compare_releases(load(first, options), load(second, options))
     if out is not None:
-        from grape_service.report.comparison import render_comparison
+        from grape_service.report.page import render_comparison
 
         out.write_text(render_comparison(found))
     if as_json:
@@ -113,9 +113,9 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Every candidate of a prompt with score, length, source and why it was kept or not; its tokens in colour."""
-    from grape_service.explain import explain as explain_prompt
-    from grape_service.releases.load import load
-    from grape_service.report.text import cut, visible
+    from grape_service.display import cut, visible
+    from grape_service.release.load import load
+    from grape_service.report.explain import explain as explain_prompt
 
     found = explain_prompt(load(reference, storage_options(endpoint)), prompt_id)
     if as_json:

@@ -17,6 +17,7 @@ from grape_service.cli.output import (
     JsonOption,
     ReferenceArgument,
     config_of,
+    prefect_is_configured,
     print_json,
     print_table,
     quiet_prefect,
@@ -24,6 +25,7 @@ from grape_service.cli.output import (
     stdout_to_stderr,
 )
 from grape_service.cli.train_commands import show_training
+from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
@@ -41,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def run(config: ConfigArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
     """Do the whole job: prepare, score, select, weigh, release (and train, if the config says so)."""
-    outcome = run_flow(config, until="release", force=force)
+    outcome = run_until(config, until="release", force=force)
     if as_json:
         print_json(outcome.to_json())
         return
@@ -50,7 +52,7 @@ def run(config: ConfigArgument, force: ForceOption = False, as_json: JsonOption 
 
 def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
     """Prepare the pool and score what has no score yet under the target policy."""
-    outcome = run_flow(config, until="score")
+    outcome = run_until(config, until="score")
     if as_json:
         print_json(outcome.to_json())
         return
@@ -62,7 +64,7 @@ def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
 
 def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
     """Prepare, score and select; nothing is released."""
-    outcome = run_flow(config, until="select")
+    outcome = run_until(config, until="select")
     if as_json:
         print_json(outcome.to_json())
         return
@@ -79,14 +81,16 @@ def weigh(
     as_json: JsonOption = False,
 ) -> None:
     """Make a new version with PEAR weights from the rows of an existing release, scoring only what is missing."""
-    from grape_service.cli.bars import shown
-
     settings = config_of(config)
-    quiet_prefect()
-    from flows.weigh import weigh_release
+    with prefect_or_direct() as with_prefect:
+        if with_prefect:
+            from flows.weigh import weigh_release
 
-    with outages_told(), stdout_to_stderr(), shown():
-        outcome = weigh_release(reference, settings, force=force)
+            outcome = weigh_release(reference, settings, force=force)
+        else:
+            from workers.pipeline import reweigh
+
+            outcome = reweigh(reference, settings, force=force)
     if as_json:
         print_json(outcome.to_json())
         return
@@ -94,35 +98,60 @@ def weigh(
     say(f"release   {outcome.reference}")
 
 
-def run_flow(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:
-    """Run the flow in this process with progress on standard error."""
-    from grape_service.cli.bars import shown
-
+def run_until(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:
+    """Run the job up to a stage in this process, as a Prefect flow where a Prefect API is configured."""
     config = config_of(config_path)
-    quiet_prefect()
-    from flows.curate import curate
+    with prefect_or_direct() as with_prefect:
+        if with_prefect:
+            from flows.curate import curate
 
-    with outages_told(), stdout_to_stderr(), shown():
-        return curate(config, until=until, force=force)
+            return curate(config, until=until, force=force)
+        from workers.pipeline import run_pipeline
+
+        return run_pipeline(config, until, force, train=train_directly)
+
+
+def train_directly(reference: str, config: TrainConfig, ray_address: str, storage: dict[str, Any]) -> Any:
+    """The training jobs of a run without Prefect; their lines go where the run's progress goes."""
+    from grape_service.cli.train_commands import deployments_for
+    from grape_service.progress.reporter import reporter
+    from workers.stages.train import train
+
+    return train(reference, config, ray_address, storage, say=reporter().event, deployments=deployments_for(config))
 
 
 @contextlib.contextmanager
-def outages_told() -> Iterator[None]:
-    """Prefect's server or Ray being gone in the middle of a run is one sentence. Raises StageError."""
-    import httpx
+def prefect_or_direct() -> Iterator[bool]:
+    """Whether to run as a Prefect flow; progress is on standard error inside the block, faults are one sentence.
+
+    Raises StageError where the Prefect server or Ray ends in the middle of a run.
+    """
+    from grape_service.progress.bars import shown
+
+    with_prefect = prefect_is_configured()
+    if with_prefect:
+        quiet_prefect()
     import ray
 
     try:
-        yield
-    except (httpx.TransportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
-            raise
-        raise StageError(
-            f"the Prefect server does not answer ({str(error) or type(error).__name__}): "
-            "run again once it does, or without PREFECT_API_URL; what was scored is kept"
-        ) from error
+        with stdout_to_stderr(), shown():
+            yield with_prefect
     except (ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError) as error:
-        raise StageError("Ray ended in the middle of the run: run again, what was scored is kept") from error
+        raise StageError("Ray ended in the middle of the run: run again; stored scores are reused") from error
+    except Exception as error:
+        if with_prefect and prefect_is_gone(error):
+            raise StageError(
+                f"the Prefect server does not answer ({str(error) or type(error).__name__}): "
+                "run again once it does, or without PREFECT_API_URL; stored scores are reused"
+            ) from error
+        raise
+
+
+def prefect_is_gone(error: Exception) -> bool:
+    """Whether `error` says that Prefect's API cannot be reached."""
+    import httpx
+
+    return isinstance(error, httpx.TransportError) or "Failed to reach API" in str(error)
 
 
 def show_outcome(outcome: Any) -> None:

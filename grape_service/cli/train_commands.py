@@ -17,6 +17,7 @@ from grape_service.cli.output import (
     quiet_prefect,
     say,
 )
+from grape_service.config.training import TrainConfig
 from grape_service.errors import UserError
 
 
@@ -37,26 +38,30 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Start the SFT job on a release, then the RL job on its checkpoint; the run is recorded beside the release."""
-    from workers.trainers import jobs
-    from workers.trainers.job_settings import train_jobs
+    from workers.stages import train as runs
 
     settings = config_of(config)
     if settings.train is None:
         raise UserError(f"{config} has no train section: add train: {{sft: {{...}}}}")
     ray_address, options = settings.workers.ray_address, settings.storage
     if status:
-        record = jobs.read(reference, settings.train, options, again)
+        record = runs.read(reference, settings.train, options, again)
     elif cancel:
-        record = jobs.cancel(reference, settings.train, ray_address, options, again)
+        record = runs.cancel(reference, settings.train, ray_address, options, again)
     else:
-        deployments = None
-        if any(job.kind == "deployment" for job in train_jobs(settings.train).values()):
-            quiet_prefect()
-            from flows.deployments import PrefectDeployments
-
-            deployments = PrefectDeployments()
-        record = jobs.train(reference, settings.train, ray_address, options, again, write_error_line, deployments)
+        deployments = deployments_for(settings.train)
+        record = runs.train(reference, settings.train, ray_address, options, again, write_error_line, deployments)
     print_json(record) if as_json else show_training(record)
+
+
+def deployments_for(config: TrainConfig) -> Any:
+    """What starts the Prefect deployments among the jobs; None without any."""
+    if all(job.kind != "deployment" for job in config.jobs.values()):
+        return None
+    quiet_prefect()
+    from flows.deployments import PrefectDeployments
+
+    return PrefectDeployments()
 
 
 def show_training(record: dict[str, Any]) -> None:
@@ -86,7 +91,7 @@ def export(
 ) -> None:
     """Write a release in the form that a trainer reads."""
     from grape_service.exports import export as write
-    from grape_service.releases.load import load
+    from grape_service.release.load import load
 
     options = {"endpoint_url": endpoint} if endpoint else {}
     summary = write(load(reference, options), to, folder, drop_weights)

@@ -15,8 +15,8 @@ from typing import Literal, get_args
 from grape_service.errors import UserError
 from grape_service.exports import jsonl, llamafactory, trl, verl
 from grape_service.exports.summary import ExportSummary, Target
-from grape_service.releases.load import Release
-from grape_service.storage import Storage
+from grape_service.release.load import Release
+from grape_service.storage.storage import Storage
 
 Trainer = Literal["trl", "verl", "llamafactory", "jsonl"]
 

@@ -6,7 +6,7 @@ import orjson
 
 from grape_service.exports.rows import batches, chat_messages, has_weights, other_columns
 from grape_service.exports.summary import ExportSummary, Target
-from grape_service.releases.load import Release
+from grape_service.release.load import Release
 
 DESCRIPTIVE = ("prompt_id", "candidate_id", "source", "grape_score", "grape_rank", "weight_source")
 

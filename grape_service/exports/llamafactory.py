@@ -13,7 +13,7 @@ import orjson
 
 from grape_service.exports.rows import batches, chat_messages, has_weights, row_weights
 from grape_service.exports.summary import ExportSummary, Target
-from grape_service.releases.load import Release
+from grape_service.release.load import Release
 
 DATASET_INFO = {
     "file_name": "train.jsonl",

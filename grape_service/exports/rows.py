@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from grape_service.ragged import list_offsets_and_values
-from grape_service.releases.load import Release
-from grape_service.schemas import release_schema
-from grape_service.storage import Storage
+from grape_service.release.load import Release
+from grape_service.rows.columns import release_schema
+from grape_service.rows.ragged import list_offsets_and_values, segment_sums
+from grape_service.storage import parquet as storage_parquet
+from grape_service.storage.storage import Storage
 
 BATCH_ROWS = 512
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "labels", "target_logprobs", "behavior_logprobs", "loss_weights")
@@ -38,9 +38,7 @@ def row_weights(batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
     mask_offsets, mask = list_offsets_and_values(batch.column("loss_mask"))
     _, weights = list_offsets_and_values(batch.column("loss_weights"))
     mask = mask.astype(bool)
-    sums = np.add.reduceat(np.append(np.where(mask, weights, 0.0), 0.0), mask_offsets[:-1])
-    counts = np.add.reduceat(np.append(mask.astype(np.int64), 0), mask_offsets[:-1])
-    return sums / np.maximum(counts, 1)
+    return segment_sums(np.where(mask, weights, 0.0), mask_offsets) / np.maximum(segment_sums(mask, mask_offsets), 1)
 
 
 def has_weights(batch: pa.RecordBatch) -> bool:
@@ -69,16 +67,17 @@ def write_parquet(release: Release, storage: Storage, columns: Sequence[str]) ->
     rows, weighted, names = 0, False, []
     read = [*columns, *(name for name in ("loss_mask", "loss_weights") if name not in columns)]
     schema = pa.schema([release.schema.field(name) for name in columns])
+
+    def kept_columns(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        nonlocal weighted
+        for batch in batches:
+            weighted = weighted or has_weights(batch)
+            yield batch.select(list(columns))
+
     for number, file in enumerate(release.manifest.files):
         name = f"data/part-{number:05d}.parquet"
-        with (
-            release.open_file(file.path) as parquet,
-            storage.open_write(name) as sink,
-            pq.ParquetWriter(sink, schema, compression="zstd") as writer,
-        ):
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=read):
-                weighted = weighted or has_weights(batch)
-                rows += batch.num_rows
-                writer.write_batch(batch.select(list(columns)).cast(schema))
+        with release.open_file(file.path) as parquet:
+            batches = kept_columns(parquet.iter_batches(BATCH_ROWS, columns=read))
+            rows += storage_parquet.write_parquet(storage, name, schema, batches).num_rows
         names.append(name)
     return rows, weighted, names

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from grape_service.releases.load import Release
-from grape_service.storage import Storage
+from grape_service.release.load import Release
+from grape_service.storage.storage import Storage
 
 LOADERS = Path(__file__).with_name("loaders")
 """Python files that are copied into an export: they run in a trainer's environment, without this package."""

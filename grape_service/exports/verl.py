@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from grape_service.exports.rows import write_parquet
 from grape_service.exports.summary import ExportSummary, Target
-from grape_service.releases.load import Release
+from grape_service.release.load import Release
 
 USAGE = """```
 torchrun … -m verl.trainer.sft_trainer \\

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from grape_service.config import Config
+from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.prepare.counts import PartitionCounts, Rejects, add_counts, largest, union_of_ids
+from grape_service.prepare.counts import (
+    MapSummary,
+    PartitionCounts,
+    Rejects,
+    add_counts,
+    column_names,
+    largest,
+    union_of_ids,
+)
 from grape_service.prepare.plan import PreparePlan
-from grape_service.prepare.prepared import PartitionTotals, Prepared
-from grape_service.prepare.summary import MapSummary, column_names
-from grape_service.storage import Storage
+from grape_service.prepare.result import PartitionTotals, Prepared
+from grape_service.storage.storage import Storage
 
 TOP_REASONS = 3
 

@@ -13,13 +13,13 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grape_service.config import Config
-from grape_service.digests import partition_names
+from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.pools.files import PoolFile, list_pool_files, open_pool_file
-from grape_service.pools.normalise import recorded_columns
-from grape_service.pools.rows import Segment
-from grape_service.storage import Storage
+from grape_service.pool.candidates import recorded_columns
+from grape_service.pool.files import PoolFile, list_pool_files, open_pool_file
+from grape_service.pool.reader import Segment
+from grape_service.rows.partitions import partition_names
+from grape_service.storage.storage import Storage
 
 FOLDER = "prepared"
 FORMAT = 1

@@ -11,16 +11,24 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service import schemas
-from grape_service.config import Config
-from grape_service.parquet import write_parquet
-from grape_service.pools.column_types import Kind, arrow_type, to_array
-from grape_service.prepare.counts import Example, PartitionCounts, Rejects, ShardCounts, largest, pack_ids
-from grape_service.prepare.map_piece import MAPPED, reject_path, row_path
+from grape_service.config.schema import Config
+from grape_service.pool.column_types import Kind, arrow_type, to_array
+from grape_service.prepare.counts import (
+    Example,
+    MapSummary,
+    PartitionCounts,
+    Rejects,
+    ShardCounts,
+    column_names,
+    largest,
+    pack_ids,
+)
+from grape_service.prepare.map import MAPPED, reject_path, row_path
 from grape_service.prepare.plan import Piece, PreparePlan
-from grape_service.prepare.summary import MapSummary, column_names
-from grape_service.ragged import Int64s, offsets_from_lengths
-from grape_service.storage import Storage
+from grape_service.rows.columns import REJECT, SHARD
+from grape_service.rows.ragged import Int64s, offsets_from_lengths
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
 
 SAME_CONTENT = "duplicate candidate"
 SAME_ID = "candidate_id is used twice"
@@ -33,10 +41,10 @@ def shard_path(plan_folder: str, partition: str, number: int) -> str:
 
 
 def shard_schema(other_columns: dict[str, Kind]) -> pa.Schema:
-    """schemas.SHARD and the pool's other columns, by name."""
+    """SHARD and the pool's other columns, by name."""
     names = column_names(other_columns)
     fields = [pa.field(names[name], arrow_type(kind)) for name, kind in other_columns.items()]
-    return pa.schema([*schemas.SHARD, *sorted(fields, key=lambda field: field.name)])
+    return pa.schema([*SHARD, *sorted(fields, key=lambda field: field.name)])
 
 
 def reduce_partition(
@@ -136,9 +144,9 @@ def _choose(table: pa.Table) -> tuple[Int64s, dict[str, Int64s]]:
     rows = rows[~duplicate]
 
     rows = rows[np.lexsort((content[rows], candidate[rows], prompt[rows], order[rows]))]
-    used_twice = _same_as_before(prompt[rows], candidate[rows])
-    left_out[SAME_ID] = rows[used_twice]
-    return rows[~used_twice], left_out
+    duplicate_id = _same_as_before(prompt[rows], candidate[rows])
+    left_out[SAME_ID] = rows[duplicate_id]
+    return rows[~duplicate_id], left_out
 
 
 def _write_left_out(
@@ -160,7 +168,7 @@ def _write_left_out(
             batches.append(batch)
     if batches:
         rejects = pa.Table.from_batches(batches).sort_by([("file", "ascending"), ("row", "ascending")])
-        write_parquet(storage, f"{plan.folder}/rejects/{partition}.parquet", schemas.REJECT, [rejects])
+        write_parquet(storage, f"{plan.folder}/rejects/{partition}.parquet", REJECT, [rejects])
 
 
 def _write_piece_rejects(
@@ -170,7 +178,7 @@ def _write_piece_rejects(
     for piece in plan.pieces[partition :: plan.num_partitions]:
         if summary.num_reject_files[piece.index]:
             rejects = _piece_rejects(plan, piece, summary, storage, counts.piece_rejects)
-            write_parquet(storage, f"{plan.folder}/rejects/{piece.name}.parquet", schemas.REJECT, rejects)
+            write_parquet(storage, f"{plan.folder}/rejects/{piece.name}.parquet", REJECT, rejects)
 
 
 def _piece_rejects(
@@ -187,7 +195,7 @@ def _piece_rejects(
 def _rejects(
     plan: PreparePlan, found: pa.Table, pieces: list[int], summary: MapSummary, count: Rejects
 ) -> pa.RecordBatch:
-    """Rows with segment and place as rows of schemas.REJECT, counted."""
+    """Rows with segment and place as rows of REJECT, counted."""
     files, rows = [], []
     places = zip(pieces, found["segment"].to_pylist(), found["place"].to_pylist(), strict=True)
     reasons, details = found["reason"].to_pylist(), found["detail"].to_pylist()
@@ -200,7 +208,7 @@ def _rejects(
     columns: dict[str, Any] = {"file": files, "row": rows, "reason": reasons, "detail": details}
     for name in ("prompt_id", "candidate_id"):
         columns[name] = found[name].to_pylist()
-    return pa.RecordBatch.from_pydict(columns, schema=schemas.REJECT)
+    return pa.RecordBatch.from_pydict(columns, schema=REJECT)
 
 
 def _write_shards(
@@ -245,11 +253,11 @@ def _cuts(starts: Int64s, lengths: Int64s, shard_tokens: int) -> Iterator[tuple[
 
 def _shard(rows: pa.Table, schema: pa.Schema, other_columns: dict[str, Kind]) -> pa.Table:
     others = [orjson.loads(other) for other in rows["other"].to_pylist()]
-    columns = {name: rows[name] for name in schemas.SHARD.names}
+    values = {name: rows[name] for name in SHARD.names}
     names = column_names(other_columns)
     for name, kind in other_columns.items():
-        columns[names[name]] = to_array([other.get(name) for other in others], kind)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
+        values[names[name]] = to_array([other.get(name) for other in others], kind)
+    return pa.table([values[name] for name in schema.names], schema=schema)
 
 
 def _describe(table: pa.Table, kept: Int64s, counts: PartitionCounts) -> None:

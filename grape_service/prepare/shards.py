@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grape_service.prepare.counts import PartitionCounts, ShardCounts
-from grape_service.prepare.prepared import Prepared
 from grape_service.prepare.reduce import shard_path
-from grape_service.storage import Storage
+from grape_service.prepare.result import Prepared
+from grape_service.storage.storage import Storage
 
 
 def shard_paths(prepared: Prepared, partition: str) -> list[str]:

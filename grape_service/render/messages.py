@@ -6,7 +6,8 @@ from typing import Any
 
 import orjson
 
-from grape_service.candidates import Message
+from grape_service.rows.candidate import Message
+from grape_service.rows.messages import text_of_parts
 
 RESPONSE_ROLES = ("assistant", "tool")
 
@@ -43,10 +44,9 @@ def content_text(content: Any, index: int) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "\n".join(part["text"] for part in content)
+    text = text_of_parts(content)
+    if text is not None:
+        return text
     raise MessageError(f"the content of message {index} is not text")
 
 
@@ -73,20 +73,3 @@ def _json(text: str) -> Any:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
-
-
-def tool_names(message: Message) -> list[str]:
-    """Names of the functions that a message calls."""
-    calls = message.get("tool_calls") or []
-    return [str(call.get("function", call).get("name", "")) for call in calls]
-
-
-def only_text(response: str | list[Message]) -> str | None:
-    """The text of a response that is text, or one assistant message of nothing but text; else None."""
-    if isinstance(response, str):
-        return response
-    if len(response) != 1 or response[0].get("role") != "assistant" or not isinstance(response[0].get("content"), str):
-        return None
-    if any(value for key, value in response[0].items() if key not in ("role", "content", "name")):
-        return None
-    return response[0]["content"]

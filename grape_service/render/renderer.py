@@ -10,17 +10,19 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from grape_service.candidates import Candidate, Message, Rejection, Rendered
-from grape_service.config import PolicyConfig, RenderConfig
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
+from grape_service.models.tokenizer import folder_stamp, load_tokenizer, position_limit, stop_token_ids
+from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.loading import folder_stamp, load_tokenizer, position_limit, stop_token_ids
-from grape_service.render.messages import MessageError, only_text, template_messages
-from grape_service.render.plan import Batch, Plan, Span, recorded_logprobs, recorded_mismatch, trajectory_problem
+from grape_service.render.layout import Batch, Plan, Span, recorded_logprobs, recorded_mismatch, trajectory_problem
+from grape_service.render.messages import MessageError, template_messages
 from grape_service.render.template import ChatTemplate, RenderingError
 from grape_service.render.trajectory import SplitError, split_trajectory, turn_end_pattern
-from grape_service.render.vocabulary import Vocabulary
-from grape_service.schemas import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
+from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
+from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
+from grape_service.rows.messages import only_text
 
 FORMAT = 1
 """Raised when the same settings come to give other tokens."""
@@ -53,7 +55,7 @@ class Renderer:
         self.system_prompt = system_prompt
         self.max_tokens = config.max_tokens or max_tokens
         self.tokenizer = tokenizer
-        self._vocabulary = Vocabulary(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer)
         self._encoder = Encoder(tokenizer)
         self.mode: Literal["chat", "plain"] = self._resolve_mode()
         self._template: ChatTemplate | None = None
@@ -67,10 +69,10 @@ class Renderer:
         eos = tokenizer.eos_token_id
         ids = {*stop_ids, *([] if self.turn_end_id is None else [self.turn_end_id]), *([] if eos is None else [eos])}
         self.stop_ids = frozenset(int(id_) for id_ in ids if 0 <= id_ < self.vocab_size)
-        stop_texts = [self._vocabulary.added[id_] for id_ in self.stop_ids if id_ in self._vocabulary.added]
+        stop_texts = [self.vocabulary.added[id_] for id_ in self.stop_ids if id_ in self.vocabulary.added]
         self._encoder.make_special(stop_texts)
         self._turn_ends = turn_end_pattern(stop_texts)
-        self._id_of_stop = {self._vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self._vocabulary.added}
+        self._id_of_stop = {self.vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self.vocabulary.added}
 
     @classmethod
     def load(cls, folder: str, policy: PolicyConfig, config: RenderConfig, own_template: bool = False) -> Renderer:
@@ -84,15 +86,15 @@ class Renderer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return self._vocabulary.size
+        return self.vocabulary.size
 
     def token_bytes(self, ids: Iterable[int]) -> list[bytes | None]:
         """The bytes that each id decodes to inside of a text; None for an id that is no token."""
-        return self._vocabulary.bytes_of(ids)
+        return self.vocabulary.bytes_of(ids)
 
     def tokenizer_digest(self) -> str:
         """sha256 of vocabulary, merges, added tokens, normaliser and the rest of the tokenizer."""
-        return self._vocabulary.digest
+        return self.vocabulary.digest
 
     def template_digest(self) -> str:
         """sha256 of the chat template and its variables; of the separator in plain mode."""
@@ -239,7 +241,7 @@ class Renderer:
             return Rejection("empty response", "response_ids are empty")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             return Rejection("response_ids are not integers")
-        unknown = ids[~self._vocabulary.knows(ids)]
+        unknown = ids[~self.vocabulary.knows(ids)]
         if len(unknown):
             return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the policy")
         return ids.astype(np.int32)
@@ -288,7 +290,7 @@ class Renderer:
         ids, mask = target.input_ids, target.loss_mask
         with_loss = mask != LOSS_NONE
         ends = with_loss & ~np.append(with_loss[1:], False) | (mask == LOSS_TURN_END)
-        unknown = ids[(mask == LOSS_TOKEN) & ~self._vocabulary.knows(ids)]
+        unknown = ids[(mask == LOSS_TOKEN) & ~self.vocabulary.knows(ids)]
         if len(unknown):
             return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the behavior policy")
         spans: list[Span] = []
@@ -362,7 +364,7 @@ class Renderer:
     def _find_turn_end(self) -> int | None:
         """The first added token after an assistant's words; in plain mode, or without one, the end of text."""
         if self._template is not None:
-            added = self._vocabulary.added
+            added = self.vocabulary.added
             for id_ in self._encoder.encode_rendered([self._template.after_response()])[0].tolist():
                 if id_ in added and not added[id_].isspace():
                     return id_

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from grape_service.candidates import Message
 from grape_service.errors import UserError
+from grape_service.rows.candidate import Message
 
 RESERVED_KWARGS = frozenset(
     {

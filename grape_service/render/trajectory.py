@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from grape_service.candidates import Message
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN
-from grape_service.render.messages import tool_names
 from grape_service.render.template import ChatTemplate
+from grape_service.rows.candidate import Message
+from grape_service.rows.messages import tool_names
 
 
 @dataclass(frozen=True)

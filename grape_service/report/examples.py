@@ -12,16 +12,17 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service.config import SelectConfig
-from grape_service.grape import grape_scores
-from grape_service.parquet import array_of, open_parquet
-from grape_service.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
-from grape_service.schemas import LOSS_TOKEN
-from grape_service.scores import ScoreStore
-from grape_service.storage import Storage
+from grape_service.config.methods import SelectConfig
+from grape_service.rows.columns import LOSS_TOKEN
+from grape_service.rows.messages import shown_content
+from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.score.store import ScoreStore
+from grape_service.select.grape import grape_scores
+from grape_service.storage.parquet import array_of, open_parquet
+from grape_service.storage.storage import Storage
 
 if TYPE_CHECKING:
-    from grape_service.releases.load import Release
+    from grape_service.release.load import Release
 
 MAX_TOKENS = 160
 """Tokens of a response that a page shows; the others are counted."""
@@ -188,15 +189,10 @@ def prompt_text(messages: str) -> str:
     turns = orjson.loads(messages)
     last = next((i for i in range(len(turns) - 1, -1, -1) if turns[i].get("role") != "assistant"), 0)
     shown = turns[: last + 1]
-    texts = [content_text(turn.get("content")) for turn in shown]
+    texts = [shown_content(turn.get("content")) for turn in shown]
     if len(shown) == 1:
         return texts[0]
     return "\n\n".join(f"{turn.get('role')}: {text}" for turn, text in zip(shown, texts, strict=True))
-
-
-def content_text(content: Any) -> str:
-    """A message's content as text."""
-    return content if isinstance(content, str) else "" if content is None else orjson.dumps(content).decode()
 
 
 TokenBytes = Callable[[list[int]], list[bytes | None]]

@@ -11,12 +11,25 @@ from typing import Any
 import jinja2
 import orjson
 
-from grape_service.config import SelectConfig
+from grape_service.config.methods import SelectConfig
+from grape_service.display import cut, short, visible
+from grape_service.errors import UserError
+from grape_service.prepare.shards import shard_paths
+from grape_service.release.candidates import open_scored_pool
+from grape_service.release.load import Release
 from grape_service.report import plots
-from grape_service.report.examples import MAX_CANDIDATES, MAX_TEXT, reason_of
+from grape_service.report.examples import (
+    MAX_CANDIDATES,
+    MAX_TEXT,
+    TokenBytes,
+    examples_of_kinds,
+    read_examples,
+    reason_of,
+    release_rows,
+)
+from grape_service.report.notices import share, warnings_of
 from grape_service.report.statistics import MAX_SOURCES
-from grape_service.report.text import cut, short, visible
-from grape_service.report.warnings import share, warnings_of
+from grape_service.rows.partitions import partition_of
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -35,7 +48,7 @@ def facts_of_fields(fields: Any, name: str, version: str, files: Sequence[Any]) 
 def _facts(
     fields: dict[str, Any], name: str, version: str, files: Sequence[Any], created: str | None
 ) -> dict[str, Any]:
-    from grape_service.releases.manifest import without_secrets
+    from grape_service.release.manifest import without_secrets
 
     return {
         "name": name,
@@ -177,7 +190,7 @@ def source_rows(select: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """The weights, all and by source, and those that the target against itself would get."""
-    from grape_service.pear import WeightTotals
+    from grape_service.weigh.pear import WeightTotals
 
     weigh = facts["counts"].get("weigh") or {}
     figures = facts["statistics"].get("weights")
@@ -186,8 +199,10 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [{"name": "all of these weights", "tokens": None, **figures}]
     sources = sorted((weigh.get("sources") or {}).items(), key=lambda item: (-item[1]["tokens"], item[0]))
     parts = [(f"source {name}", sums) for name, sums in sources[:MAX_SOURCES]]
-    parts.append(("control: target against itself, exact", weigh.get("control") or {}))
-    parts.append(("control: target against itself, scored twice", weigh.get("control_twice") or {}))
+    parts.append(("target against itself, exact", weigh.get("self_weights") or weigh.get("control") or {}))
+    parts.append(
+        ("target against itself, scored again", weigh.get("self_weights_repeat") or weigh.get("control_twice") or {})
+    )
     for name, sums in parts:
         if sums.get("tokens"):
             rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})
@@ -196,9 +211,9 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def scoring_noise(facts: dict[str, Any]) -> float | None:
-    """Root mean square difference a token between two scorings by the target; None where it scored nothing twice."""
+    """Root mean square difference a token between two scorings by the target; None where it scored nothing again."""
     weigh = facts["counts"].get("weigh") or {}
-    tokens = (weigh.get("control_twice") or {}).get("tokens")
+    tokens = (weigh.get("self_weights_repeat") or weigh.get("control_twice") or {}).get("tokens")
     return (weigh["noise_squares"] / tokens) ** 0.5 if tokens else None
 
 
@@ -284,3 +299,49 @@ def _tokens(candidate: dict[str, Any]) -> Any:
     for place, text in enumerate(candidate["texts"]):
         numbers = [row[place] if row is not None and place < len(row) else None for row in values]
         yield {"text": cut(text, 200), "numbers": numbers}
+
+
+def report_page(release: Release, regenerate: bool = False) -> str:
+    """The page that a version was published with; where it has none, or to `regenerate` it, one from its manifest, with
+    examples where the workspace still has the candidates."""
+    if not regenerate:
+        try:
+            return release.storage.read(f"{release.folder}/report.html").decode()
+        except FileNotFoundError:
+            pass
+    return render_page(facts_of_manifest(release.manifest), examples_of(release))
+
+
+def examples_of(release: Release) -> list[dict[str, Any]]:
+    """The report's examples read again; none where the workspace or the statistics lack them."""
+    select = (release.manifest.statistics.get("report") or {}).get("select")
+    pool = open_scored_pool(release)
+    if not select or pool is None:
+        return []
+    chosen = select["examples"]
+    wanted: dict[str, list[str]] = {}
+    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
+        wanted.setdefault(partition_of(prompt_id, pool.num_partitions), []).append(prompt_id)
+    prompts: dict[str, dict[str, Any]] = {}
+    for partition, ids in wanted.items():
+        shards, final = shard_paths(pool.prepared, partition), release_rows(release, ids)
+        prompts |= read_examples(pool.workspace, partition, shards, pool.store, ids, pool.select, None, final=final)
+    try:
+        token_bytes: TokenBytes | None = pool.renderer().token_bytes
+    except UserError:
+        token_bytes = None
+    return examples_of_kinds(prompts, chosen, token_bytes)
+
+
+def render_comparison(found: dict[str, Any]) -> str:
+    """What compare.compare found as one self-contained page."""
+    figures: dict[str, plots.Figure] = {}
+    names = list(found["sources"])[:12]
+    if names:
+        figures["sources"] = plots.side_by_side(names, [found["sources"][name] for name in names], "kept rows")
+    if found["ranking"] and found["ranking"]["prompts"]:
+        figures["ranks"] = plots.rank_histogram(found["ranking"]["histogram"])
+    template = environment().get_template("comparison.html.j2")
+    return template.render(
+        found=found, figures=figures, figures_json=script_json(figures), plotly_packed=plotly_packed()
+    )

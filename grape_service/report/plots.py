@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from grape_service.display import plot_labels
 from grape_service.report.statistics import (
     LENGTH_EDGES,
     MARGIN_EDGES,
@@ -16,7 +17,6 @@ from grape_service.report.statistics import (
     WEIGHT_EDGES,
     quantile,
 )
-from grape_service.report.text import plot_labels
 
 COLORS = ("#3d7dca", "#d9692b", "#2f9e6e", "#b0589f", "#a8871d", "#6a6fd4", "#c4505a", "#2a97a8", "#7d8a34", "#8c6d5a")
 BLUE, ORANGE, GREY = "#3d7dca", "#d9692b", "#8c97a5"

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service.behavior import NO_SOURCE
-from grape_service.choice import KEPT, Candidates, Choice
-from grape_service.digests import prompt_order
-from grape_service.ragged import Int64s
 from grape_service.report.examples import EXAMPLE_KINDS
-from grape_service.weigh import WeightBatch
+from grape_service.rows.columns import NO_SOURCE
+from grape_service.rows.partitions import prompt_order
+from grape_service.rows.ragged import Int64s
+from grape_service.select.choose import KEPT, Candidates, Choice
+from grape_service.weigh.partition import WeightBatch
 
 MAX_SOURCES = 12
 OTHER_SOURCES = "(other sources)"

@@ -11,9 +11,9 @@ import pytest
 from benchmarks.learning.experiment import ARMS, SMALL, TINY, Arm, Experiment, solved
 from benchmarks.learning.summary import Estimate, plot, table
 from benchmarks.learning.task import ANSWER, STYLES, problems, solution
-from grape_service.config_file import parse_config
-from workers.trainers.checkpoints import is_whole
-from workers.trainers.session import Output
+from grape_service.config.loading import parse_config
+from workers.training.trainers.checkpoints import is_whole
+from workers.training.trainers.session import Output
 
 
 def test_solutions_of_every_style_are_right() -> None:

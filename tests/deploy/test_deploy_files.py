@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from grape_service.cli.app import app
-from grape_service.config_file import parse_config
+from grape_service.config.loading import parse_config
 from tests.jobs import ROOT
 
 DEPLOY = ROOT / "deploy"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grape_service.config_file import parse_config
+from grape_service.config.loading import parse_config
 from tests.jobs import ROOT
 
 VALUES = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())

@@ -11,11 +11,11 @@ import pytest
 from check_answer import is_right
 from sample_pool import SAMPLERS, as_messages
 
-from grape_service.candidates import Rejection, Rendered
-from grape_service.config import PolicyConfig, RecordedBehavior
-from grape_service.config_file import load_config
-from grape_service.pools.normalise import Accepted, Normaliser, Rejected
+from grape_service.config.loading import load_config
+from grape_service.config.policy import PolicyConfig, RecordedBehavior
+from grape_service.pool.candidates import Accepted, Normaliser, Rejected
 from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Rejection, Rendered
 from tests.smollm2 import smollm2_folder
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"

@@ -42,8 +42,8 @@ def test_a_failed_check_publishes_nothing_and_a_warning_is_in_the_report(tmp_pat
         results = {result["name"]: result for result in release.manifest.statistics["checks"]}
         assert results["contamination"]["found"] == 1
         assert results["untrusted_target"]["rows"] == 24
-        touched = findings(Path(results["untrusted_target"]["table"]), "untrusted_target")
-        assert len(touched) == results["untrusted_target"]["found"]
+        flagged = findings(Path(results["untrusted_target"]["table"]), "untrusted_target")
+        assert len(flagged) == results["untrusted_target"]["found"]
         # Random weights know nothing of a prompt: a response scores as high under another one.
         assert "cannot be trusted" in results["untrusted_target"]["warning"]
         page = release.storage.read(f"{release.folder}/report.html").decode()

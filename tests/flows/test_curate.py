@@ -12,7 +12,7 @@ import pytest
 
 import grape_service
 from grape_service.errors import UserError
-from grape_service.weigh import WeighCounts
+from grape_service.weigh.partition import WeighCounts
 from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
 
@@ -55,7 +55,7 @@ def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
             assert row["grape_score"] == pytest.approx(np.array(row["target_logprobs"])[mask][:-1].mean(), abs=1e-6)
 
         weigh = WeighCounts.from_json(grape_service.load(first["reference"]).manifest.counts["weigh"])
-        assert weigh.control_twice.rows == 10
+        assert weigh.self_weights_repeat.rows == 10
         assert weigh.scoring_noise is not None
         assert 0 <= weigh.scoring_noise < 1e-5
 

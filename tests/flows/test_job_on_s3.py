@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import grape_service
-from grape_service.storage import Storage
+from grape_service.storage.storage import Storage
 from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
 from tests.seaweed import BUCKET, SeaweedServer

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import grape_service
-from grape_service.scores import TWICE_SUFFIX
+from grape_service.score.store import REPEAT_SUFFIX
 from tests import tiny_models
 from tests.flows.test_curate import wait_for_scores
 from tests.jobs import Job, pool_rows, tiny_job
@@ -37,7 +37,7 @@ def stored_keys(job: Job) -> list[tuple[str, bytes]]:
     """Policy and key of every stored score; those of the control, which scores rows once more, are left out."""
     found = []
     for path in (job.folder / "datasets" / ".grape" / "scores").glob("*/b*/[0-9]*.parquet"):
-        if path.parts[-3].endswith(TWICE_SUFFIX):
+        if path.parts[-3].endswith(REPEAT_SUFFIX):
             continue
         keys = pq.read_table(path, columns=["row_key"])["row_key"].to_pylist()
         found += [(path.parts[-3], key) for key in keys]

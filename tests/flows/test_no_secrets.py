@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from grape_service.config import Config
-from grape_service.config_file import parse_config
+from grape_service.config.loading import parse_config
+from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.storage import Storage
+from grape_service.storage.storage import Storage
 from tests import tiny_models
 from tests.flows.test_job_on_s3 import on_s3
 from tests.jobs import tiny_job

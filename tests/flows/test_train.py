@@ -15,14 +15,14 @@ import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.deployments import PrefectDeployments
-from grape_service.config import TrainConfig
+from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError, UserError
 from tests.flows.test_deployments import Service
 from tests.jobs import pool_rows, tiny_job
 from tests.tiny_models import make_model
-from tests.workers.trainers.tiny_release import make_rows, write_release
-from workers.trainers import jobs
-from workers.trainers.records import lineage
+from tests.workers.training.tiny_release import make_rows, write_release
+from workers.stages import train as train_stage
+from workers.training.records import lineage
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -142,16 +142,16 @@ def test_grape_train_runs_a_deployment_once(service: Service, reference: str, tm
 
 def test_a_deployment_that_fails_or_cannot_be_started(deployments: PrefectDeployments, reference: str) -> None:
     with pytest.raises(StageError, match=r"the deployment team/sft ended as Failed: .* ValueError: no quota"):
-        jobs.train(reference, sft(fail=True), deployments=deployments)
+        train_stage.train(reference, sft(fail=True), deployments=deployments)
     with pytest.raises(UserError, match=r"the deployment team/sft refuses these parameters: .*seconds"):
-        jobs.train(reference, sft(seconds="soon"), deployments=deployments)
+        train_stage.train(reference, sft(seconds="soon"), deployments=deployments)
     with pytest.raises(UserError, match="there is no deployment 'team/dpo' at http"):
-        jobs.train(reference, TrainConfig(sft={"deployment": "team/dpo"}), deployments=deployments)
+        train_stage.train(reference, TrainConfig(sft={"deployment": "team/dpo"}), deployments=deployments)
     with (
         temporary_settings(restore_defaults={PREFECT_API_URL}),
         pytest.raises(UserError, match="set PREFECT_API_URL to the Prefect server that has it"),
     ):
-        jobs.train(reference, sft(seconds=1), deployments=deployments)
+        train_stage.train(reference, sft(seconds=1), deployments=deployments)
 
 
 def test_a_deployment_is_cancelled(service: Service, deployments: PrefectDeployments, reference: str) -> None:
@@ -159,13 +159,13 @@ def test_a_deployment_is_cancelled(service: Service, deployments: PrefectDeploym
 
     def cancel_when_started() -> None:
         service.wait(lambda: len(starts(service)) > before, 90, "it does not start")
-        jobs.cancel(reference, sft(seconds=500))
+        train_stage.cancel(reference, sft(seconds=500))
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(cancel_when_started)
         with pytest.raises(StageError, match="sft was cancelled"):
-            jobs.train(reference, sft(seconds=500), deployments=deployments)
+            train_stage.train(reference, sft(seconds=500), deployments=deployments)
         asked.result()
-    stage = jobs.read(reference, sft(seconds=500))["stages"]["sft"]
+    stage = train_stage.read(reference, sft(seconds=500))["stages"]["sft"]
     assert stage["state"] == "cancelled"
     assert service.wait_final(stage["flow_run"], 60)["state_name"] == "Cancelled"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from grape_service.ragged import TokenBatch
+from grape_service.rows.ragged import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Engine(Protocol):
         ...
 
 
-def first_bad_score(scores: npt.NDArray[np.float32], batch: TokenBatch) -> dict[int, str]:
+def first_invalid_score(scores: npt.NDArray[np.float32], batch: TokenBatch) -> dict[int, str]:
     """Rows whose scores may not be stored, with the reason: not finite, or above 0.
 
     Raises AssertionError when `scores` is not as long as the batch's masks say.

@@ -9,8 +9,8 @@ import numpy as np
 import orjson
 
 from grape_service.errors import StageError
-from grape_service.ragged import TokenBatch
-from grape_service.storage import Storage, json_bytes
+from grape_service.rows.ragged import TokenBatch
+from grape_service.storage.storage import Storage, json_bytes
 from workers.engines.base import Engine
 
 TOLERANCE = {"float32": (1e-3, 2e-4), "float16": (0.15, 0.03), "bfloat16": (0.35, 0.06)}

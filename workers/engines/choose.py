@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 
-from grape_service.config import PolicyConfig
+from grape_service.config.policy import PolicyConfig
 from workers.engines.base import Engine
 
 ENGINE_CLASS = "GRAPE_ENGINE_CLASS"
@@ -19,7 +19,7 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
     """vllm | transformers; auto takes vllm where it is importable and runs the model."""
     if policy.engine != "auto":
         return policy.engine
-    from workers.engines.vllm_engine import vllm_available_for
+    from workers.engines.vllm.engine import vllm_available_for
 
     available, reason = vllm_available_for(folder)
     if not available:
@@ -34,10 +34,10 @@ def load_engine(policy: PolicyConfig, folder: str) -> Engine:
         engine: Engine = getattr(importlib.import_module(module), name)(policy, folder)
         return engine
     if engine_name(policy, folder) == "vllm":
-        from workers.engines.vllm_engine import VllmEngine
+        from workers.engines.vllm.engine import VllmEngine
 
         vllm: Engine = VllmEngine(policy, folder)
         return vllm
-    from workers.engines.transformers_engine import TransformersEngine
+    from workers.engines.transformers.engine import TransformersEngine
 
     return TransformersEngine(policy, folder)

@@ -8,9 +8,8 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from grape_service.checks.settings import Check, enabled_checks
-from grape_service.config import CheckConfig
-from grape_service.schemas import LOSS_TOKEN, LOSS_TURN_END, SHARD
+from grape_service.config.checks import Check, ChecksConfig
+from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END, SHARD
 
 CLEAN = (
     "The sum of the two numbers is found in three steps, and for each of them we write down what is carried over "
@@ -53,4 +52,4 @@ def clean_rows(count: int = 40) -> list[dict[str, Any]]:
 
 
 def check_of(name: str, **settings: Any) -> Check:
-    return enabled_checks({name: CheckConfig(action="warn", **settings)})[0]
+    return ChecksConfig.model_validate({name: {"action": "warn", **settings}}).enabled()[0]

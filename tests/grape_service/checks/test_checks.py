@@ -10,22 +10,22 @@ import orjson
 import pyarrow as pa
 import pytest
 
-from grape_service.checks.dealt import deal, mean_scores, trust
-from grape_service.checks.evaluation import evaluation_items
+from grape_service.checks.evaluation_sets import evaluation_items
 from grape_service.checks.findings import FINDING, CheckCounts, result_of
-from grape_service.checks.partition import check_partition, shared_digests
-from grape_service.checks.settings import KINDS, enabled_checks
+from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
+from grape_service.checks.run import check_partition, shared_digests
 from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams, language_of
-from grape_service.config import CheckConfig
+from grape_service.config.checks import ChecksConfig
+from grape_service.config.loading import parse_config
 from grape_service.errors import UserError
-from grape_service.parquet import read_tables, write_parquet
-from grape_service.schemas import SHARD
-from grape_service.storage import Storage
+from grape_service.rows.columns import SHARD
+from grape_service.storage.parquet import read_tables, write_parquet
+from grape_service.storage.storage import Storage
 from tests.grape_service.checks.made_checks import CLEAN, check_of, clean_rows, row, table
 
 ITEM = "Natalia sold clips to forty eight of her friends in April and then half as many in May"
-ROW_CHECKS = [name for name, kind in KINDS.items() if kind.scope.endswith("rows")]
+ROW_CHECKS = [name for name, field in ChecksConfig.model_fields.items() if field.default.scope.endswith("rows")]
 
 
 def found_in(folder: Path, rows: list[dict[str, Any]], names: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -110,23 +110,23 @@ def test_sources_that_always_or_never_win() -> None:
     assert findings.num_rows == 0
 
 
-def test_responses_are_dealt_to_the_next_prompt() -> None:
+def test_each_response_is_moved_to_the_next_prompt() -> None:
     rows = [row(f"p{n}", "c0", f"answer {n}") for n in range(3)]
     for n, made in enumerate(rows):
         made["input_ids"] = [10 + n, 20 + n, 30 + n, *made["input_ids"][3:]]
-    dealt = deal(table(rows))
-    assert [ids[:3] for ids in dealt["input_ids"].to_pylist()] == [[11, 21, 31], [12, 22, 32], [10, 20, 30]]
-    assert [ids[3:] for ids in dealt["input_ids"].to_pylist()] == [made["input_ids"][3:] for made in rows]
-    assert len(set(dealt["row_key"].to_pylist())) == 3
+    moved = shuffled(table(rows))
+    assert [ids[:3] for ids in moved["input_ids"].to_pylist()] == [[11, 21, 31], [12, 22, 32], [10, 20, 30]]
+    assert [ids[3:] for ids in moved["input_ids"].to_pylist()] == [made["input_ids"][3:] for made in rows]
+    assert len(set(moved["row_key"].to_pylist())) == 3
 
-    settings = check_of("untrusted_target").settings
+    settings = check_of("untrusted_target")
     real = mean_scores([[-1.0, -2.0]] * 30)
     assert real.tolist() == [-1.5] * 30
     assert trust(real, real - 1, settings)[1] is None
-    touched, warning = trust(real, real + np.linspace(-0.1, 0.1, 30), settings)
+    flagged, warning = trust(real, real + np.linspace(-0.1, 0.1, 30), settings)
     assert "cannot be trusted" in (warning or "")
-    assert touched.rows == list(range(15, 30))
-    assert touched.details[-1] == "-1.5000 under its own prompt, -1.4000 there"
+    assert flagged.rows == list(range(15, 30))
+    assert flagged.details[-1] == "-1.5000 under its own prompt, -1.4000 there"
 
 
 def test_evaluation_files_and_their_errors(tmp_path: Path) -> None:
@@ -142,16 +142,26 @@ def test_evaluation_files_and_their_errors(tmp_path: Path) -> None:
         ).write_text("x") else None
 
 
-def test_wrong_settings_are_named() -> None:
-    assert enabled_checks({"refusal": "off"}) == []
-    for checks, sentence in (
+@pytest.mark.parametrize(
+    ("checks", "sentence"),
+    [
         ({"refusals": "warn"}, "did you mean 'refusal'"),
-        ({"refusal": CheckConfig(action="fail", share=0.1)}, "checks.refusal.share is not a setting"),
-        ({"refusal": CheckConfig(action="fail", max_share="much")}, "has to be a number"),
+        ({"refusal": {"action": "fail", "max_shar": 0.1}}, "unknown key 'checks.refusal.max_shar'; did you mean"),
+        ({"refusal": {"action": "fail", "max_share": "much"}}, "'checks.refusal.max_share': input should be a valid"),
+        ({"refusal": "loud"}, "'checks.refusal.action': input should be 'off', 'warn' or 'fail'"),
         ({"contamination": "warn"}, "needs files"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            enabled_checks(checks)
+    ],
+)
+def test_wrong_settings_are_named(checks: dict[str, Any], sentence: str) -> None:
+    values = {"name": "a", "pool": {"path": "p"}, "target": {"model": "m"}, "output": {"path": "o"}, "checks": checks}
+    with pytest.raises(UserError) as raised:
+        parse_config(values)
+    assert sentence in str(raised.value)
+
+
+def test_a_check_that_is_off_does_not_run() -> None:
+    assert ChecksConfig.model_validate({"refusal": "off", "language": False}).enabled() == []
+    assert [check.name for check in ChecksConfig.model_validate({"refusal": "warn"}).enabled()] == ["refusal"]
 
 
 def test_languages() -> None:

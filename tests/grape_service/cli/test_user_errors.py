@@ -60,8 +60,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"workers": {"replicas": "two"}}, "'workers.replicas'"),
     ({"workspace": " "}, "workspace is empty"),
-    ({"train": {"sft": {"learnin_rate": 1}}}, "train.sft: unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
-    ({"train": {}}, "train: there is nothing to do"),
+    ({"train": {"sft": {"learnin_rate": 1}}}, "unknown key 'train.sft.learnin_rate'; did you mean 'learning_rate'?"),
+    ({"train": {}}, "'train': there is nothing to do"),
 ]
 
 

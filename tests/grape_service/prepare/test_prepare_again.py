@@ -7,13 +7,13 @@ import random
 import orjson
 import pytest
 
+from grape_service.prepare.counts import summarise_map
 from grape_service.prepare.finish import finish_prepare, load_prepared
-from grape_service.prepare.map_piece import map_piece
+from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.shards import shard_paths
-from grape_service.prepare.summary import summarise_map
-from grape_service.storage import Storage
+from grape_service.storage.storage import Storage
 from tests.prepared_pools import WordRenderer, all_rows, make_config, prepare, write_jsonl
 
 WORKERS = {"partition_bytes": 4000, "shard_tokens": 60}
@@ -152,9 +152,9 @@ def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, 
     pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(150), *[b"{"] * 20])
     config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
     _, expected = prepare(config, Storage(str(tmp_path / "other")))
-    monkeypatch.setattr("grape_service.prepare.map_piece.BATCH_ROWS", 5)
-    monkeypatch.setattr("grape_service.prepare.map_piece.FILE_BYTES", 1)
-    monkeypatch.setattr("grape_service.prepare.map_piece.FILE_REJECTS", 3)
+    monkeypatch.setattr("grape_service.prepare.map.BATCH_ROWS", 5)
+    monkeypatch.setattr("grape_service.prepare.map.FILE_BYTES", 1)
+    monkeypatch.setattr("grape_service.prepare.map.FILE_REJECTS", 3)
     plan = plan_prepare(config, "words", storage)
     steps: list[tuple[int, int]] = []
     counts = [

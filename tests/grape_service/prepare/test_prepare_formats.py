@@ -8,14 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from grape_service import schemas
-from grape_service.config import PolicyConfig, RenderConfig
-from grape_service.digests import partition_of, row_keys
-from grape_service.pools.lines import BOM
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
+from grape_service.pool.lines import BOM
 from grape_service.prepare.shards import partition_shards, read_shard, shard_paths
-from grape_service.ragged import list_offsets_and_values
 from grape_service.render.renderer import Renderer
-from grape_service.storage import Storage
+from grape_service.rows.columns import LOSS_TOKEN, SHARD
+from grape_service.rows.keys import row_keys
+from grape_service.rows.partitions import partition_of
+from grape_service.rows.ragged import list_offsets_and_values
+from grape_service.storage.storage import Storage
 from tests.prepared_pools import all_rejects, all_rows, make_config, prepare, write_jsonl
 from tests.tiny_models import make_tokenizer
 
@@ -91,10 +93,10 @@ def test_a_shard_has_the_columns_of_the_contract(tmp_path, storage):
     pool = write_jsonl(tmp_path / "p.jsonl", [*rows, {**rows[0], "input_ids": {"x": 1}, "response": "c"}])
     _, prepared = prepare(make_config(pool), storage)
     table = all_rows(storage, prepared)
-    assert table.schema.names == [*schemas.SHARD.names, "kept", "pool_input_ids", "score", "tokens", "when"]
+    assert table.schema.names == [*SHARD.names, "kept", "pool_input_ids", "score", "tokens", "when"]
     assert table.schema.field("score").type == pa.float64()
     assert prepared.other_fields == [table.schema.field(name) for name in table.schema.names[-5:]]
-    assert table.select(schemas.SHARD.names).schema.equals(schemas.SHARD)
+    assert table.select(SHARD.names).schema.equals(SHARD)
     row = next(row for row in table.to_pylist() if row["tokens"] == 7 and row["pool_input_ids"] is None)
     assert row["input_ids"] == [316, 519, 1, 311, 2]
     assert row["loss_mask"] == [0, 0, 0, 1, 2]
@@ -186,7 +188,7 @@ def test_the_real_renderer(tmp_path, storage):
     assert [row["row"] for row in all_rejects(storage, plan)] == [61, 62, 63, 64, 65]
     row = next(row for row in all_rows(storage, prepared).to_pylist() if row["recorded_logprobs"])
     mask = np.array(row["loss_mask"])
-    assert np.array(row["input_ids"])[mask == schemas.LOSS_TOKEN].tolist() == ids
+    assert np.array(row["input_ids"])[mask == LOSS_TOKEN].tolist() == ids
     np.testing.assert_equal(row["recorded_logprobs"], [-0.5] * len(ids) + [np.nan] * int((mask == 2).sum()))
 
 

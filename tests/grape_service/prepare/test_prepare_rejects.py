@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grape_service.errors import UserError
-from grape_service.prepare.map_piece import map_piece
+from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import plan_prepare
-from grape_service.storage import Storage
+from grape_service.storage.storage import Storage
 from tests.prepared_pools import WordRenderer, all_rejects, all_rows, make_config, prepare, write_jsonl
 
 LENIENT = {"max_reject_share": 1.0}

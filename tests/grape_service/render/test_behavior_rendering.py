@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from grape_service.candidates import Candidate, Rejection
-from grape_service.config import RenderConfig
-from grape_service.render import Renderer, incompatible_ids
+from grape_service.config.schema import RenderConfig
+from grape_service.models.vocabulary import incompatible_ids
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rejection
 from tests import tiny_models
 
 RESPONSES = [
@@ -115,13 +116,17 @@ def test_plain_target_and_chat_behavior(tokenizers):
 
 def test_incompatible_ids(tokenizers, tmp_path):
     chatml, llama3 = (Renderer(tokenizers[name], RenderConfig()) for name in ("chatml", "llama3"))
+    plain = Renderer(tokenizers["chatml"], RenderConfig(mode="plain"))
     used = np.arange(512, dtype=np.int32)
-    assert incompatible_ids(chatml, llama3, used) == []
-    assert incompatible_ids(chatml, llama3, np.array([512, 3, 513, 512])) == [512, 513]  # other special tokens
-    assert incompatible_ids(chatml, Renderer(tokenizers["chatml"], RenderConfig(mode="plain")), np.arange(600)) == []
+    assert incompatible_ids(chatml.vocabulary, llama3.vocabulary, used) == []
+    assert incompatible_ids(chatml.vocabulary, llama3.vocabulary, np.array([512, 3, 513, 512])) == [
+        512,
+        513,
+    ]  # other special tokens
+    assert incompatible_ids(chatml.vocabulary, plain.vocabulary, np.arange(600)) == []
     tiny_models.make_tokenizer(tmp_path, "chatml", corpus=["Other words make other merges, of course."] * 3)
     other = Renderer(AutoTokenizer.from_pretrained(str(tmp_path)), RenderConfig())
-    different = incompatible_ids(chatml, other, used)
+    different = incompatible_ids(chatml.vocabulary, other.vocabulary, used)
     assert different
     assert min(different) >= 256  # the bytes are the same in both
     for id_ in used.tolist():

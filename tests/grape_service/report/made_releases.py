@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from grape_service.config import Config
-from grape_service.final_rows import final_batches
-from grape_service.prepare.prepared import PartitionTotals, Prepared
+from grape_service.config.schema import Config
 from grape_service.prepare.reduce import shard_path
-from grape_service.releases.claim import claim_version
-from grape_service.releases.load import Release, load
-from grape_service.releases.manifest import ManifestFields, Parents, PolicyUse
-from grape_service.releases.writer import publish, write_part
+from grape_service.prepare.result import PartitionTotals, Prepared
+from grape_service.release.claim import claim_version
+from grape_service.release.load import Release, load
+from grape_service.release.manifest import ManifestFields, Parents, PolicyUse
+from grape_service.release.rows import final_batches
+from grape_service.release.writer import publish, write_part
 from grape_service.report.statistics import SelectStatistics, source_names
-from grape_service.schemas import release_schema
-from grape_service.scores import ScoreStore
-from grape_service.select import select_partition
-from grape_service.storage import Storage
+from grape_service.rows.columns import release_schema
+from grape_service.score.store import ScoreStore
+from grape_service.select.partition import select_partition
+from grape_service.storage.storage import Storage
 from tests.made_rows import Row, put_scores, put_shards
 
 Score = Callable[[int, int], float]

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from grape_service.choice import Candidates, Choice, Detail, choose
-from grape_service.config import SelectConfig
-from grape_service.ragged import offsets_from_lengths
+from grape_service.config.methods import SelectConfig
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
-from grape_service.weigh import WeightBatch
+from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.select.choose import Candidates, Choice, Detail, choose
+from grape_service.weigh.partition import WeightBatch
 
 HOSTILE = [
     "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>",
@@ -88,7 +88,7 @@ def facts(better: str | None = None, collapse: bool = False, prompts: int = 300,
         "counts": {
             "pool": {**pool, "filtered": 1, "truncated": 0},
             "select": {"prompts": prompts, "candidates": 4 * prompts, "kept_rows": prompts, "rows_left_out": {}},
-            "weigh": {"rows": prompts, "pear_rows": prompts, "control": sums, "sources": {NAMES[0]: sums}},
+            "weigh": {"rows": prompts, "pear_rows": prompts, "self_weights": sums, "sources": {NAMES[0]: sums}},
         },
         "config": {
             "select": {"method": "grape"},

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from grape_service.cli.app import app
-from grape_service.compare import compare
 from grape_service.errors import UserError
-from grape_service.explain import explain
-from grape_service.report.again import report_page
+from grape_service.release.compare import compare
+from grape_service.report.explain import explain
+from grape_service.report.page import report_page
 from tests.grape_service.report.made_releases import make_release
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grape_service.report.comparison import render_comparison
-from grape_service.report.page import render_page
+from grape_service.report.page import render_comparison, render_page
 from tests.chromium import BINARY, Browser, running_browser
 from tests.grape_service.report.made_report import HOSTILE, examples, facts
 

@@ -10,11 +10,11 @@ import plotly.graph_objects as go
 import pytest
 
 from grape_service.checks.findings import CheckCounts, result_of
-from grape_service.checks.settings import enabled_checks
-from grape_service.config import SelectConfig
+from grape_service.config.checks import Refusal
+from grape_service.config.methods import SelectConfig
+from grape_service.display import cut, plot_labels, visible
+from grape_service.report.notices import warnings_of
 from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
-from grape_service.report.text import cut, plot_labels, visible
-from grape_service.report.warnings import warnings_of
 from tests.grape_service.report.made_report import NAMES, examples, facts
 
 
@@ -75,7 +75,7 @@ def _counts(stage: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def _check(made: dict[str, Any]) -> None:
-    check = enabled_checks({"refusal": "warn"})[0]
+    check = Refusal()
     made["statistics"]["checks"] = [result_of(check, CheckCounts(10, 9, 1.0, {"refuses": 9}), "findings")]
 
 

@@ -1,0 +1,97 @@
+"""Reads a config file and says in one sentence what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from grape_service.config.policy import BehaviorConfig, PolicyConfig
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+
+
+def load_config(path: str | Path) -> Config:
+    """The config in a YAML file. Raises UserError that names the file and the key."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no config file '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the config file '{path}' cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no config: it should start with 'name:'")
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str = "the config") -> Config:
+    """Values -> Config. Raises UserError for the first thing that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel] = Config) -> str:
+    """One sentence for a pydantic error; an unknown key is answered with the nearest known one."""
+    details = error.errors()
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    location = [part for part in first["loc"] if not _is_union_branch(part)]
+    if location[:2] == ["behavior", "policy"]:  # its keys stand directly below behavior
+        location.remove("policy")
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], model)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
+        return f"unknown key '{key}'; {hint}"
+    if first["type"] == "missing":
+        return f"the key '{key}' is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    given = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
+    return f"'{key}': {message[0].lower() + message[1:]}{given}"
+
+
+def _is_union_branch(part: Any) -> bool:
+    text = str(part)
+    return text.startswith(("literal[", "function-", "list[", "constrained-")) or text in (
+        "PolicyConfig",
+        "RecordedBehavior",
+        "int",
+        "str",
+    )
+
+
+def _known_keys(location: list[Any], model: type[BaseModel]) -> list[str]:
+    models = [model]
+    for part in location:
+        found: list[type[BaseModel]] = []
+        for candidate in models:
+            field = candidate.model_fields.get(str(part))
+            if field is not None:
+                found.extend(_models_in(field.annotation))
+        models = found or models
+    if BehaviorConfig in models:
+        models = [*models, PolicyConfig]
+    return sorted({key for candidate in models for key in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_origin(annotation):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []

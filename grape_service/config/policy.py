@@ -1,0 +1,122 @@
+"""Policies: the target, and whose behavior the responses are."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import CoreSchema
+
+from grape_service.config.base import Model
+
+
+class PolicyConfig(Model):
+    """A language model as a policy: weights, prompt and the engine that scores with it."""
+
+    model: str
+    """Hub id, local folder or s3:// folder."""
+    revision: str | None = None
+    """The hub revision; null: the newest, recorded in the manifest."""
+    adapter: str | None = None
+    """A LoRA folder."""
+    system_prompt: str | None = None
+    """Put before the prompt when it has no system message of its own."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """auto takes vllm where it is importable and runs the model."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of weights and activations; log-softmax is always float32."""
+    quantization: Literal["fp8"] | None = None
+    """fp8 is for GRAPE alone; weights are refused on it."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs of one node that one replica takes."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for models you trust."""
+    engine_args: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+
+
+class RecordedBehavior(Model):
+    """Log-probabilities that were recorded when the response was sampled."""
+
+    column: str = "behavior_logprobs"
+    """The pool's column: one float for each of response_ids."""
+    policy: PolicyConfig | None = None
+    """The policy that wrote them, where it can be run: `grape check` scores a sample again and compares."""
+
+
+Missing = Literal["error", "uniform", "drop"]
+
+
+class BehaviorConfig(Model):
+    """Who wrote the responses: a recorded column, one policy, or one of these per source.
+
+    In YAML the keys of the one policy stand beside `missing`: {model: ..., dtype: ..., missing: uniform}.
+    """
+
+    column: str | None = None
+    """Recorded at sampling time, one float per response token."""
+    policy: PolicyConfig | None = None
+    """The one policy that wrote all responses; its keys are given directly."""
+    sources: dict[str, PolicyConfig | RecordedBehavior] | None = None
+    """By the row's source: a policy or a recorded column."""
+    missing: Missing = "error"
+    """Rows without a behavior policy: stop the run, give them weight 1, or leave them out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if "policy" in values:
+            raise ValueError("unknown key 'policy'; give the policy's keys directly: model, dtype, ...")
+        own = {key: value for key, value in values.items() if key not in PolicyConfig.model_fields}
+        policy = {key: value for key, value in values.items() if key in PolicyConfig.model_fields}
+        if not policy:
+            return own
+        if "model" not in policy:
+            if len({"column", "sources"} & set(own)) == 0:
+                raise ValueError("behavior needs exactly one of: column, model, sources")
+            raise ValueError(f"'{sorted(policy)[0]}' belongs to a behavior with a model")
+        return {**own, "policy": policy}
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BehaviorConfig:
+        given = [key for key in ("column", "policy", "sources") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError("behavior needs exactly one of: column, model, sources")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_in_yaml(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {**(values.pop("policy", None) or {}), **values}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        properties = schema.get("properties", {})
+        if properties.pop("policy", None) is not None:
+            for name, value in PolicyConfig.model_json_schema()["properties"].items():
+                properties.setdefault(name, value)
+        return schema
+
+    def of_source(self, source: str | None) -> PolicyConfig | RecordedBehavior | None:
+        """The behavior of rows of `source`, or None where there is none."""
+        if self.column is not None:
+            return RecordedBehavior(column=self.column)
+        if self.policy is not None:
+            return self.policy
+        assert self.sources is not None
+        return self.sources.get(source) if source is not None else None
+
+    def policies(self) -> list[PolicyConfig]:
+        """Every distinct policy that has to be run, in the order of the config."""
+        if self.sources is None:
+            candidates = [self.of_source(None)]
+        else:
+            candidates = [self.sources[source] for source in sorted(self.sources)]
+        distinct: list[PolicyConfig] = []
+        for candidate in candidates:
+            if isinstance(candidate, PolicyConfig) and candidate not in distinct:
+                distinct.append(candidate)
+        return distinct

@@ -1,0 +1,209 @@
+"""The config of a run: one YAML file, read into frozen pydantic models.
+
+Every key is a contract of the design. Unknown keys are refused by `config_file.load_config`, which
+names the nearest known key. Importing this module imports neither torch nor Ray nor Prefect.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grape_service.config.base import Model
+from grape_service.config.checks import ChecksConfig
+from grape_service.config.methods import SelectConfig, WeightsConfig
+from grape_service.config.policy import BehaviorConfig, PolicyConfig
+from grape_service.config.training import TrainConfig
+from grape_service.storage.storage import refuse_secrets
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class Filter(Model):
+    """Keeps the rows whose column satisfies each condition that is given."""
+
+    column: str
+    """Name of the pool's column."""
+    equals: Any = None
+    """Keep rows whose value equals this."""
+    not_equals: Any = None
+    """Keep rows whose value differs from this."""
+    one_of: list[Any] | None = None
+    """Keep rows whose value is one of these."""
+    at_least: float | None = None
+    """Keep rows whose number is this or more."""
+    at_most: float | None = None
+    """Keep rows whose number is this or less."""
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Filter:
+        if not self.model_fields_set - {"column"}:
+            raise ValueError(
+                f"the filter on '{self.column}' needs a condition: equals, not_equals, one_of, at_least or at_most"
+            )
+        return self
+
+
+class PoolConfig(Model):
+    """Where the candidates are and which of them are looked at."""
+
+    path: str
+    """File, folder or glob: local, s3://, or anything that fsspec opens."""
+    columns: dict[str, str] = {}
+    """Our column names to the pool's, only where they differ."""
+    where: list[Filter] = []
+    """Filters before scoring; ranks, margins and num_candidates count what is left."""
+    max_reject_share: float = Field(0.1, ge=0, le=1)
+    """The run stops when more than this share of the pool's rows cannot be used."""
+    truncated: Literal["reject", "keep"] = "reject"
+    """What happens to responses with finish_reason 'length'."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(columns) - set(POOL_COLUMNS))
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}")
+        return columns
+
+
+POOL_COLUMNS = (
+    "prompt",
+    "response",
+    "responses",
+    "source",
+    "prompt_id",
+    "candidate_id",
+    "response_ids",
+    "behavior_logprobs",
+    "sampling",
+    "finish_reason",
+    "tools",
+)
+"""The pool columns that have a meaning to us; every other column is carried along."""
+
+
+class RenderConfig(Model):
+    """How prompt and response become tokens."""
+
+    mode: Literal["auto", "chat", "plain"] = "auto"
+    """chat uses the model's template, plain joins prompt, separator and response; auto: chat if there is one."""
+    separator: str = "\n\n"
+    """Text between prompt and response in plain mode."""
+    chat_template: str | None = None
+    """A Jinja chat template instead of the model's own."""
+    template_kwargs: dict[str, Any] = {}
+    """Extra variables for the template, such as enable_thinking."""
+    max_tokens: int | None = Field(None, ge=2)
+    """Longer rows (prompt and response) are rejected; null: the model's own limit."""
+
+
+class OutputConfig(Model):
+    """Where the release goes."""
+
+    path: str
+    """Folder of datasets, local or s3://."""
+    tags: list[str] = ["latest"]
+    """Tags that are moved to the new version."""
+
+
+class WorkersConfig(Model):
+    """How the stages run."""
+
+    replicas: int | Literal["auto"] = "auto"
+    """Scoring engines at the same time; auto: as many as fit on the GPUs, or one a node without GPUs."""
+    ray_address: str = "auto"
+    """auto starts a private Ray; http://head:8265 submits there as one job."""
+    max_failed_share: float = Field(0.0, ge=0, le=1)
+    """A version is published only if no larger share of the rows failed to be scored."""
+    shard_tokens: int = Field(65_536, ge=1)
+    """Tokens a shard, about: the unit of work, retry and progress."""
+    partition_bytes: int = Field(64 * 2**20, ge=1)
+    """Bytes of pool a partition, about: what one task of prepare, select, weigh and release holds."""
+    cpus: int | None = Field(None, ge=1)
+    """Tasks at the same time on a private Ray; null: the machine's cores."""
+    reuse: Literal["compatible", "exact"] = "compatible"
+    """Whether scores of another engine version are used (checked by canary rows)."""
+
+
+class NotifyConfig(Model):
+    """Who is told when a run ends."""
+
+    webhook: str | None = None
+    """URL that receives a JSON body, signed where GRAPE_WEBHOOK_SECRET is set; null: GRAPE_WEBHOOK of the environment,
+    for an address that is itself a secret."""
+
+
+class Config(Model):
+    """The whole job: one file for a laptop and for a cluster."""
+
+    name: str
+    """The dataset's name: a-z, 0-9 and '-', at most 63 characters."""
+    pool: PoolConfig
+    """The candidates."""
+    render: RenderConfig = RenderConfig()
+    """From text to tokens."""
+    target: PolicyConfig
+    """The policy to be trained."""
+    behavior: BehaviorConfig | None = None
+    """Who wrote the responses; needed for PEAR."""
+    select: SelectConfig = SelectConfig()
+    """GRAPE, or another method."""
+    weights: WeightsConfig | None = None
+    """PEAR, or null."""
+    output: OutputConfig
+    """Where releases go."""
+    workspace: str | None = None
+    """Shards and scores; null: .grape beside the output."""
+    workers: WorkersConfig = WorkersConfig()
+    """How the stages run."""
+    storage: dict[str, Any] = {}
+    """s3fs options such as endpoint_url; secrets come from the environment."""
+    checks: ChecksConfig = ChecksConfig()
+    """Data checks by name."""
+    train: TrainConfig | None = None
+    """Training jobs on the release."""
+    notify: NotifyConfig | None = None
+    """A webhook on completion and failure."""
+
+    @field_validator("name")
+    @classmethod
+    def _valid_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(
+                f"'{name}' is not a dataset name: use a-z, 0-9 and '-', 63 characters at most, no '-' in front"
+            )
+        return name
+
+    @field_validator("workspace")
+    @classmethod
+    def _workspace_not_empty(cls, workspace: str | None) -> str | None:
+        if workspace is not None and not workspace.strip():
+            raise ValueError("workspace is empty: give a folder or leave the key out")
+        return workspace
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secrets(cls, storage: dict[str, Any]) -> dict[str, Any]:
+        refuse_secrets(storage)
+        return storage
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.weights is not None and self.behavior is None:
+            raise ValueError("weights: pear needs a behavior: add a behavior section or set weights to null")
+        if self.weights is not None:
+            policies = [self.target, *(self.behavior.policies() if self.behavior else [])]
+            for policy in policies:
+                if policy.quantization is not None:
+                    raise ValueError(
+                        f"weights are not made from quantised scores: remove 'quantization' from {policy.model}"
+                    )
+        return self
+
+    @property
+    def workspace_path(self) -> str:
+        """The workspace, with its default filled in."""
+        return self.workspace or f"{self.output.path.rstrip('/')}/.grape"

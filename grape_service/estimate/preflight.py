@@ -1,0 +1,156 @@
+"""Reads everything that a run would read and runs nothing: what `grape check` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from grape_service.config.policy import PolicyConfig, RecordedBehavior
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+from grape_service.models.files import resolve_model
+from grape_service.models.vocabulary import incompatible_ids
+from grape_service.pool.sample import sample_candidates
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.columns import LOSS_TOKEN
+from grape_service.rows.ragged import TokenBatch
+from grape_service.storage.storage import Storage, check_writable
+
+SAMPLE_ROWS = 64
+RESCORED_ROWS = 8
+SUSPICIOUS_MEAN = 0.02
+"""Mean difference a token, recorded against scored again, above which recorded values are not the policy's."""
+
+Score = Callable[[PolicyConfig, str, TokenBatch, float], npt.NDArray[np.float32]]
+"""(policy, folder, batch, temperature) -> log-probabilities [L]; the caller brings the engine."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    status: str  # ok | warning | error
+    detail: str
+
+    def to_json(self) -> dict[str, str]:
+        return {"what": self.what, "status": self.status, "detail": self.detail}
+
+
+def check(config: Config, score: Score) -> Iterator[Finding]:
+    """Storage, pool sample, model files, tokens, behavior policies, recorded values; goes on after errors."""
+    for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
+        yield _look(name, partial(_writable, path, config.storage))
+    if config.checks.enabled():
+        yield _look("checks", partial(_checks, config))
+    candidates: list[Candidate] = []
+    yield _look("pool", lambda: _sample(config, candidates))
+    renderers: dict[str, Renderer] = {}
+    yield _look("target", lambda: _policy("target", config.target, config, renderers))
+    if "target" not in renderers or not candidates:
+        return
+    target = renderers["target"]
+    rendered = target.render(candidates)
+    yield _tokens(target, rendered)
+    good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
+    used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
+    for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
+        name = f"behavior {place}: {policy.model}"
+        yield _look(name, partial(_policy, name, policy, config, renderers))
+        if used is not None and name in renderers:
+            bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
+            if len(bad):
+                yield Finding(name, "error", f"{len(bad)} token ids mean other text there: weights would be wrong")
+    for source, recorded in _recorded_sources(config).items():
+        if recorded.policy is not None:
+            rows = [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None]
+            name = f"recorded log-probabilities of {source}"
+            look = partial(_rescore, config, recorded.policy, rows[:RESCORED_ROWS], target, score)
+            yield _look(name, look)
+
+
+def _look(what: str, look: Callable[[], tuple[str, str]]) -> Finding:
+    try:
+        status, detail = look()
+    except UserError as error:
+        return Finding(what, "error", str(error))
+    return Finding(what, status, detail)
+
+
+def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
+    storage = Storage(path, options)
+    check_writable(storage)
+    return "ok", f"{storage.root} can be read and written"
+
+
+def _checks(config: Config) -> tuple[str, str]:
+    return "ok", f"data checks: {', '.join(check.name for check in config.checks.enabled()) or 'all are off'}"
+
+
+def _sample(config: Config, candidates: list[Candidate]) -> tuple[str, str]:
+    found, rejected = sample_candidates(config, SAMPLE_ROWS)
+    candidates.extend(found)
+    if not found:
+        reason = f": {rejected[0].rejection.reason}" if rejected else ""
+        return "error", f"none of the first rows can be used{reason}"
+    detail = f"{len(found)} candidates of a sample can be used, {len(rejected)} cannot"
+    return ("warning" if rejected else "ok"), detail
+
+
+def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:
+    files = resolve_model(policy, config.storage)
+    own = name != "target"
+    renderers[name] = Renderer.load(files.folder, policy, config.render, own_template=own)
+    mode = renderers[name].mode
+    return "ok", f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {mode} mode"
+
+
+def _tokens(renderer: Renderer, rendered: list[Rendered | Rejection]) -> Finding:
+    good = [r for r in rendered if isinstance(r, Rendered)]
+    bad = [r for r in rendered if isinstance(r, Rejection)]
+    if not good:
+        return Finding("tokens", "error", f"no row of the sample can be rendered: {bad[0].reason}")
+    lengths = np.array([len(r.input_ids) for r in good])
+    detail = f"{lengths.mean():.0f} tokens a row on average, {lengths.max()} at most; turn end {renderer.turn_end_id}"
+    if bad:
+        return Finding("tokens", "warning", f"{detail}; {len(bad)} rows cannot be rendered: {bad[0].reason}")
+    return Finding("tokens", "ok", detail)
+
+
+def _recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
+    sources = (config.behavior.sources if config.behavior else None) or {}
+    return {name: behavior for name, behavior in sources.items() if isinstance(behavior, RecordedBehavior)}
+
+
+def _rescore(
+    config: Config, policy: PolicyConfig, rows: list[tuple[Candidate, Rendered]], target: Renderer, score: Score
+) -> tuple[str, str]:
+    if not rows:
+        return "warning", "no row of the sample has recorded log-probabilities"
+    files = resolve_model(policy, config.storage)
+    renderer = Renderer.load(files.folder, policy, config.render, own_template=True)
+    candidates, targets = [c for c, _ in rows], [r for _, r in rows]
+    differences = []
+    for candidate, own, was in zip(
+        candidates, renderer.render_behavior(candidates, targets, target.turn_end_id), targets, strict=True
+    ):
+        if isinstance(own, Rejection):
+            continue
+        batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist())])
+        temperature = float((candidate.sampling or {}).get("temperature") or 1.0)
+        assert was.recorded_logprobs is not None
+        difference = score(policy, files.folder, batch, temperature) - was.recorded_logprobs
+        differences.append(difference[np.isfinite(difference)])
+    if not differences:
+        return "warning", "no row of the sample can be rendered for that policy"
+    flat = np.concatenate(differences)
+    detail = f"{len(differences)} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
+    if abs(flat.mean()) > SUSPICIOUS_MEAN or flat.std() > 5 * SUSPICIOUS_MEAN:
+        return "warning", f"{detail}: are they this policy's, at the recorded temperature?"
+    return "ok", detail

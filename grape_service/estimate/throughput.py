@@ -1,0 +1,126 @@
+"""Tokens a second that a replica is expected to score: from earlier manifests, or from a stated table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+from grape_service.models.files import policy_id, resolve_model
+from grape_service.release.catalog import list_datasets, read_catalog
+from grape_service.release.manifest import read_manifest
+from grape_service.storage.storage import Storage
+
+MAX_MANIFESTS = 50
+"""The newest manifests of an output folder that are looked at."""
+MIN_SECONDS = 1.0
+"""An engine that scored for less says nothing about its throughput."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured throughput of a device, for models of one size."""
+
+    parameters: float
+    tokens_per_second: float
+
+
+TABLE: dict[tuple[str, str], list[Measured]] = {
+    ("H100", "bfloat16"): [Measured(0.49e9, 358_372), Measured(7.6e9, 58_171)],
+    ("H100", "fp8"): [Measured(7.6e9, 79_093)],
+    ("cpu", "float32"): [Measured(0.135e9, 400)],
+}
+"""One H100 80 GB: vLLM 0.26 with the scoring head and prefix cache, 8 candidates a prompt, all tokens counted.
+cpu: two cores, transformers. Other sizes follow by tokens x parameters; other devices are not in the table."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens a second of one replica, and where the figure comes from."""
+
+    tokens_per_second: float
+    device: str
+    origin: str
+
+
+def expected_throughput(config: Config, policy: PolicyConfig, device: str | None) -> Throughput:
+    """For `policy` on `device` (None: the one that earlier runs had, else an H100).
+
+    Raises UserError for a device without any figure.
+    """
+    found = _from_manifests(config, policy, device)
+    return found or _from_table(config, policy, device or "H100")
+
+
+def _from_manifests(config: Config, policy: PolicyConfig, device: str | None) -> Throughput | None:
+    storage = Storage(config.output.path, config.storage)
+    wanted = policy_id(policy, resolve_model(policy, config.storage))
+    newest = [
+        (entry.created, name, entry.version) for name in list_datasets(storage) for entry in read_catalog(storage, name)
+    ]
+    for _, name, version in sorted(newest, reverse=True)[:MAX_MANIFESTS]:
+        try:
+            engines = read_manifest(storage, name, version).statistics.get("engines") or []
+        except UserError:  # a damaged version is no reason to plan nothing
+            continue
+        of_policy = [
+            e for e in engines if e["policy_id"] == wanted and (device is None or same_device(device, e["device"]))
+        ]
+        seconds = sum(e["stats"].get("seconds", 0.0) for e in of_policy)
+        if seconds >= MIN_SECONDS:
+            rate = sum(e["stats"]["tokens"] for e in of_policy) / seconds
+            return Throughput(
+                rate, of_policy[0]["device"], f"{name}@{version}, {len(of_policy)} engines of this policy"
+            )
+    return None
+
+
+def same_device(asked: str, found: str) -> bool:
+    """Whether a device's full name is the one asked for: 'H100' is 'NVIDIA H100 80GB HBM3'."""
+    return asked.lower() in found.lower()
+
+
+def _from_table(config: Config, policy: PolicyConfig, device: str) -> Throughput:
+    precision = policy.quantization or policy.dtype
+    known = [key for key in TABLE if same_device(key[0], device) or same_device(device, key[0])]
+    if not known:
+        devices = ", ".join(sorted({name for name, _ in TABLE}))
+        raise UserError(
+            f"no earlier manifest and no table tells how fast {policy.model} is on '{device}': "
+            f"give --tokens-per-second, or one of the devices {devices}"
+        )
+    key = next((key for key in known if key[1] == precision), known[0])
+    parameters = resolve_model(policy, config.storage).num_parameters
+    rate = interpolate(TABLE[key], parameters) * policy.tensor_parallel
+    return Throughput(
+        rate, key[0], f"the table of measured figures, {key[0]} {key[1]}, scaled to {parameters / 1e9:.3g}B parameters"
+    )
+
+
+def interpolate(measured: list[Measured], parameters: float) -> float:
+    """Tokens a second at a size: between two measured sizes on a line in logarithms, beyond them by 1 / parameters."""
+    points = sorted(measured, key=lambda point: point.parameters)
+    first, last = points[0], points[-1]
+    if parameters <= first.parameters:
+        return first.tokens_per_second * first.parameters / parameters
+    if parameters >= last.parameters:
+        return last.tokens_per_second * last.parameters / parameters
+    left, right = next(pair for pair in itertools.pairwise(points) if parameters <= pair[1].parameters)
+    share = math.log(parameters / left.parameters) / math.log(right.parameters / left.parameters)
+    return left.tokens_per_second * (right.tokens_per_second / left.tokens_per_second) ** share
+
+
+def actual_figures(engines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the engines of a run did: tokens, seconds on the device, tokens a second, devices."""
+    seconds = sum(e["stats"].get("seconds", 0.0) for e in engines)
+    tokens = sum(e["stats"].get("tokens", 0.0) for e in engines)
+    return {
+        "tokens": int(tokens),
+        "engine_seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "devices": sorted({e["device"] for e in engines}),
+    }

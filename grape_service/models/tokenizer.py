@@ -1,0 +1,67 @@
+"""What rendering needs of a model folder: the tokenizer, the longest sequence, the tokens it stops at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from grape_service.config.policy import PolicyConfig
+from grape_service.errors import UserError
+
+LARGEST_LIMIT = 100_000_000
+"""Configs write numbers above this for 'no limit'."""
+
+
+def folder_stamp(folder: str) -> str:
+    """Changes when a file of the folder that rendering reads may have changed."""
+    found = [path for path in sorted(Path(folder).glob("*")) if path.suffix in (".json", ".jinja", ".model", ".py")]
+    return "|".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in found)
+
+
+def load_tokenizer(folder: str, policy: PolicyConfig) -> Any:
+    """The fast tokenizer of a local model folder. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise UserError(f"{policy.model}: there is no folder {folder}")
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=policy.trust_remote_code, local_files_only=True, use_fast=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"{policy.model}: its folder holds no tokenizer that can be loaded: {first_line}") from error
+
+
+def position_limit(folder: str) -> int | None:
+    """Tokens that the model has positions for, by its config.json; None if it does not say."""
+    config = _json_file(folder, "config.json")
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = part.get(key)
+            if isinstance(value, int) and 2 <= value <= LARGEST_LIMIT:
+                return value
+    return None
+
+
+def stop_token_ids(folder: str) -> list[int]:
+    """Tokens at which the model's generation stops, by generation_config.json and config.json."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _json_file(folder, name).get("eos_token_id")
+        ids += [id_ for id_ in (value if isinstance(value, list) else [value]) if isinstance(id_, int)]
+    return sorted(set(ids))
+
+
+def _json_file(folder: str, name: str) -> dict[str, Any]:
+    path = Path(folder) / name
+    if not path.is_file():
+        return {}
+    try:
+        value = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,43 @@
+"""pool.where: which rows are looked at."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from grape_service.config.schema import Filter
+
+MISSING = object()
+
+
+def passes(row: dict[str, Any], filters: Iterable[Filter]) -> bool:
+    """Whether a row satisfies every condition; a row without the column satisfies none."""
+    return all(_passes(row.get(condition.column, MISSING), condition) for condition in filters)
+
+
+def _passes(value: Any, condition: Filter) -> bool:
+    if value is MISSING:
+        return False
+    given = condition.model_fields_set
+    if "equals" in given and value != condition.equals:
+        return False
+    if "not_equals" in given and value == condition.not_equals:
+        return False
+    if condition.one_of is not None and value not in condition.one_of:
+        return False
+    if condition.at_least is not None or condition.at_most is not None:
+        if not isinstance(value, int | float) or value != value:
+            return False
+        if condition.at_least is not None and value < condition.at_least:
+            return False
+        if condition.at_most is not None and value > condition.at_most:
+            return False
+    return True
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name most like `name`, or None where none is."""
+    known = {other.lower(): other for other in sorted(names)}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return known[close[0]] if close else None

@@ -1,1 +1,0 @@
-"""What a team brings: files of candidates in several formats, read row by row and normalised."""

@@ -1,0 +1,336 @@
+"""The map half of prepare: rows of a piece become rendered candidates, dealt to partitions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+from grape_service.pool.candidates import Accepted, Filtered, Normaliser, Rejected
+from grape_service.pool.column_types import Kind, join, join_columns, kind_of
+from grape_service.pool.reader import SegmentReader
+from grape_service.prepare.counts import PieceCounts
+from grape_service.prepare.plan import Piece, PreparePlan
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.columns import REJECT, SHARD
+from grape_service.rows.keys import row_keys
+from grape_service.rows.messages import response_messages
+from grape_service.rows.partitions import partition_bits, prompt_order
+from grape_service.rows.ragged import list_array, offsets_from_lengths
+from grape_service.storage.storage import Storage
+
+BATCH_ROWS = 1024
+BATCH_TOKENS = 2**20
+"""A batch is rendered when it has so many rows or about so many tokens, taken as a third of its characters."""
+FILE_BYTES = 96 * 2**20
+"""Arrow data that a task holds before it writes a file."""
+FILE_REJECTS = 100_000
+"""Rejects that a task holds before it writes a file."""
+MAX_OTHER_COLUMNS = 1000
+
+MAPPED = pa.schema(
+    [
+        *SHARD,
+        pa.field("prompt_order", pa.uint64(), nullable=False),
+        pa.field("prompt_digest", pa.string(), nullable=False),
+        pa.field("content_digest", pa.string(), nullable=False),
+        pa.field("rest_digest", pa.uint64(), nullable=False),  # of what the other digests leave out
+        pa.field("segment", pa.int32(), nullable=False),  # of the piece
+        pa.field("place", pa.int64(), nullable=False),  # in the segment
+        pa.field("num_loss", pa.int32(), nullable=False),
+        pa.field("other", pa.binary(), nullable=False),  # JSON object
+    ]
+)
+"""Rows between map and reduce; each file has one record batch a partition, in the partitions' order."""
+
+MAP_REJECT = pa.schema(
+    [
+        pa.field("segment", pa.int32(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        *(REJECT.field(name) for name in ("prompt_id", "candidate_id", "reason", "detail")),
+    ]
+)
+
+Progress = Callable[[int, int], None]
+"""Called with rows and tokens since the last call."""
+
+
+class Renders(Protocol):
+    """What map needs of a renderer."""
+
+    def render(self, candidates: list[Candidate]) -> list[Rendered | Rejection]: ...
+
+
+@dataclass
+class Placed:
+    """Something of a piece and where it was."""
+
+    item: Accepted | Rejected
+    segment: int
+    place: int
+
+
+def row_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rows, MAPPED."""
+    return f"{plan.folder}/map/{piece.name}-{number:03d}.arrow"
+
+
+def reject_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rejects, MAP_REJECT."""
+    return f"{plan.folder}/map/{piece.name}-rejects-{number:03d}.arrow"
+
+
+def map_piece(
+    plan: PreparePlan,
+    piece: Piece,
+    config: Config,
+    renderer: Renders,
+    storage: Storage,
+    progress: Progress | None = None,
+) -> PieceCounts:
+    """Read, filter, normalise and render a piece; returns at once what a finished task counted.
+
+    Writes `map/piece-k-000.arrow` and on, `map/piece-k-rejects-000.arrow` and on, then `map/piece-k.json`.
+    Raises UserError where a file is damaged, gone or changed.
+    """
+    done = f"{plan.folder}/map/{piece.name}.json"
+    if storage.exists(done):
+        return PieceCounts.from_json(storage.read_json(done))
+    task = _MapTask(plan, piece, config, renderer, storage)
+    for batch in _batches(task.placed()):
+        rows, tokens = task.render(batch)
+        if progress is not None:
+            progress(rows, tokens)
+    counts = task.finish()
+    storage.write_json(done, counts.to_json())
+    return counts
+
+
+def _batches(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
+    batch: list[Placed] = []
+    characters = 0
+    for one in placed:
+        batch.append(one)
+        if isinstance(one.item, Accepted):
+            characters += one.item.num_characters
+        if len(batch) >= BATCH_ROWS or characters > 3 * BATCH_TOKENS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _MapTask:
+    def __init__(self, plan: PreparePlan, piece: Piece, config: Config, renderer: Renders, storage: Storage):
+        self.plan, self.piece, self.renderer, self.storage = plan, piece, renderer, storage
+        self.config = config
+        self.normaliser = Normaliser(config)
+        self.counts = PieceCounts(piece.index)
+        self.columns: dict[str, None] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.message_fields: set[str] = set()
+        self.waiting: list[pa.RecordBatch] = []
+        self.waiting_bytes = 0
+        self.rejects: list[pa.RecordBatch] = []
+        self.waiting_rejects = 0
+
+    def placed(self) -> Iterator[Placed]:
+        """Everything of the piece but what is filtered, which is only counted."""
+        for index, segment in enumerate(self.piece.segments):
+            reader = SegmentReader(self.plan.files[segment.file], segment, self.config.storage)
+            for place, row in reader.rows():
+                if isinstance(row, Rejection):
+                    self.counts.rows_in += 1
+                    yield Placed(Rejected(row), index, place)
+                    continue
+                self.counts.num_parsed += 1
+                if len(self.columns) < MAX_OTHER_COLUMNS:
+                    self.columns.update(dict.fromkeys(row))
+                for item in self.normaliser.candidates(row):
+                    self.counts.rows_in += 1
+                    if isinstance(item, Filtered):
+                        self.counts.filtered += 1
+                    else:
+                        if isinstance(item, Accepted):
+                            item.column_kinds = reader.column_kinds
+                        yield Placed(item, index, place)
+            self.counts.segment_lines.append(reader.num_lines)
+
+    def render(self, batch: list[Placed]) -> tuple[int, int]:
+        """Render a batch and keep it as Arrow data; (rows, tokens)."""
+        accepted = [(one, one.item) for one in batch if isinstance(one.item, Accepted)]
+        rendered = self.renderer.render([item.candidate for _, item in accepted])
+        good: list[tuple[Placed, Accepted, Rendered]] = []
+        rejected = [(one, one.item) for one in batch if isinstance(one.item, Rejected)]
+        for (one, item), result in zip(accepted, rendered, strict=True):
+            if isinstance(result, Rejection):
+                ids = item.candidate.prompt_id, item.candidate.candidate_id
+                rejected.append((one, Rejected(result, *ids)))
+            else:
+                good.append((one, item, result))
+        if rejected:
+            self._reject(rejected)
+        tokens = 0
+        if good:
+            self._learn_columns([item for _, item, _ in good])
+            rows = _record_batch(good)
+            tokens = sum(len(result.input_ids) for _, _, result in good)
+            self.waiting.append(rows)
+            self.waiting_bytes += rows.nbytes
+            self.counts.rows += len(good)
+            self.counts.tokens += tokens
+            if self.waiting_bytes >= FILE_BYTES:
+                self._flush()
+        return len(batch), tokens
+
+    def _learn_columns(self, items: list[Accepted]) -> None:
+        for item in items:
+            candidate = item.candidate
+            for name, value in candidate.other.items():
+                known = self.kinds.get(name, "null")
+                if known != "json":
+                    kind = kind_of(value)
+                    override = item.column_kinds.get(name)
+                    if override is not None and value is not None:
+                        kind = override
+                    if kind != known:
+                        self.kinds[name] = join(known, kind)
+                    elif name not in self.kinds:
+                        self.kinds[name] = kind
+            for message in itertools.chain(candidate.prompt, response_messages(candidate.response)):
+                self.message_fields.update(message)
+        if len(self.kinds) > MAX_OTHER_COLUMNS:
+            raise UserError(
+                f"the pool '{self.plan.pool}' has more than {MAX_OTHER_COLUMNS} other columns: put them into one object"
+            )
+
+    def _reject(self, rejected: list[tuple[Placed, Rejected]]) -> None:
+        rejected.sort(key=lambda pair: (pair[0].segment, pair[0].place))
+        for _, item in rejected:
+            reason = item.rejection.reason
+            self.counts.rejects[reason] = self.counts.rejects.get(reason, 0) + 1
+        columns = {
+            "segment": [one.segment for one, _ in rejected],
+            "place": [one.place for one, _ in rejected],
+            "prompt_id": [_encodable(item.prompt_id) for _, item in rejected],
+            "candidate_id": [_encodable(item.candidate_id) for _, item in rejected],
+            "reason": [item.rejection.reason for _, item in rejected],
+            "detail": [_encodable(item.rejection.detail) for _, item in rejected],
+        }
+        self.rejects.append(pa.RecordBatch.from_pydict(columns, schema=MAP_REJECT))
+
+        self.waiting_rejects += len(rejected)
+        if self.waiting_rejects >= FILE_REJECTS:
+            self._flush_rejects()
+
+    def _flush_rejects(self) -> None:
+        name = reject_path(self.plan, self.piece, self.counts.num_reject_files)
+        with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAP_REJECT) as writer:
+            for batch in self.rejects:
+                writer.write_batch(batch)
+        self.rejects, self.waiting_rejects = [], 0
+        self.counts.num_reject_files += 1
+
+    def _flush(self) -> None:
+        """Write what is waiting as one file with a record batch a partition."""
+        table = pa.Table.from_batches(self.waiting, MAPPED).combine_chunks()
+        self.waiting, self.waiting_bytes = [], 0
+        num_partitions = self.plan.num_partitions
+        if num_partitions == 1:
+            partitions = np.zeros(table.num_rows, dtype=np.int64)
+        else:
+            shift = np.uint64(64 - partition_bits(num_partitions))
+            partitions = (table["prompt_order"].to_numpy() >> shift).astype(np.int64)
+        order = np.argsort(partitions, kind="stable")
+        bounds = np.searchsorted(partitions[order], np.arange(num_partitions + 1))
+        name = row_path(self.plan, self.piece, self.counts.num_files)
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAPPED, options=options) as writer:
+            for start, end in itertools.pairwise(bounds.tolist()):
+                writer.write_batch(_one_batch(table.take(pa.array(order[start:end]))))
+        self.counts.num_files += 1
+
+    def finish(self) -> PieceCounts:
+        """Write what is left; the counts."""
+        if self.waiting:
+            self._flush()
+        if self.rejects:
+            self._flush_rejects()
+        counts = self.counts
+        counts.filter_columns = self.normaliser.filter_columns_seen
+        counts.columns = sorted(self.columns)
+        join_columns(counts.other_columns, self.kinds)
+        counts.message_fields = sorted(self.message_fields)
+        return counts
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=MAPPED)
+
+
+def _record_batch(good: list[tuple[Placed, Accepted, Rendered]]) -> pa.RecordBatch:
+    results = [result for _, _, result in good]
+    candidates = [item.candidate for _, item, _ in good]
+    offsets = offsets_from_lengths([len(result.input_ids) for result in results])
+    ids = np.concatenate([result.input_ids for result in results])
+    mask = np.concatenate([result.loss_mask for result in results])
+    other = [orjson.dumps(candidate.other, option=orjson.OPT_SORT_KEYS) for candidate in candidates]
+    sampling = [_json_text(candidate.sampling) for candidate in candidates]
+    recorded = [result.recorded_logprobs for result in results]
+    messages = [
+        orjson.dumps([*candidate.prompt, *response_messages(candidate.response)]).decode() for candidate in candidates
+    ]
+    rest = [_rest_digest(*parts) for parts in zip(candidates, recorded, sampling, messages, other, strict=True)]
+    columns: dict[str, Any] = {
+        "row_key": row_keys(ids, mask, offsets),
+        "prompt_id": [candidate.prompt_id for candidate in candidates],
+        "candidate_id": [candidate.candidate_id for candidate in candidates],
+        "source": [candidate.source for candidate in candidates],
+        "input_ids": list_array(offsets, ids, pa.int32()),
+        "loss_mask": list_array(offsets, mask, pa.uint8()),
+        "prompt_len": [result.prompt_len for result in results],
+        "truncated": [candidate.truncated for candidate in candidates],
+        "messages": messages,
+        "num_prompt_messages": [len(candidate.prompt) for candidate in candidates],
+        "tools": [_json_text(candidate.tools) for candidate in candidates],
+        "recorded_logprobs": pa.array(recorded, pa.list_(pa.float32())),
+        "sampling": sampling,
+        "prompt_order": [prompt_order(candidate.prompt_id) for candidate in candidates],
+        "prompt_digest": [item.prompt_digest for _, item, _ in good],
+        "content_digest": [item.content_digest for _, item, _ in good],
+        "rest_digest": rest,
+        "segment": [one.segment for one, _, _ in good],
+        "place": [one.place for one, _, _ in good],
+        "num_loss": [int(np.count_nonzero(result.loss_mask)) for result in results],
+        "other": other,
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=MAPPED)
+
+
+def _json_text(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+
+
+def _rest_digest(candidate: Candidate, recorded: Any, sampling: str | None, messages: str, other: bytes) -> int:
+    """Tells apart rows that are equal in prompt, source, response and tokens, whatever file they came from."""
+    parts = [
+        b"" if recorded is None else recorded.tobytes(),
+        (sampling or "").encode(),
+        b"1" if candidate.truncated else b"0",
+        messages.encode(),
+        other,
+    ]
+    return int.from_bytes(hashlib.sha256(b"\0".join(parts)).digest()[:8], "big")
+
+
+def _encodable(text: str | None) -> str | None:
+    return None if text is None else text.encode("utf-8", "replace").decode()[:1000]

@@ -1,0 +1,101 @@
+"""What prepare leaves behind: counts and names, as the later stages and the manifest need them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from grape_service.pool.column_types import Kind, arrow_type
+from grape_service.prepare.counts import Rejects, unpack_ids
+
+
+@dataclass
+class PartitionTotals:
+    """Counts of one partition."""
+
+    num_shards: int
+    rows: int
+    prompts: int
+    tokens: int
+    loss_tokens: int
+
+
+@dataclass
+class Prepared:
+    """A prepared pool; `prepared/<prepare_id>/prepared.json`."""
+
+    prepare_id: str
+    num_partitions: int
+    rows_in: int = 0
+    """rows + filtered + rejects.total. Candidates, and rows that are unusable as a whole."""
+    filtered: int = 0
+    rejects: Rejects = field(default_factory=Rejects)
+    rows: int = 0
+    prompts: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    max_tokens: int = 0
+    """Tokens of the longest row."""
+    truncated: int = 0
+    num_shards: int = 0
+    partitions: dict[str, PartitionTotals] = field(default_factory=dict)
+    other_columns: dict[str, Kind] = field(default_factory=dict)
+    """The pool's other columns under their names in shards; see pool.column_types."""
+    message_fields: list[str] = field(default_factory=list)
+    """Fields that messages have, some of them not in rows.columns.MESSAGE_FIELDS."""
+    used_ids: str = ""
+    """Token ids with loss; see used_token_ids."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Rows by source; the 4096 largest where there are more."""
+    without_source: int = 0
+    recorded: int = 0
+    """Rows with recorded log-probabilities."""
+    sampling: dict[str, int] = field(default_factory=dict)
+    """Rows with recorded log-probabilities by sampling settings (JSON); 'null' where none are given."""
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the workspace."""
+        return f"prepared/{self.prepare_id}"
+
+    @property
+    def used_token_ids(self) -> npt.NDArray[np.int64]:
+        """Ids of all tokens with loss, ascending."""
+        return unpack_ids(self.used_ids)
+
+    @property
+    def other_fields(self) -> list[pa.Field]:
+        """The pool's other columns as they stand in shards."""
+        return [pa.field(name, arrow_type(kind)) for name, kind in sorted(self.other_columns.items())]
+
+    def counts(self) -> dict[str, Any]:
+        """What came in and what became of it, for the manifest."""
+        return {
+            "rows_in": self.rows_in,
+            "filtered": self.filtered,
+            "rejected": self.rejects.total,
+            "rejected_by_reason": self.rejects.by_reason,
+            "rows": self.rows,
+            "prompts": self.prompts,
+            "tokens": self.tokens,
+            "loss_tokens": self.loss_tokens,
+            "truncated": self.truncated,
+            "sources": self.sources,
+            "rejects_table": f"{self.folder}/rejects",
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of to_json."""
+        value = dict(value)
+        value["rejects"] = Rejects.from_json(value["rejects"])
+        value["partitions"] = {name: PartitionTotals(**totals) for name, totals in value["partitions"].items()}
+        return cls(**value)

@@ -1,0 +1,81 @@
+"""Progress of a run that is a job elsewhere: lines of its log, which whoever follows the log replays."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from grape_service.progress.reporter import Ahead, reporter
+
+PROGRESS = "GRAPE_PROGRESS"
+"""`lines` in the environment of a run: it reports as lines of its log, for `Replay`."""
+MARK = "@grape "
+LINE_SECONDS = 5.0
+"""How often such a line tells of a stage that goes on."""
+
+
+class Lines:
+    """Reports as lines on standard error, a step's name and its arguments in each."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, int] = {}  # steps that were not told yet, by stage
+        self.told: dict[str, float] = {}
+
+    def started(self, run_id: str) -> None:
+        self._line("started", run_id)
+
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+        self._line("expect", [[item.stage, item.seconds, item.tokens] for item in ahead], token_rate)
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.waiting[stage], self.told[stage] = 0, time.monotonic()
+        self._line("begin", stage, total, unit)
+
+    def advance(self, stage: str, amount: int) -> None:
+        self.waiting[stage] += amount
+        if time.monotonic() - self.told[stage] >= LINE_SECONDS:
+            self._advance(stage)
+
+    def end(self, stage: str) -> None:
+        self._advance(stage)
+        self._line("end", stage)
+
+    def event(self, text: str) -> None:
+        self._line("event", text)
+
+    def _advance(self, stage: str) -> None:
+        amount, self.waiting[stage], self.told[stage] = self.waiting[stage], 0, time.monotonic()
+        if amount:
+            self._line("advance", stage, amount)
+
+    def _line(self, step: str, *arguments: object) -> None:
+        sys.stderr.write(f"{MARK}{orjson.dumps([step, *arguments]).decode()}\n")
+        sys.stderr.flush()
+
+
+class Replay:
+    """Takes a job's log in pieces: the lines of `Lines` go to the reporter of this process, the rest to `write`."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self.write = write
+        self.begun = ""  # a line whose end has not come yet
+
+    def __call__(self, text: str) -> None:
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
+            if line.startswith(MARK):
+                self._step(*orjson.loads(line.removeprefix(MARK)))
+            else:
+                self.write(f"{line}\n")
+
+    def _step(self, step: str, *arguments: Any) -> None:
+        if step == "expect":
+            ahead, token_rate = arguments
+            reporter().expect([Ahead(*item) for item in ahead], token_rate)
+            return
+        steps = {name: getattr(reporter(), name) for name in ("started", "begin", "advance", "end", "event")}
+        steps[step](*arguments)

@@ -1,0 +1,100 @@
+"""All candidates that a release was chosen from, with their scores, out of its workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from grape_service.config.methods import SelectConfig
+from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import RenderConfig
+from grape_service.models.files import resolve_model
+from grape_service.prepare.result import Prepared
+from grape_service.prepare.shards import shard_paths
+from grape_service.release.load import Release
+from grape_service.render.renderer import Renderer
+from grape_service.rows.columns import LOSS_TOKEN
+from grape_service.rows.partitions import partition_bits, partition_names
+from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.score.store import ScoreStore
+from grape_service.select.grape import grape_scores
+from grape_service.storage.parquet import array_of, read_tables
+from grape_service.storage.storage import Storage
+
+
+class ScoredPool:
+    """The prepared pool and the target's scores of a release."""
+
+    def __init__(self, release: Release, workspace: Storage, prepared: Prepared):
+        config = release.manifest.config
+        self.release = release
+        self.workspace = workspace
+        self.prepared = prepared
+        self.select = SelectConfig.model_validate(config.get("select") or {})
+        target = next((p for p in release.manifest.parents.policies if p.role == "target"), None)
+        self.store = ScoreStore(workspace, target.policy_id) if target and self.select.needs_scores else None
+
+    @property
+    def num_partitions(self) -> int:
+        """A power of two."""
+        return self.prepared.num_partitions
+
+    def renderer(self) -> Renderer:
+        """The target's tokenizer. Raises UserError where the model is no longer there."""
+        config = self.release.manifest.config
+        policy = PolicyConfig.model_validate(config["target"])
+        folder = resolve_model(policy, self.release.storage.options).folder
+        return Renderer.load(folder, policy, RenderConfig.model_validate(config.get("render") or {}))
+
+    def tables(self, num_groups: int) -> Iterator[pa.Table]:
+        """Candidates [N] of the prompts of each of `num_groups` parts of the pool, at most its partitions:
+        prompt_id, candidate_id, source, tokens (counted ones), score (NaN where there is none)."""
+        bits = partition_bits(num_groups)
+        for group in partition_names(num_groups):
+            names = [name for name in self.prepared.partitions if name[: 1 + bits] == group]
+            tables = [table for name in sorted(names) for table in self._partition(name)]
+            yield pa.concat_tables(tables) if tables else EMPTY
+
+    def _partition(self, partition: str) -> Iterator[pa.Table]:
+        paths = shard_paths(self.prepared, partition)
+        for table in read_tables(self.workspace, paths, ["row_key", *EMPTY.column_names[:3], "loss_mask"]):
+            offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
+            lengths = segment_sums(mask > 0, offsets)
+            counted = np.ones(int(lengths.sum()), bool) if self.select.count_turn_end else mask[mask > 0] == LOSS_TOKEN
+            loss_offsets = offsets_from_lengths(lengths)
+            scores = np.full(table.num_rows, np.nan)
+            if self.store is not None:
+                found = self.store.read(partition, array_of(table, "row_key"))
+                usable = found.finite() & (found.lengths == lengths)
+                logprobs = np.zeros(int(loss_offsets[-1]), dtype=np.float32)
+                logprobs[np.repeat(usable, lengths)] = found.take(np.flatnonzero(usable))
+                scores = grape_scores(logprobs, counted & np.repeat(usable, lengths), loss_offsets)
+            table = table.select(EMPTY.column_names[:3])
+            table = table.append_column("tokens", pa.array(segment_sums(counted, loss_offsets)))
+            yield table.append_column("score", pa.array(scores))
+
+
+EMPTY = pa.table(
+    {
+        "prompt_id": pa.array([], pa.string()),
+        "candidate_id": pa.array([], pa.string()),
+        "source": pa.array([], pa.string()),
+        "tokens": pa.array([], pa.int64()),
+        "score": pa.array([], pa.float64()),
+    }
+)
+
+
+def open_scored_pool(release: Release) -> ScoredPool | None:
+    """What a release was chosen from; None where its workspace no longer has it."""
+    parents = release.manifest.parents
+    if not parents.workspace or not parents.prepare_id:
+        return None
+    workspace = Storage(parents.workspace, release.storage.options)
+    try:
+        prepared = Prepared.from_json(workspace.read_json(f"prepared/{parents.prepare_id}/prepared.json"))
+    except FileNotFoundError:
+        return None
+    return ScoredPool(release, workspace, prepared)

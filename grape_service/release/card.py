@@ -1,0 +1,103 @@
+"""README.md of a version: a dataset card that `datasets.load_dataset(folder)` opens, and that people read."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import yaml
+
+from grape_service.release.manifest import Manifest
+
+_READERS = """
+## Who reads the weights
+
+| trainer | reads |
+|---|---|
+| `grape train` (the built-in SFT) | `input_ids`, `loss_mask` and `loss_weights` |
+| trl `SFTTrainer` as it is | `input_ids` and `labels`: it trains, **without the weights** |
+| trl with this service's collator and loss | `input_ids`, `labels` and `loss_weights` |
+| verl, LLaMA-Factory | what `grape export` writes for them; the export says whether the weights go along |
+
+A plain trainer ignores `loss_weights` and says nothing about it. Mask and weights are separate columns on purpose: some
+trainers cast a mask to integers, which turns fractions into 0.
+"""
+
+
+def render_card(manifest: Manifest) -> str:
+    """The card of a version. Text from the pool and the config is escaped."""
+    header: dict[str, Any] = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/part-*.parquet"}]}],
+        "pretty_name": manifest.name,
+        "size_categories": [_size_category(manifest.rows)],
+        "tags": ["sft", "grape-service"],
+    }
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).strip(),
+            "---",
+            f"# {manifest.name} {manifest.version}",
+            "",
+            f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} of them with loss; "
+            f"published {manifest.created}.",
+            "",
+            *_how_it_was_made(manifest),
+            *_weights(manifest),
+            _READERS.strip(),
+            "",
+            "## Columns",
+            "",
+            "| column | type |",
+            "|---|---|",
+            *[f"| `{_cell(column.name)}` | `{_cell(column.type)}` |" for column in manifest.columns],
+            "",
+            *_sources(manifest),
+            "Everything that this was made from is in `manifest.json`; the report is in `report.html`.",
+            "",
+        ]
+    )
+
+
+def _how_it_was_made(manifest: Manifest) -> list[str]:
+    select = manifest.config.get("select") or {}
+    lines = ["## How it was made", ""]
+    if select:
+        lines.append(f"Selected by `{_cell(select.get('method', ''))}`, {_cell(select.get('keep', ''))} kept a prompt.")
+    for policy in manifest.parents.policies:
+        lines.append(f"- {_cell(policy.role)}: `{_cell(policy.model)}` `{_cell(policy.revision or policy.policy_id)}`")
+    if manifest.parents.release:
+        lines.append(f"- weighed from `{_cell(manifest.parents.release)}`")
+    return [*lines, ""]
+
+
+def _weights(manifest: Manifest) -> list[str]:
+    weights = manifest.config.get("weights")
+    if not weights:
+        return ["`loss_weights` are 1.0 on every token with loss: no weights were made.", ""]
+    settings = ", ".join(f"{_cell(key)} {_cell(value)}" for key, value in weights.items())
+    lines = [f"`loss_weights` are PEAR weights ({settings})."]
+    if (manifest.config.get("select") or {}).get("method") == "grape":
+        lines.append(
+            "A GRAPE winner is no longer a sample from its behavior policy: the weights are biased by the choice."
+        )
+    return [*lines, ""]
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    sources = manifest.statistics.get("sources")
+    if not isinstance(sources, dict):
+        return []
+    rows = [f"| {_cell(source)} | {_cell(count)} |" for source, count in sources.items()]
+    return ["## Sources", "", "| source | rows |", "|---|---|", *rows, ""]
+
+
+def _size_category(rows: int) -> str:
+    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
+    return next((name for bound, name in bounds if rows < bound), "10M<n<100M" if rows < 10**8 else "n>100M")
+
+
+def _cell(value: Any) -> str:
+    """Text that stays in its table cell and is not taken for markup."""
+    text = " ".join(str(value).split())[:200]
+    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;")

@@ -1,0 +1,166 @@
+"""Two releases of one pool against each other: who was chosen, and how their targets rank the candidates."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.release.candidates import ScoredPool, open_scored_pool
+from grape_service.release.load import Release
+from grape_service.select.grape import order_within_prompts, places_within_groups
+
+MOST_DIFFERENT = 20
+BINS = 20
+
+
+def compare(first: Release, second: Release) -> dict[str, Any]:
+    """What `grape compare` tells: agreement of the kept rows and, where both workspaces still have the scores, of
+    the ranking within prompts: `rank_correlation` (mean Spearman's rho over prompts), its histogram, the
+    prompts where the choice of the other costs most, in score, and the absolute differences of the candidates'
+    scores, on average and at most."""
+    found: dict[str, Any] = {"first": first.reference, "second": second.reference, **kept_rows(first, second)}
+    pools = open_scored_pool(first), open_scored_pool(second)
+    found["ranking"] = ranking(*pools) if all(pool and pool.store for pool in pools) else None
+    found["settings"] = differences(first.manifest.config, second.manifest.config)
+    found["settings"] += differences(_policies(first), _policies(second), "policies.")
+    return found
+
+
+def kept_rows(first: Release, second: Release) -> dict[str, Any]:
+    """How many prompts both have, and for how many of those they kept the same candidates."""
+    columns = ["prompt_id", "candidate_id", "source"]
+    tables = [release.dataset.to_table(columns=columns) for release in (first, second)]
+    prompts = [pc.unique(table["prompt_id"]) for table in tables]
+    shared = pc.is_in(prompts[0], value_set=prompts[1])
+    both = prompts[0].filter(shared)
+    joined = [table.filter(pc.is_in(table["prompt_id"], value_set=both)) for table in tables]
+    only = joined[0].join(joined[1], ["prompt_id", "candidate_id"], join_type="left anti")
+    other = joined[1].join(joined[0], ["prompt_id", "candidate_id"], join_type="left anti")
+    changed = pc.unique(pa.chunked_array([*only["prompt_id"].chunks, *other["prompt_id"].chunks], type=pa.string()))
+    return {
+        "prompts": {"first": len(prompts[0]), "second": len(prompts[1]), "both": len(both)},
+        "same_choice": len(both) - len(changed),
+        "agreement": (len(both) - len(changed)) / len(both) if len(both) else None,
+        "sources": _source_counts(tables),
+        "moves": _moves(only, other),
+    }
+
+
+def _source_counts(tables: list[pa.Table]) -> dict[str, list[int]]:
+    counted: dict[str, list[int]] = {}
+    for place, table in enumerate(tables):
+        for item in pc.value_counts(pc.fill_null(table["source"], "(none)")).to_pylist():
+            counted.setdefault(item["values"], [0, 0])[place] = item["counts"]
+    return dict(sorted(counted.items(), key=lambda item: (-sum(item[1]), item[0])))
+
+
+def _moves(only: pa.Table, other: pa.Table, most: int = 12) -> list[dict[str, Any]]:
+    """From which source to which the choice went, most often first."""
+    pairs = only.join(other.select(["prompt_id", "source"]), "prompt_id", right_suffix="_other")
+    counts = pairs.group_by(["source", "source_other"]).aggregate([([], "count_all")]).to_pylist()
+    moves = [{"from": row["source"], "to": row["source_other"], "prompts": row["count_all"]} for row in counts]
+    return sorted(moves, key=lambda move: (-move["prompts"], str(move["from"]), str(move["to"])))[:most]
+
+
+def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, Any]:
+    """How alike two targets rank the candidates that both scored, prompt by prompt."""
+    assert first is not None
+    assert second is not None
+    groups = min(first.num_partitions, second.num_partitions)
+    num_prompts, total, same_first = 0, 0.0, 0
+    num_scores, sum_apart, most_apart = 0, 0.0, 0.0
+    histogram = np.zeros(BINS, dtype=np.int64)
+    worst: list[tuple[float, str, dict[str, Any]]] = []
+    for left, right in zip(first.tables(groups), second.tables(groups), strict=True):
+        right = right.select(["prompt_id", "candidate_id", "score"])
+        joined = left.join(right, ["prompt_id", "candidate_id"], join_type="inner", right_suffix="_other")
+        joined = joined.filter(pc.and_(pc.is_finite(joined["score"]), pc.is_finite(joined["score_other"])))
+        joined = joined.sort_by([("prompt_id", "ascending"), ("candidate_id", "ascending")]).combine_chunks()
+        apart = np.abs(joined["score"].to_numpy() - joined["score_other"].to_numpy())
+        num_scores, sum_apart = num_scores + len(apart), sum_apart + float(apart.sum())
+        most_apart = max(most_apart, float(apart.max(initial=0.0)))
+        part = _rank_agreement(joined)
+        if part is None:
+            continue
+        rho, lost, rows = part
+        num_prompts += len(rho)
+        total += float(rho.sum())
+        same_first += int((lost == 0).sum())
+        histogram += np.histogram(rho, bins=BINS, range=(-1, 1))[0]
+        for place in np.argsort(-lost, kind="stable")[:MOST_DIFFERENT]:
+            if lost[place] > 0:
+                entry = _difference(joined, rows[:, place], float(lost[place]), float(rho[place]))
+                worst.append((-entry["lost"], entry["prompt_id"], entry))
+        worst = heapq.nsmallest(MOST_DIFFERENT, worst, key=lambda item: item[:2])
+    return {
+        "prompts": num_prompts,
+        "rank_correlation": total / num_prompts if num_prompts else None,
+        "same_first": same_first / num_prompts if num_prompts else None,
+        "score_difference": {"mean": sum_apart / num_scores, "largest": most_apart} if num_scores else None,
+        "histogram": histogram.tolist(),
+        "most_different": [entry for _, _, entry in worst],
+    }
+
+
+def _rank_agreement(joined: pa.Table) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray] | None:
+    """Of prompts with two candidates or more [M]: Spearman's rho, what is lost in both scores together if each took
+    the other's first choice, and the rows of both first choices [2, M]."""
+    ids = joined["prompt_id"].combine_chunks() if joined.num_rows else None
+    if ids is None:
+        return None
+    prompts = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
+    sizes = np.bincount(prompts)
+    ties = np.arange(len(prompts))
+    scores = [joined[name].to_numpy() for name in ("score", "score_other")]
+    ranks = np.empty((2, len(prompts)))
+    best = np.empty((2, len(sizes)), dtype=np.int64)
+    for side, values in enumerate(scores):
+        order = order_within_prompts(prompts, -values, ties)
+        place = places_within_groups(prompts[order])
+        ranks[side, order] = place
+        best[side] = order[place == 0]
+    centred = ranks - ((sizes - 1) / 2)[prompts]
+    products = np.bincount(prompts, weights=centred[0] * centred[1])
+    squares = np.bincount(prompts, weights=centred[0] ** 2)
+    many = sizes > 1
+    if not many.any():
+        return None
+    lost = (scores[0][best[0]] - scores[0][best[1]]) + (scores[1][best[1]] - scores[1][best[0]])
+    return products[many] / squares[many], lost[many], best[:, many]
+
+
+def _difference(joined: pa.Table, rows: npt.NDArray, lost: float, rho: float) -> dict[str, Any]:
+    first, second = (joined.slice(int(row), 1).to_pylist()[0] for row in rows)
+    keys = ("candidate_id", "source", "tokens", "score", "score_other")
+    return {
+        "prompt_id": first["prompt_id"],
+        "lost": lost,
+        "rank_correlation": rho,
+        "first": {key: first[key] for key in keys},
+        "second": {key: second[key] for key in keys},
+    }
+
+
+def _policies(release: Release) -> dict[str, list[str]]:
+    """The ids of a release's policies by role: other weights in the same place are another policy."""
+    found: dict[str, list[str]] = {}
+    for policy in release.manifest.parents.policies:
+        found.setdefault(policy.role, []).append(policy.policy_id)
+    return found
+
+
+def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    """Settings that differ, by their key."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        left, right = first.get(key), second.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append({"key": f"{prefix}{key}", "first": left, "second": right})
+    return found

@@ -1,0 +1,297 @@
+"""What nobody needs any more: unfinished versions, old untagged ones, scores and shards that no release uses."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+
+from grape_service.errors import UserError
+from grape_service.release.catalog import list_datasets, read_catalog, remove_from_catalog
+from grape_service.release.claim import ABANDONED, BURNED, CLAIM, PUBLISHED, STALE_SECONDS
+from grape_service.release.lineage import trained_version, training_runs
+from grape_service.release.manifest import MANIFEST, Manifest, read_manifest
+from grape_service.release.reference import VERSION_PATTERN, Reference, parse_reference, version_folder, version_number
+from grape_service.release.tags import list_tags
+from grape_service.score.store import REPEAT_SUFFIX
+from grape_service.storage.storage import FileInfo, Storage, json_bytes
+
+DAY = 86_400.0
+_LOOK_AGAIN_SECONDS = 10.0
+UNFINISHED, VERSION, SCORES, PREPARED, RUN, CHECKS, TEMPORARY = (
+    "unfinished version",
+    "old version",
+    "scores",
+    "shards",
+    "run",
+    "findings of checks",
+    "temporary files",
+)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """One thing that can go."""
+
+    kind: str
+    path: str  # full address
+    num_files: int
+    num_bytes: int
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+
+def collect(
+    output: Storage,
+    workspace: Storage | None,
+    keep_days: float = 30,
+    keep_versions: int = 10,
+    dry_run: bool = True,
+    stale_seconds: float = STALE_SECONDS,
+    now: float | None = None,
+) -> list[Garbage]:
+    """Find, and unless `dry_run` delete, what nobody needs:
+
+    - versions that were never finished, whose writer gave no sign of life for `stale_seconds`;
+    - versions beyond the last `keep_versions` of their dataset, without a tag, that no kept manifest names as parent
+      and that nothing was trained on;
+    - scores, shards and run folders of the workspace, older than `keep_days`, that no kept manifest of the last
+      `keep_days` and no tagged one was made from;
+    - temporary files and parts of uploads that killed writers left, older than a day.
+
+    While a run beats in the workspace, only unfinished versions and temporary files go. Raises UserError where a
+    manifest cannot be read: then nobody knows what it needs.
+    """
+    assert keep_days >= 0
+    assert keep_versions >= 0
+    now = time.time() if now is None else now
+    alive = _alive_runs(workspace, now, stale_seconds) if workspace else set()
+    garbage: list[Garbage] = []
+    kept: list[tuple[Manifest, bool]] = []  # and whether it has a tag
+    old: list[tuple[str, str, Garbage]] = []
+    for name in list_datasets(output):
+        garbage += _unfinished(output, name, now, stale_seconds, dry_run)
+    manifests = {name: _manifests(output, name) for name in list_datasets(output)}
+    if not alive:
+        old = _old_versions(output, manifests, keep_versions)
+    going = {(name, version) for name, version, _ in old}
+    for name, versions in manifests.items():
+        tagged = {tag.version for tag in list_tags(output, name)}
+        kept += [(m, version in tagged) for version, m in versions.items() if (name, version) not in going]
+    garbage += [item for name, version, item in old if dry_run or _delete_version(output, name, version)]
+    if workspace is not None and not alive:
+        unused = _workspace_garbage(workspace, kept, now - keep_days * DAY)
+        garbage += unused if dry_run else _delete_unused(workspace, unused, now, stale_seconds)
+    if not dry_run:
+        for storage in {storage.root: storage for storage in (output, workspace) if storage}.values():
+            freed = storage.delete_unfinished(older_than=DAY)
+            if freed:
+                garbage.append(Garbage(TEMPORARY, storage.root, 0, freed, "left by a writer that was killed"))
+    return garbage
+
+
+def render_text(garbage: list[Garbage], dry_run: bool) -> str:
+    """What goes, as a table, with the sum."""
+    if not garbage:
+        return "nothing to collect"
+    num_files, size = sum(item.num_files for item in garbage), _size(sum(item.num_bytes for item in garbage))
+    total = f"{len(garbage)} things, {num_files:,} files, {size}"
+    widths = [max(len(text) for text in column) for column in zip(*map(_cells, garbage), strict=True)]
+    lines = [
+        "  ".join([kind.ljust(widths[0]), size.rjust(widths[1]), path.ljust(widths[2]), reason])
+        for kind, size, path, reason in map(_cells, garbage)
+    ]
+    end = "would be deleted; run again with --delete" if dry_run else "deleted"
+    return "\n".join([*lines, f"{total} {end}"])
+
+
+def _cells(item: Garbage) -> tuple[str, str, str, str]:
+    return item.kind, _size(item.num_bytes), item.path, item.reason
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+# Versions
+
+
+def _unfinished(output: Storage, name: str, now: float, stale_seconds: float, dry_run: bool) -> list[Garbage]:
+    finished = {entry.version for entry in read_catalog(output, name)}
+    garbage, gone = [], []
+    for version in output.folders(f"{name}/versions"):
+        if not VERSION_PATTERN.fullmatch(version) or version in finished:
+            continue
+        folder = version_folder(name, version)
+        if output.exists(f"{folder}/{MANIFEST}"):
+            continue  # published a moment ago, or not readable: not ours to judge
+        claim, etag, age = _read_claim(output, folder, now)
+        ended = claim.get("state") in (ABANDONED, BURNED)
+        if not ended and age < stale_seconds:
+            continue
+        files = [info for info in output.list(folder) if info.path != f"{folder}/{CLAIM}"]
+        if files:
+            reason = "given up by its writer" if ended else f"no sign of life for {age / 3600:.1f} hours"
+            garbage.append(_garbage(UNFINISHED, output, folder, files, reason))
+        if not dry_run and _burn(output, folder, claim, etag):
+            for info in files:
+                output.delete(info.path)
+            gone.append(version)
+    if gone:
+        remove_from_catalog(output, name, gone)
+    return garbage
+
+
+def _read_claim(output: Storage, folder: str, now: float) -> tuple[dict[str, Any], str | None, float]:
+    """A claim, its etag, and how long ago it was renewed; a folder without one is as old as its newest file."""
+    try:
+        data, etag = output.read_with_etag(f"{folder}/{CLAIM}")
+        claim = orjson.loads(data)
+        if isinstance(claim, dict):
+            return claim, etag, now - float(claim.get("heartbeat", 0))
+        return {}, etag, now - output.info(f"{folder}/{CLAIM}").modified
+    except FileNotFoundError:
+        return {}, None, now - max((info.modified for info in output.list(folder)), default=0.0)
+    except (ValueError, TypeError):
+        return {}, etag, now - output.info(f"{folder}/{CLAIM}").modified
+
+
+def _burn(output: Storage, folder: str, claim: dict[str, Any], etag: str | None) -> bool:
+    """Take a dead writer's claim away; the number stays claimed for ever. False if the writer lives after all."""
+    if claim.get("state") == BURNED:
+        return True
+    burned = {**claim, "state": BURNED, "writer": f"gc, instead of {claim.get('writer', 'nobody')}"}
+    if not output.compare_and_swap(f"{folder}/{CLAIM}", json_bytes(burned), etag):
+        return False
+    return not output.exists(f"{folder}/{MANIFEST}")
+
+
+def _manifests(output: Storage, name: str) -> dict[str, Manifest]:
+    versions = [
+        version
+        for version in output.folders(f"{name}/versions")
+        if VERSION_PATTERN.fullmatch(version) and output.exists(f"{version_folder(name, version)}/{MANIFEST}")
+    ]
+    return {version: read_manifest(output, name, version) for version in sorted(versions, key=version_number)}
+
+
+def _old_versions(
+    output: Storage, manifests: dict[str, dict[str, Manifest]], keep_versions: int
+) -> list[tuple[str, str, Garbage]]:
+    candidates: set[tuple[str, str]] = set()
+    for name, versions in manifests.items():
+        needed = {tag.version for tag in list_tags(output, name)}
+        needed |= {version for run in training_runs(output, name) if (version := trained_version(run))}
+        last = list(versions)[len(versions) - keep_versions :] if keep_versions else []
+        candidates |= {(name, version) for version in versions if version not in needed and version not in last}
+    # A parent of what stays stays, and so on.
+    waiting = [m for name, versions in manifests.items() for v, m in versions.items() if (name, v) not in candidates]
+    while waiting:
+        parent = _parent(output, waiting.pop())
+        if parent in candidates:
+            candidates.discard(parent)
+            waiting.append(manifests[parent[0]][parent[1]])
+    return [
+        (name, version, _garbage(VERSION, output, folder, output.list(folder), "untagged and beyond those to keep"))
+        for name, version in sorted(candidates)
+        for folder in [version_folder(name, version)]
+    ]
+
+
+def _parent(output: Storage, manifest: Manifest) -> tuple[str, str]:
+    """Name and version of the release that this one was weighed from, where it lies beside it; else of none."""
+    try:
+        reference = parse_reference(manifest.parents.release) if manifest.parents.release else Reference("", "", "")
+    except UserError:
+        return "", ""
+    return (reference.name, reference.version_or_tag) if reference.path == output.root else ("", "")
+
+
+def _delete_version(output: Storage, name: str, version: str) -> bool:
+    """Delete a version, unless a tag has come to it meanwhile; whether it is gone.
+
+    The claim is marked first: who moves a tag here from now on sees that and takes it back. Then the manifest goes, and
+    with it the version. The claim stays, so the number is never given again.
+    """
+    folder = version_folder(name, version)
+    claim, etag, _ = _read_claim(output, folder, time.time())
+    if not output.compare_and_swap(f"{folder}/{CLAIM}", json_bytes({**claim, "state": BURNED}), etag):
+        return False
+    if any(tag.version == version for tag in list_tags(output, name)):
+        output.write_json(f"{folder}/{CLAIM}", {**claim, "state": PUBLISHED})
+        return False
+    output.delete(f"{folder}/{MANIFEST}")
+    for info in output.list(folder):
+        if info.path != f"{folder}/{CLAIM}":
+            output.delete(info.path)
+    remove_from_catalog(output, name, [version])
+    return True
+
+
+def _created(manifest: Manifest) -> float:
+    return datetime.datetime.fromisoformat(manifest.created).timestamp()
+
+
+# Workspace
+
+
+def _alive_runs(workspace: Storage, now: float, stale_seconds: float) -> set[str]:
+    beats = [info for info in workspace.list("runs") if info.path.endswith("/heartbeat.json")]
+    return {info.path.split("/")[1] for info in beats if now - info.modified < stale_seconds}
+
+
+def _delete_unused(workspace: Storage, unused: list[Garbage], now: float, stale_seconds: float) -> list[Garbage]:
+    """Delete folders of the workspace; stops when a run begins meanwhile. Returns those that are gone."""
+    checked = 0.0
+    for i, item in enumerate(unused):
+        if time.monotonic() - checked > _LOOK_AGAIN_SECONDS:
+            if _alive_runs(workspace, now, stale_seconds):
+                return unused[:i]
+            checked = time.monotonic()
+        workspace.delete_folder(item.path.removeprefix(f"{workspace.root}/"))
+    return unused
+
+
+def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], before: float) -> list[Garbage]:
+    used = [m for m, tagged in kept if tagged or _created(m) >= before]
+    policies = {policy.policy_id for manifest in used for policy in manifest.parents.policies}
+    policies |= {f"{policy_id}{REPEAT_SUFFIX}" for policy_id in policies}
+    prepared = {manifest.parents.prepare_id for manifest in used}
+    runs = {manifest.parents.run_id for manifest in used}
+    garbage: list[Garbage] = []
+    tops = (
+        (SCORES, "scores", policies),
+        (PREPARED, "prepared", prepared),
+        (RUN, "runs", runs),
+        (CHECKS, "checks", runs),
+    )
+    for kind, top, needed in tops:
+        for name, files in _by_folder(workspace.list(top)).items():
+            if name not in needed and max(info.modified for info in files) < before:
+                folder = f"{top}/{name}"
+                garbage.append(_garbage(kind, workspace, folder, files, "no release uses it, and it is old"))
+    return garbage
+
+
+def _by_folder(infos: Iterable[FileInfo]) -> dict[str, list[FileInfo]]:
+    """Files by the second part of their path."""
+    found: dict[str, list[FileInfo]] = {}
+    for info in infos:
+        if info.path.count("/") >= 2:
+            found.setdefault(info.path.split("/")[1], []).append(info)
+    return found
+
+
+def _garbage(kind: str, storage: Storage, folder: str, files: list[FileInfo], reason: str) -> Garbage:
+    return Garbage(kind, storage.url(folder), len(files), sum(info.size for info in files), reason)

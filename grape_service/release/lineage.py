@@ -1,0 +1,151 @@
+"""What a version was made from, and what was trained on it, as a tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from grape_service.errors import UserError
+from grape_service.release.load import Release, load
+from grape_service.release.manifest import Manifest, PolicyUse
+from grape_service.storage.storage import Storage
+
+MAX_POOL_FILES = 20
+_MAX_DEPTH = 20
+
+
+@dataclass(frozen=True)
+class Node:
+    """A line of the tree, and what hangs below it."""
+
+    label: str
+    children: list[Node] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {"label": self.label, "children": [child.to_json() for child in self.children]}
+
+    def render_text(self) -> str:
+        """The tree as text; names from outside are escaped."""
+        return "\n".join(_lines(self))
+
+
+def lineage_tree(release: Release) -> Node:
+    """The tree of a version: counts, pool, policies, code, its parent version with its own tree, training runs."""
+    return _version_node(release, set())
+
+
+def training_runs(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """Records of runs that trained on a dataset, `<name>/runs/<id>.json`; sorted by file name."""
+    records = []
+    for info in storage.list(f"{name}/runs"):
+        if not info.path.endswith(".json") or info.path.count("/") != 2:
+            continue
+        try:
+            record = orjson.loads(storage.read(info.path))
+        except (orjson.JSONDecodeError, FileNotFoundError):
+            continue
+        if isinstance(record, dict):
+            records.append({"id": info.path.rsplit("/", 1)[-1].removesuffix(".json"), **record})
+    return records
+
+
+def trained_version(record: dict[str, Any]) -> str | None:
+    """The version that a training run's record names, in `version` or at the end of `reference`."""
+    version = record.get("version") or str(record.get("reference", "")).rpartition("@")[2]
+    return str(version).rpartition("@")[2] or None
+
+
+def _version_node(release: Release, seen: set[str]) -> Node:
+    manifest = release.manifest
+    children = [_counts_node(manifest)] if manifest.counts else []
+    children += [_pool_node(manifest)] if manifest.parents.pool else []
+    children += [_policy_node(policy) for policy in manifest.parents.policies]
+    code = manifest.parents.code
+    if code is not None:
+        children.append(Node(f"code: grape-service {code.package_version}, commit {code.git_commit or 'unknown'}"))
+    if manifest.parents.libraries:
+        libraries = ", ".join(f"{name} {version}" for name, version in sorted(manifest.parents.libraries.items()))
+        children.append(Node(f"libraries: {libraries}"))
+    if manifest.config:
+        children.append(Node("config", _value_nodes(manifest.config)))
+    if manifest.parents.release:
+        children.append(_parent_node(release, manifest.parents.release, seen | {release.reference}))
+    runs = [run for run in training_runs(release.storage, release.name) if trained_version(run) == release.version]
+    children += [_run_node(run) for run in runs]
+    tags = release.tags()
+    label = f"{release.reference}  {manifest.rows:,} rows, {manifest.created}"
+    return Node(label + (f"  [{', '.join(tags)}]" if tags else ""), children)
+
+
+def _parent_node(release: Release, reference: str, seen: set[str]) -> Node:
+    if reference in seen or len(seen) > _MAX_DEPTH:
+        return Node(f"weighed from {reference}")
+    try:
+        node = _version_node(load(reference, release.storage.options), seen)
+    except UserError as error:
+        return Node(f"weighed from {reference} (gone: {error})")
+    return Node(f"weighed from {node.label}", node.children)
+
+
+def _counts_node(manifest: Manifest) -> Node:
+    return Node("counts", _value_nodes(manifest.counts))
+
+
+def _pool_node(manifest: Manifest) -> Node:
+    files = manifest.parents.pool
+    shown = [
+        Node(f"{item.path}  {item.size:,} bytes, {'digest ' + item.digest if item.digest else f'etag {item.etag}'}")
+        for item in files[:MAX_POOL_FILES]
+    ]
+    if len(files) > MAX_POOL_FILES:
+        shown.append(Node(f"and {len(files) - MAX_POOL_FILES:,} more in the manifest"))
+    return Node(f"pool: {len(files):,} file{'s' if len(files) != 1 else ''}", shown)
+
+
+def _policy_node(policy: PolicyUse) -> Node:
+    known = policy.model_dump(exclude={"role", "model"}, exclude_none=True)
+    return Node(f"{policy.role}: {policy.model}", _value_nodes(known))
+
+
+def _run_node(run: dict[str, Any]) -> Node:
+    shown = ("kind", "job_id", "checkpoint", "output", "metrics")
+    stages = run.get("stages")
+    children = [
+        Node(f"{stage}: {entry.get('state', 'state unknown')}", _value_nodes({k: entry.get(k) for k in shown}))
+        for stage, entry in (stages.items() if isinstance(stages, dict) else ())
+        if isinstance(entry, dict)
+    ]
+    return Node(f"trained on it: {run['id']}, {run.get('state', 'state unknown')}", children)
+
+
+def _value_nodes(value: dict[str, Any]) -> list[Node]:
+    nodes = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            nodes += [Node(str(key), _value_nodes(item))] if item else []
+        elif item is not None:
+            text = ", ".join(str(part) for part in item) if isinstance(item, list) else _number_or_text(item)
+            nodes.append(Node(f"{key}: {text}"))
+    return nodes
+
+
+def _number_or_text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _lines(node: Node) -> list[str]:
+    lines = [_shown(node.label)]
+    for i, child in enumerate(node.children):
+        last = i == len(node.children) - 1
+        first, *rest = _lines(child)
+        lines.append(("└── " if last else "├── ") + first)
+        lines += [("    " if last else "│   ") + line for line in rest]
+    return lines
+
+
+def _shown(text: str) -> str:
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -1,0 +1,161 @@
+"""Opening a release for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from grape_service.errors import UserError
+from grape_service.release.manifest import Column, Manifest, columns_of, read_manifest
+from grape_service.release.reference import Reference, parse_reference, version_folder
+from grape_service.release.tags import list_tags, read_tag
+from grape_service.storage.storage import Storage
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Release:
+    """One version, opened: everything about it is in `.manifest`, its rows are in `.dataset`."""
+
+    def __init__(self, storage: Storage, manifest: Manifest):
+        self.storage = storage  # the folder of datasets
+        self.manifest = manifest
+        self.name = manifest.name
+        self.version = manifest.version
+        self.folder = version_folder(manifest.name, manifest.version)
+
+    def __repr__(self) -> str:
+        return f"Release({self.reference!r}, rows={self.row_count})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Release, (self.storage, self.manifest)
+
+    @property
+    def reference(self) -> str:
+        """What refers to this version for ever."""
+        return f"{self.storage.root}/{self.name}@{self.version}"
+
+    @property
+    def path(self) -> str:
+        """Address of the version's folder."""
+        return self.storage.url(self.folder)
+
+    @property
+    def row_count(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def files(self) -> list[str]:
+        """Addresses of the data files, in order."""
+        return [f"{self.path}/{entry.path}" for entry in self.manifest.files]
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns of the data files. Raises UserError if they are not what the manifest says."""
+        for entry in self.manifest.files[:1]:
+            with self.open_file(entry.path) as file:
+                schema = file.schema_arrow.remove_metadata()
+            difference = schema_difference(self.manifest.columns, schema)
+            if difference:
+                raise UserError(f"{self.path}/{entry.path} is not what its manifest says: {difference}")
+            return schema
+        return pa.schema([])
+
+    @cached_property
+    def dataset(self) -> pads.Dataset:
+        """The rows; columns and filters that a scan is given are pushed down to the files."""
+        paths = [self.storage.full(f"{self.folder}/{entry.path}") for entry in self.manifest.files]
+        if not paths:
+            return pads.dataset(self.schema.empty_table())
+        return pads.dataset(paths, schema=self.schema, format="parquet", filesystem=self.storage.arrow)
+
+    def batches(
+        self, columns: list[str] | None = None, filter: pads.Expression | None = None, batch_rows: int = 4096
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows in order, a row group or two at a time, so that memory stays small however large the version is.
+        Raises UserError where a data file is missing or damaged."""
+        try:
+            yield from self.dataset.to_batches(
+                columns=columns, filter=filter, batch_size=batch_rows, batch_readahead=4, fragment_readahead=1
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"the data of {self.reference} cannot be read ({_one_line(error)}): see `grape datasets verify`"
+            ) from error
+
+    def open_file(self, path: str) -> pq.ParquetFile:
+        """One data file, by its path in the manifest. Raises UserError if it is missing or not Parquet."""
+        try:
+            return pq.ParquetFile(self.storage.full(f"{self.folder}/{path}"), filesystem=self.storage.arrow)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path}/{path} is missing: see `grape datasets verify {self.reference}`") from error
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}/{path} is not readable Parquet ({_one_line(error)}): restore it") from error
+
+    def to_hf(self, streaming: bool = False, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
+        """The rows as a Hugging Face dataset; `streaming` reads them as they are used. `options` go to load_dataset."""
+        import datasets
+
+        storage_options = {key: value for key, value in self.storage.options.items() if key != "retry_seconds"}
+        return datasets.load_dataset(
+            "parquet",
+            data_files={"train": self.files},
+            split="train",
+            streaming=streaming,
+            storage_options=storage_options or None,
+            **options,
+        )
+
+    def tags(self) -> list[str]:
+        """Tags that point to this version now."""
+        return [tag.name for tag in list_tags(self.storage, self.name) if tag.version == self.version]
+
+
+def load(reference: str | Reference, storage_options: dict[str, Any] | None = None) -> Release:
+    """Open a release: `load("s3://team/datasets/math-sft@v0003")`; without '@' it is @latest.
+
+    `storage_options`: those of s3fs, without secrets, which come from the environment. Raises UserError.
+    """
+    if isinstance(reference, str):
+        reference = parse_reference(reference)
+    storage = reference.storage(storage_options)
+    version = resolve_version(storage, reference.name, reference.version_or_tag)
+    return Release(storage, read_manifest(storage, reference.name, version))
+
+
+def resolve_version(storage: Storage, name: str, version_or_tag: str) -> str:
+    """The version that a tag points to; a version is itself. Raises UserError if there is no such tag."""
+    if Reference(storage.root, name, version_or_tag).is_version:
+        return version_or_tag
+    tag = read_tag(storage, name, version_or_tag)
+    if tag is not None:
+        return tag.version
+    known = [tag.name for tag in list_tags(storage, name)]
+    if not known and not storage.folders(f"{name}/versions"):
+        raise UserError(f"there is no dataset '{name}' in {storage.root}: see `grape datasets list {storage.root}`")
+    hint = f"its tags are {', '.join(known)}" if known else "it has no tags; name a version, such as v0001"
+    raise UserError(f"{storage.root}/{name} has no tag '{version_or_tag}': {hint}")
+
+
+def schema_difference(columns: list[Column], schema: pa.Schema) -> str | None:
+    """How a file's columns differ from a manifest's, in words; None if they do not."""
+    expected = {column.name: column for column in columns}
+    found = {column.name: column for column in columns_of(schema)}
+    for name in [*expected, *found]:
+        if name not in found:
+            return f"column {name!a} is missing"
+        if name not in expected:
+            return f"column {name!a} is not in the manifest"
+        if found[name].type != expected[name].type:
+            return f"column {name!a} is {found[name].type}, not {expected[name].type}"
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

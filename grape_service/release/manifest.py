@@ -1,0 +1,222 @@
+"""manifest.json: what a version holds and what it was made from. Never changed once written."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from grape_service.errors import UserError
+from grape_service.release.reference import version_folder
+from grape_service.storage.storage import Storage, json_bytes
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
+DATA_FILE_PATTERN = re.compile(r"data/part-[0-9]{5,9}\.parquet")
+DOCUMENTS = ("README.md", "report.html")
+HIDDEN = "***"
+
+_SECRET_KEY = re.compile(r".*(secret|token|password|passwd|credential|api_?key|customerkey).*|key|webhook", re.I)
+_NOT_SECRET = re.compile(r".*(tokens|tokenizer|token_ids?|turn_end_token|num_.*)$|tokens.*|max_.*token.*", re.I)
+_USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class FileEntry(_Part):
+    """One data file; `path` is relative to the version's folder."""
+
+    path: str
+    size: int = Field(ge=0)  # bytes
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)  # of input_ids
+    loss_tokens: int = Field(ge=0)
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not DATA_FILE_PATTERN.fullmatch(path):
+            raise ValueError(f"{path[:80]!a} is not a data file of a version: those are data/part-00000.parquet, …")
+        return path
+
+
+class DocumentEntry(_Part):
+    """The card or the report."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, path: str) -> str:
+        if path not in DOCUMENTS:
+            raise ValueError(f"{path[:80]!a} is not a document of a version: those are {', '.join(DOCUMENTS)}")
+        return path
+
+
+class Column(_Part):
+    """One column of the data files."""
+
+    name: str
+    type: str
+    nullable: bool
+
+
+class PoolFile(_Part):
+    """One input file with what tells whether it changed."""
+
+    path: str
+    size: int
+    etag: str | None = None
+    digest: str | None = None
+
+
+class PolicyUse(_Part):
+    """One policy that scored, in one role."""
+
+    role: str  # target, behavior
+    policy_id: str  # its folder below scores/ in the workspace
+    model: str
+    revision: str | None = None
+    weights_digest: str | None = None
+    adapter: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    engine: str | None = None  # description: name, version, device
+    tokenizer_digest: str | None = None
+    template_digest: str | None = None
+
+
+class CodeVersion(_Part):
+    """What made the release."""
+
+    package_version: str
+    git_commit: str | None = None
+
+
+class Parents(_Part):
+    """Everything that a release was made from."""
+
+    pool: list[PoolFile] = []
+    policies: list[PolicyUse] = []
+    libraries: dict[str, str] = {}
+    code: CodeVersion | None = None
+    release: str | None = None  # reference of the release that was weighed again
+    workspace: str | None = None
+    prepare_id: str | None = None
+    run_id: str | None = None
+
+
+class ManifestFields(_Part):
+    """What the one who publishes says; the rest of the manifest follows from the files."""
+
+    content_digest: str  # of all that decides the data; equal content is published once
+    counts: dict[str, Any] = {}  # at each stage, with the reasons for what was left out
+    config: dict[str, Any] = {}  # resolved; secrets are hidden by `publish`
+    parents: Parents = Parents()
+    statistics: dict[str, Any] = {}
+    tags: list[str] = []  # moved to the version once it exists
+
+
+class Manifest(ManifestFields):
+    """A version's manifest.json."""
+
+    format: int
+    name: str
+    version: str
+    created: str  # ISO 8601, UTC
+    writer: str  # id of the claim
+    columns: list[Column]
+    files: list[FileEntry]
+    documents: list[DocumentEntry] = []
+
+    @model_validator(mode="after")
+    def _files_differ(self) -> Manifest:
+        if len({entry.path for entry in self.files}) != len(self.files):
+            raise ValueError("a data file is listed twice")
+        return self
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.rows for entry in self.files)
+
+    @property
+    def tokens(self) -> int:
+        return sum(entry.tokens for entry in self.files)
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(entry.loss_tokens for entry in self.files)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return json_bytes(self.model_dump(mode="json"))
+
+
+def columns_of(schema: pa.Schema) -> list[Column]:
+    """A schema as a manifest lists it."""
+    return [Column(name=field.name, type=type_text(field.type), nullable=field.nullable) for field in schema]
+
+
+def type_text(kind: pa.DataType) -> str:
+    """A type in words; what a list's items are called, which Parquet writers choose, is left out."""
+    return re.sub(r"\blist<(item|element): ", "list<", str(kind))
+
+
+def read_manifest(storage: Storage, name: str, version: str) -> Manifest:
+    """A version's manifest, checked. Raises UserError where there is none or it is not to be trusted."""
+    path = f"{version_folder(name, version)}/{MANIFEST}"
+    try:
+        size = storage.info(path).size
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.root}/{name} has no version {version}: see `grape datasets list`") from error
+    address = storage.url(path)
+    if size > MAX_MANIFEST_BYTES:
+        raise UserError(f"{address} has {size} bytes: a manifest has at most {MAX_MANIFEST_BYTES}")
+    value = storage.read_json(path)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = ascii(value.get("format") if isinstance(value, dict) else type(value).__name__)[:40]
+        raise UserError(f"{address} is no manifest of format {FORMAT} (found {found}): use a matching grape-service")
+    try:
+        manifest = Manifest.model_validate(value)
+    except (ValidationError, RecursionError) as error:
+        raise UserError(f"{address} is not a manifest: {_first_problem(error)}") from error
+    if (manifest.name, manifest.version) != (name, version):
+        raise UserError(f"{address} says it is {ascii(manifest.name)[:80]} {ascii(manifest.version)[:80]}: restore it")
+    return manifest
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "it is nested too deeply"
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])[:120]
+    return f"{ascii(place)[1:-1]}: {first['msg']}"[:300]
+
+
+def without_secrets(value: Any) -> Any:
+    """A config's value with secrets, webhook addresses and passwords in URLs hidden, at any depth."""
+    if isinstance(value, dict):
+        return {key: HIDDEN if _is_secret(key, item) else without_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item) for item in value]
+    if isinstance(value, str):
+        return _USER_IN_URL.sub(rf"\1{HIDDEN}@", value)
+    return value
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    if not isinstance(key, str) or not isinstance(value, str) or _NOT_SECRET.fullmatch(key):
+        return False
+    return _SECRET_KEY.fullmatch(key) is not None

@@ -1,0 +1,264 @@
+"""From kept or weighed rows to rows of a release: every array as long as input_ids and aligned with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END, SHARD, message_type, release_schema
+from grape_service.rows.keys import row_keys
+from grape_service.rows.ragged import (
+    Int64s,
+    gather_rows,
+    list_array,
+    list_offsets_and_values,
+    offsets_from_lengths,
+    segment_sums,
+)
+from grape_service.select.partition import KEPT_COLUMNS
+from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
+from grape_service.storage.storage import Storage
+from grape_service.weigh.partition import PEAR, UNIFORM
+
+IGNORED_LABEL = -100
+"""What labels hold off the mask."""
+
+BATCH_BYTES = 16 * 2**20
+"""Bytes in memory of the rows that are widened at a time; they grow about four times."""
+
+
+def final_batches(
+    storage: Storage,
+    path: str,
+    message_fields: list[str],
+    other_columns: list[pa.Field],
+    weight_factor: float = 1.0,
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a kept or weighed file in `release_schema`, in the file's order.
+
+    `other_columns` are the pool's own; one that the file lacks is null. PEAR weights are multiplied by
+    `weight_factor` (see weigh.dataset_factor); rows without weights get 1.0.
+    """
+    schema = release_schema(message_fields, other_columns)
+    for table in read_row_groups(storage, path):
+        rows = max(1, table.num_rows * BATCH_BYTES // max(1, table.nbytes))
+        for start in range(0, table.num_rows, rows):
+            yield _final_batch(table.slice(start, rows), schema, message_fields, weight_factor)
+
+
+def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], weight_factor: float) -> pa.RecordBatch:
+    offsets, ids = list_offsets_and_values(array_of(table, "input_ids"))
+    mask_offsets, mask_values = list_offsets_and_values(array_of(table, "loss_mask"))
+    assert np.array_equal(offsets, mask_offsets), "a mask is as long as its tokens"
+    mask = mask_values > 0
+    made: dict[str, pa.Array] = {
+        "messages": messages_array(array_of(table, "messages"), message_type(message_fields)),
+        "loss_mask": list_array(offsets, mask, pa.bool_()),
+        "labels": list_array(offsets, np.where(mask, ids, IGNORED_LABEL).astype(np.int32), pa.int32()),
+    }
+    for name in ("target_logprobs", "behavior_logprobs"):
+        if name in table.column_names:
+            made[name] = spread(array_of(table, name), offsets, mask)
+    if "behavior_logprobs" not in made and "recorded_logprobs" in table.column_names:
+        # Kept for `grape weigh`. A turn end that was not recorded is 0.0: NaN has no place in a release.
+        recorded = spread(array_of(table, "recorded_logprobs"), offsets, mask)
+        flat = np.nan_to_num(np.asarray(recorded.values), nan=0.0)
+        made["behavior_logprobs"] = pa.ListArray.from_arrays(recorded.offsets, pa.array(flat), mask=recorded.is_null())
+    if "weights" in table.column_names:
+        made["weight_source"] = array_of(table, "weight_source")
+        weights = scale_weights(array_of(table, "weights"), made["weight_source"], weight_factor)
+        made["loss_weights"] = spread(weights, offsets, mask)
+    else:
+        made["weight_source"] = pa.array([UNIFORM]).take(pa.array(np.zeros(table.num_rows, dtype=np.int64)))
+        made["loss_weights"] = list_array(offsets, mask.astype(np.float32), pa.float32())
+    columns = []
+    for item in schema:
+        if item.name in made:
+            columns.append(made[item.name].cast(item.type))
+        elif item.name in table.column_names:
+            columns.append(array_of(table, item.name).cast(item.type))
+        else:
+            columns.append(pa.nulls(table.num_rows, item.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def spread(column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -> pa.ListArray:
+    """One value a token with loss -> one a token: 0.0 off the mask [T], null where `column` [N] is null."""
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    value_offsets, values = list_offsets_and_values(column)
+    lengths = np.where(valid, np.diff(offsets), 0)
+    values = values[gather_rows(value_offsets[:-1], np.where(valid, np.diff(value_offsets), 0))]
+    wide = np.zeros(int(lengths.sum()), dtype=np.float32)
+    wide[mask[gather_rows(offsets[:-1], lengths)]] = values
+    wide_offsets = pa.array(offsets_from_lengths(lengths).astype(np.int32))
+    return pa.ListArray.from_arrays(wide_offsets, pa.array(wide), mask=pa.array(~valid))
+
+
+def scale_weights(weights: pa.ListArray, weight_source: pa.Array, factor: float) -> pa.ListArray:
+    """Weights of PEAR rows times `factor`."""
+    if factor == 1.0:
+        return weights
+    offsets, values = list_offsets_and_values(weights)
+    is_pear = np.repeat(pc.equal(weight_source, PEAR).to_numpy(zero_copy_only=False), np.diff(offsets))
+    return list_array(offsets, np.where(is_pear, values * factor, values).astype(np.float32), pa.float32())
+
+
+def messages_array(texts: pa.Array, kind: pa.DataType) -> pa.Array:
+    """JSON lists of chat messages -> list<struct>; a field that is not text becomes JSON text."""
+    names = [item.name for item in kind.value_type]
+    columns: list[list[str | None]] = [[] for _ in names]
+    lengths = []
+    for text in texts.to_pylist():
+        messages = orjson.loads(text)
+        lengths.append(len(messages))
+        for name, column in zip(names, columns, strict=True):
+            column.extend([_text(message.get(name)) for message in messages])
+    structs = pa.StructArray.from_arrays([pa.array(column, type=pa.string()) for column in columns], names=names)
+    return pa.ListArray.from_arrays(pa.array(offsets_from_lengths(lengths).astype(np.int32)), structs)
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
+
+
+BATCH_ROWS = 4096
+
+
+def write_kept_rows(
+    output: Storage,
+    part_path: str,
+    workspace: Storage,
+    kept_path: str,
+    other_fields: list[pa.Field],
+    turn_end_id: int | None,
+    keep_scores: bool,
+) -> tuple[int, npt.NDArray[np.int64]]:
+    """Write a data file of a release as a kept file; the number of rows, and the ids of their tokens with loss.
+
+    `turn_end_id` is the target's: a token with loss that has this id and ends a span is a turn end. The target's
+    log-probabilities are taken over when `keep_scores`, or null, to be scored again.
+    """
+    schema = pa.schema([*SHARD, *other_fields, *KEPT_COLUMNS])
+    rows = 0
+    used = np.zeros(0, dtype=np.int64)
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal rows, used
+        with open_parquet(output, part_path) as file:
+            for batch in file.iter_batches(BATCH_ROWS):
+                table = pa.Table.from_batches([batch])
+                rows += table.num_rows
+                kept = kept_rows(table, schema, turn_end_id, keep_scores)
+                used = np.union1d(used, tokens_with_loss(kept))
+                yield kept
+
+    write_parquet(workspace, kept_path, schema, tables())
+    return rows, used
+
+
+def kept_rows(table: pa.Table, schema: pa.Schema, turn_end_id: int | None, keep_scores: bool) -> pa.Table:
+    """Release rows [N] in the columns of a kept file."""
+    table = table.combine_chunks()
+    offsets, ids = list_offsets_and_values(array_of(table, "input_ids"))
+    _, has_loss = list_offsets_and_values(array_of(table, "loss_mask"))
+    mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, turn_end_id)
+    spans = segment_sums(_span_starts(mask > 0, offsets), offsets)
+    messages = [[_message(m) for m in row] for row in table["messages"].to_pylist()]
+    made: dict[str, Any] = {
+        "row_key": row_keys(ids, mask, offsets),
+        "loss_mask": list_array(offsets, mask, pa.uint8()),
+        "prompt_len": pa.array(_prompt_lens(mask, offsets), pa.int32()),
+        "messages": pa.array([orjson.dumps(row).decode() for row in messages]),
+        "num_prompt_messages": pa.array(
+            [num_prompt_messages(row, int(n)) for row, n in zip(messages, spans, strict=True)], pa.int32()
+        ),
+        "recorded_logprobs": narrow(array_of(table, "behavior_logprobs"), offsets, mask, unknown_turn_ends=True),
+        "target_logprobs": narrow(array_of(table, "target_logprobs"), offsets, mask) if keep_scores else None,
+    }
+    columns = []
+    for field in schema:
+        values = made.get(field.name)
+        if values is None and field.name in table.column_names and field.name not in made:
+            values = array_of(table, field.name)
+        columns.append(pa.nulls(table.num_rows, field.type) if values is None else values.cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def mask_with_turn_ends(
+    ids: npt.NDArray[np.int32], has_loss: npt.NDArray[np.bool_], offsets: Int64s, turn_end_id: int | None
+) -> npt.NDArray[np.uint8]:
+    """Booleans [T] -> LOSS_* [T]: the last token of a span is a turn end when it has that id."""
+    mask = has_loss.astype(np.uint8) * LOSS_TOKEN
+    if turn_end_id is not None:
+        followed = np.zeros(len(mask), dtype=bool)
+        followed[:-1] = has_loss[1:]
+        followed[offsets[1:] - 1] = False
+        mask[has_loss & ~followed & (ids == turn_end_id)] = LOSS_TURN_END
+    return mask
+
+
+def num_prompt_messages(messages: list[dict[str, Any]], num_spans: int) -> int:
+    """Messages before the response: it begins with the assistant message of its first span."""
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return places[-num_spans] if len(places) >= num_spans else max(len(messages) - 1, 0)
+
+
+def narrow(
+    column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.uint8], unknown_turn_ends: bool = False
+) -> pa.ListArray:
+    """One value a token -> one a token with loss, null where the column is null.
+
+    A release has 0.0 where a turn end was not recorded: with `unknown_turn_ends` it becomes NaN again.
+    """
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = np.diff(offsets)
+    _, values = list_offsets_and_values(column.drop_null()) if valid.any() else (None, np.zeros(0, np.float32))
+    mask_of_valid = mask[np.repeat(valid, lengths)]
+    flat = values[mask_of_valid > 0].astype(np.float32)
+    if unknown_turn_ends:
+        turn_ends = mask_of_valid[mask_of_valid > 0] == LOSS_TURN_END
+        flat[turn_ends & (flat == 0)] = np.nan
+    counts = np.where(valid, segment_sums(mask > 0, offsets), 0)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets_from_lengths(counts).astype(np.int32)), pa.array(flat, pa.float32()), mask=pa.array(~valid)
+    )
+
+
+def _span_starts(has_loss: npt.NDArray[np.bool_], offsets: Int64s) -> npt.NDArray[np.bool_]:
+    before = np.zeros(len(has_loss), dtype=bool)
+    before[1:] = has_loss[:-1]
+    before[offsets[:-1]] = False
+    return has_loss & ~before
+
+
+def _prompt_lens(mask: npt.NDArray[np.uint8], offsets: Int64s) -> Int64s:
+    first = np.flatnonzero(mask > 0)
+    places = np.searchsorted(first, offsets[:-1])
+    return first[places] - offsets[:-1]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """Without absent fields; tool calls as they were before they became text."""
+    kept = {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
+    if isinstance(kept.get("tool_calls"), str):
+        kept["tool_calls"] = orjson.loads(kept["tool_calls"])
+    return kept
+
+
+def tokens_with_loss(kept: pa.Table) -> npt.NDArray[np.int64]:
+    """Ids of the tokens with loss of kept rows, ascending, each once."""
+    _, ids = list_offsets_and_values(array_of(kept, "input_ids"))
+    _, mask = list_offsets_and_values(array_of(kept, "loss_mask"))
+    return np.unique(ids[mask > 0]).astype(np.int64)
+
+
+def other_fields_of(schema: pa.Schema) -> list[pa.Field]:
+    """The pool's own columns in a release's schema."""
+    ours = set(release_schema([], []).names)
+    return [field for field in schema if field.name not in ours and field.name not in SHARD.names]

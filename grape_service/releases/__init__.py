@@ -1,1 +1,0 @@
-"""Releases: immutable, named, verifiable dataset versions in a folder or a bucket."""

@@ -1,0 +1,204 @@
+"""What a reader should know before training: plain sentences, each with what to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grape_service.display import short
+
+MIN_PROMPTS = 20
+"""Shares of fewer prompts say nothing."""
+
+
+@dataclass(frozen=True)
+class Warning:
+    """One finding."""
+
+    text: str
+    change: str
+
+
+def warnings_of(facts: dict[str, Any]) -> list[Warning]:
+    """All warnings of a release, from its manifest's counts, config and statistics."""
+    report = facts["statistics"].get("report") or {}
+    found = _pool(facts) + _checks(facts)
+    if report.get("select"):
+        checked = any(check["name"] == "sources" for check in facts["statistics"].get("checks") or [])
+        found += [] if checked else _sources(facts, report["select"])
+        found += _choice(facts, report["select"])
+    if report.get("weights"):
+        found += _weights(facts, report["weights"])
+    return found
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def _pool(facts: dict[str, Any]) -> list[Warning]:
+    pool, select = facts["counts"].get("pool") or {}, facts["counts"].get("select") or {}
+    found = []
+    rejected = share(pool.get("rejected", 0), pool.get("rows_in", 0))
+    if rejected > 0.02:
+        reasons = pool.get("rejected_by_reason") or {"?": 0}
+        worst = max(reasons, key=lambda reason: reasons[reason])
+        found.append(
+            Warning(
+                f"{rejected:.1%} of the pool's rows could not be used; most often: {short(worst, 80)}.",
+                "Look at the rejects table that the manifest names, and mend the pool or pool.columns.",
+            )
+        )
+    truncated = share(pool.get("truncated", 0), pool.get("rows", 0))
+    if truncated > 0.02:
+        found.append(
+            Warning(
+                f"{truncated:.1%} of the candidates were cut off by a length limit, and a model trained on them "
+                "learns not to end.",
+                "Set pool.truncated: reject, or sample them again with a higher limit.",
+            )
+        )
+    for reason, count in (select.get("prompts_left_out") or {}).items():
+        left = share(count, select.get("prompts", 0))
+        if left > 0.1:
+            found.append(
+                Warning(
+                    f"{left:.1%} of the prompts were left out: {short(reason, 60)}.",
+                    "Check select.min_margin, the token limits and max_source_share, and the failures of the run.",
+                )
+            )
+    return found
+
+
+def _checks(facts: dict[str, Any]) -> list[Warning]:
+    found = []
+    for check in facts["statistics"].get("checks") or []:
+        if check.get("warning"):
+            found.append(Warning(check["warning"], check["change"]))
+    return found
+
+
+def _sources(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
+    found: list[Warning] = []
+    contested = select["contested"]
+    method = (facts["config"].get("select") or {}).get("method", "grape")
+    if contested < MIN_PROMPTS or str(method).startswith("source:"):
+        return found
+    for name, present, wins in zip(select["names"], select["prompts_with"], select["wins"], strict=True):
+        if present < MIN_PROMPTS or len(select["names"]) == 1:
+            continue
+        rate = wins / present
+        if rate > 0.9:
+            found.append(
+                Warning(
+                    f"Source {short(name)} wins {rate:.0%} of the prompts that it competes in.",
+                    "Read its examples; if it is not better, limit it with select.max_source_share or leave it out "
+                    "with pool.where.",
+                )
+            )
+        elif rate < 0.01:
+            found.append(
+                Warning(
+                    f"Source {short(name)} almost never wins ({wins:,} of {present:,} prompts).",
+                    "Scoring it may be a waste: leave it out with pool.where, or check that its rows are rendered "
+                    "as the target expects.",
+                )
+            )
+    return found
+
+
+def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
+    found: list[Warning] = []
+    if select["contested"] < MIN_PROMPTS or (facts["config"].get("select") or {}).get("method", "grape") != "grape":
+        return found
+    ratio = share(select["winner_tokens"], select["rival_tokens"])
+    if ratio and not 0.6 <= ratio <= 1.67:
+        kind = "shorter" if ratio < 1 else "longer"
+        found.append(
+            Warning(
+                f"Winners are much {kind} than their rivals: {select['winner_tokens']:.0f} tokens on average against "
+                f"{select['rival_tokens']:.0f}.",
+                "The choice may be one of length: set select.min_response_tokens or max_response_tokens, and compare "
+                "with the length-matched choice below.",
+            )
+        )
+    within = select.get("within")
+    if within is not None and abs(within) > 0.6:
+        found.append(
+            Warning(
+                f"Within a prompt, score and length go together (correlation {within:+.2f}).",
+                "Candidates of like length would be a fairer choice: filter the pool by length or set the token "
+                "limits of select.",
+            )
+        )
+    margins = [sum(column) for column in zip(*select["margins"], strict=True)]
+    from grape_service.report.statistics import MARGIN_EDGES
+
+    tiny = sum(count for count, edge in zip(margins, MARGIN_EDGES[1:], strict=True) if edge <= 0.002)
+    if share(tiny, sum(margins)) > 0.3:
+        found.append(
+            Warning(
+                f"{share(tiny, sum(margins)):.0%} of the choices are decided by less than 0.002 a token, "
+                "which is within the noise of bf16 scoring.",
+                "Set select.min_margin, or score with target.dtype: float32.",
+            )
+        )
+    other = (select["agree"] or {}).get("turn end the other way")
+    if other is not None and share(other, select["contested"]) < 0.6:
+        found.append(
+            Warning(
+                f"Whether the turn end counts changes {1 - share(other, select['contested']):.0%} of the choices.",
+                "Answers are very short, or the target does not know the turn end: keep count_turn_end: false for a "
+                "base model and set select.min_response_tokens.",
+            )
+        )
+    return found
+
+
+def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
+    figures = facts["statistics"].get("weights") or {}
+    counts = facts["counts"].get("weigh") or {}
+    found = []
+    effective = figures.get("effective_share")
+    if effective is not None and effective < 0.3:
+        found.append(
+            Warning(
+                f"The weights are worth {effective:.0%} of the tokens (effective sample size): few tokens carry the "
+                "training.",
+                "Use weights.center: sequence, a narrower weights.ratio_clip, or level: block.",
+            )
+        )
+    low = figures.get("weight_low")
+    if low is not None and low > 0.1:
+        found.append(
+            Warning(
+                f"{low:.0%} of the weights are at their lower bound: only the ends of responses train.",
+                "Use weights.center: sequence, or a behavior policy nearer to the target.",
+            )
+        )
+    last = weights.get("last_tenth")
+    if last is not None and last > 0.4:
+        found.append(
+            Warning(
+                f"The last tenth of the responses holds {last:.0%} of the weight.",
+                "Weights collapse towards the start: use weights.center: sequence or a larger gamma.",
+            )
+        )
+    high = figures.get("weight_high")
+    if high is not None and high > 0.01:
+        found.append(
+            Warning(
+                f"{high:.1%} of the weights are at their upper bound.",
+                "Use weights.normalize: sequence or a lower upper bound of weights.ratio_clip.",
+            )
+        )
+    uniform = share(counts.get("uniform_rows", 0), counts.get("rows", 0))
+    if uniform > 0.2:
+        found.append(
+            Warning(
+                f"{uniform:.0%} of the rows have no behavior policy and weigh 1 at each token.",
+                "Name their policies in behavior.sources, or leave them out with behavior.missing: drop.",
+            )
+        )
+    return found

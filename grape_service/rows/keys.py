@@ -1,0 +1,52 @@
+"""Names by content: ids of prompts and candidates, keys of rows, partitions of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from grape_service.rows.candidate import Message
+from grape_service.rows.messages import response_messages
+from grape_service.rows.ragged import Int64s
+
+ROW_KEY_BYTES = 16
+
+
+def json_digest(value: Any) -> str:
+    """32 hex digits (128 bits of sha256) of a JSON value; the order of keys does not count."""
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+
+
+def prompt_id_of(prompt: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
+    """The id of a prompt that came without one: a digest of its messages and the tools it offers."""
+    return json_digest([prompt, tools])
+
+
+def candidate_id_of(prompt_digest: str, source: str | None, response: str | list[Message]) -> str:
+    """The id of a candidate that came without one: a digest of prompt, source and response.
+
+    `prompt_digest` is `prompt_id_of` of its prompt, also where the pool gives ids of its own.
+    """
+    return json_digest([prompt_digest, source, response_messages(response)])
+
+
+def row_keys(input_ids: npt.NDArray[np.int32], mask: npt.NDArray, offsets: Int64s) -> pa.FixedSizeBinaryArray:
+    """Keys of rows [N], binary(16), what scores are stored under: flat ids [T], mask [T] and offsets [N + 1].
+
+    A key is sha256 of the row's int32 little-endian ids, b"|" and, for each token, a byte that is 1 where
+    the mask is not 0.
+    """
+    ids = input_ids.astype("<i4", copy=False).tobytes()
+    has_loss = (mask != 0).astype("u1").tobytes()
+    bounds = offsets.tolist()
+    keys = [
+        hashlib.sha256(b"|".join((ids[4 * start : 4 * end], has_loss[start:end]))).digest()[:ROW_KEY_BYTES]
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return pa.array(keys, pa.binary(ROW_KEY_BYTES))

@@ -1,0 +1,233 @@
+"""The score store: log-probabilities by row and policy, in Parquet files by partition.
+
+    scores/<policy_id>/<partition>/<milliseconds>-<shard>-<random>.parquet      schemas.SCORE
+
+A partition is named by a bit string after a 'b'. When the number of partitions changes, the rows of one
+lie in the folders of its ancestors (b01 -> b0, b) and descendants (b010, b011), so all of those are read.
+Of two scores of one row the first file name wins. Files are only ever added.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from grape_service.errors import StageError
+from grape_service.rows.columns import SCORE
+from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
+from grape_service.storage.parquet import array_of, open_parquet, write_parquet
+from grape_service.storage.storage import Storage
+
+PARTITION_PATTERN = re.compile(r"b[01]*")
+REPEAT_SUFFIX = "-repeat"
+"""After a policy id: repeated scorings of a few rows, which show how much of the weights is the engine's noise."""
+METADATA_KEY = b"grape.engine"
+"""Key of a score file's schema metadata: JSON that describes the engine."""
+
+RowKeys: TypeAlias = Any
+"""Keys of rows: a pyarrow array, chunked or not, of type binary(16)."""
+
+
+class ScoreStore:
+    """Scores of rows under one policy."""
+
+    def __init__(self, storage: Storage, policy_id: str):
+        self.storage = storage
+        self.policy_id = policy_id
+        self.folder = f"scores/{policy_id}"
+
+    def partition_files(self, partition: str) -> list[str]:
+        """Files that may hold scores of a partition's rows, in the order in which they win."""
+        assert PARTITION_PATTERN.fullmatch(partition), partition
+        related = [
+            folder
+            for folder in self.storage.folders(self.folder)
+            if PARTITION_PATTERN.fullmatch(folder) and (folder.startswith(partition) or partition.startswith(folder))
+        ]
+        files = [info.path for folder in related for info in self.storage.list(f"{self.folder}/{folder}")]
+        return sorted(files, key=lambda path: (path.rsplit("/", 1)[-1], path))
+
+    def read(self, partition: str, keys: RowKeys) -> ScoreTable:
+        """The scores of `keys` [N]; holds no others, whatever the files hold. Raises StageError on a bad file."""
+        index = KeyIndex(keys)
+        found = np.zeros(index.num_unique, dtype=bool)
+        starts, lengths = np.zeros((2, index.num_unique), dtype=np.int64)
+        values: list[npt.NDArray[np.float32]] = []
+        num_values = 0
+        for part in self._each_file(partition, index, with_logprobs=True):
+            fresh, offsets = ~found[part.rows], offsets_from_lengths(part.lengths)
+            # Of equal rows within a file the first wins too: np.unique gives the first place of each.
+            rows, places = np.unique(part.rows[fresh], return_index=True)
+            places = np.flatnonzero(fresh)[places]
+            taken = part.values[gather_rows(offsets[places], part.lengths[places])]
+            found[rows] = True
+            lengths[rows] = part.lengths[places]
+            starts[rows] = num_values + offsets_from_lengths(part.lengths[places])[:-1]
+            num_values += len(taken)
+            values.append(taken)
+        flat = np.concatenate(values) if values else np.zeros(0, dtype=np.float32)
+        return ScoreTable(found[index.inverse], starts[index.inverse], lengths[index.inverse], flat)
+
+    def missing(self, partition: str, keys: RowKeys) -> npt.NDArray[np.bool_]:
+        """Which of `keys` [N] have no score yet."""
+        index = KeyIndex(keys)
+        missing = np.ones(index.num_unique, dtype=bool)
+        for part in self._each_file(partition, index, with_logprobs=False):
+            missing[part.rows] = False
+        return missing[index.inverse]
+
+    def write(
+        self,
+        partition: str,
+        keys: RowKeys,
+        offsets: Int64s,
+        logprobs: npt.NDArray[np.float32],
+        metadata: dict[str, Any],
+        shard: str = "scores",
+    ) -> str:
+        """Store scores [L] of rows [N] as a new file and give its path; `metadata` describes the engine."""
+        assert PARTITION_PATTERN.fullmatch(partition), partition
+        name = re.sub(r"[^A-Za-z0-9_.]", "-", shard.rsplit("/", 1)[-1].removesuffix(".parquet"))
+        milliseconds = time.time_ns() // 1_000_000
+        path = f"{self.folder}/{partition}/{milliseconds:013d}-{name}-{uuid.uuid4().hex[:8]}.parquet"
+        keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+        batch = pa.RecordBatch.from_arrays(
+            [keys, list_array(offsets, logprobs.astype(np.float32, copy=False), pa.float32())], schema=SCORE
+        )
+        schema = SCORE.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
+        write_parquet(self.storage, path, schema, [batch])
+        return path
+
+    def metadata(self, path: str) -> dict[str, Any]:
+        """What `write` was told of the engine of a file."""
+        with open_parquet(self.storage, path) as file:
+            return orjson.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+
+    def _each_file(self, partition: str, index: KeyIndex, with_logprobs: bool) -> Iterator[_Found]:
+        files = self.partition_files(partition)
+        with ThreadPoolExecutor(16 if self.storage.is_s3 else 2, thread_name_prefix="scores") as pool:
+            yield from pool.map(lambda path: self._read_file(path, index, with_logprobs), files)
+
+    def _read_file(self, path: str, index: KeyIndex, with_logprobs: bool) -> _Found:
+        columns = SCORE.names if with_logprobs else ["row_key"]
+        parts: list[_Found] = []
+        try:
+            with open_parquet(self.storage, path) as file:
+                schema = file.schema_arrow
+                if schema.names != SCORE.names or not all(
+                    schema.field(name).type.equals(SCORE.field(name).type) for name in SCORE.names
+                ):
+                    raise pa.ArrowInvalid(f"its columns are {', '.join(schema.names)}, not {', '.join(SCORE.names)}")
+                for group in range(file.num_row_groups):
+                    parts.append(index.find(file.read_row_group(group, columns=columns, use_threads=False)))
+        except pa.ArrowInvalid as error:
+            raise StageError(
+                f"{self.storage.url(path)} is not a score file: {error}; move it out of the folder and run again"
+            ) from error
+        except OSError as error:
+            raise StageError(f"the score file {self.storage.url(path)} cannot be read: {error}") from error
+        return _Found.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds of the rows that are looked for."""
+
+    rows: Int64s  # [M] places among the unique keys
+    lengths: Int64s  # [M]
+    values: npt.NDArray[np.float32]  # flat
+
+    @classmethod
+    def concatenate(cls, parts: list[_Found]) -> _Found:
+        if not parts:
+            return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+        return cls(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.values for part in parts]),
+        )
+
+
+class KeyIndex:
+    """Finds 16-byte keys among N keys: sorted by their first halves, told apart by their second."""
+
+    def __init__(self, keys: RowKeys):
+        halves = key_halves(keys)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        ordered = halves[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+        self.first, self.second = ordered[new].T.copy()
+        self.inverse = np.empty(len(order), dtype=np.int64)
+        self.inverse[order] = np.cumsum(new) - 1
+        self.num_unique = len(self.first)
+
+    def places(self, keys: RowKeys) -> Int64s:
+        """Place of each of `keys` [M] among the unique ones, -1 where it is not one of them."""
+        wanted = key_halves(keys)
+        first, second = wanted[:, 0], wanted[:, 1]
+        if self.num_unique == 0:
+            return np.full(len(first), -1, dtype=np.int64)
+        place = np.searchsorted(self.first, first)
+        while True:
+            bounded = np.minimum(place, self.num_unique - 1)
+            same_first = (place < self.num_unique) & (self.first[bounded] == first)
+            step = same_first & (self.second[bounded] < second)
+            if not step.any():
+                break
+            place += step
+        return np.where(same_first & (self.second[bounded] == second), bounded, -1)
+
+    def find(self, table: pa.Table) -> _Found:
+        """The rows of a table of scores that are among the keys."""
+        places = self.places(table["row_key"])
+        there = np.flatnonzero(places >= 0)
+        if "logprobs" not in table.column_names:
+            return _Found(places[there], np.zeros(len(there), dtype=np.int64), np.zeros(0, dtype=np.float32))
+        column = array_of(table, "logprobs")
+        if column.null_count or column.values.null_count:
+            raise pa.ArrowInvalid("it holds rows without scores")
+        offsets, values = list_offsets_and_values(column)
+        lengths = np.diff(offsets)[there]
+        return _Found(places[there], lengths, values[gather_rows(offsets[there], lengths)])
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of N rows, in the order in which they were asked for."""
+
+    found: npt.NDArray[np.bool_]  # [N]
+    starts: Int64s  # [N] into values
+    lengths: Int64s  # [N]; 0 where not found
+    values: npt.NDArray[np.float32]
+
+    def take(self, rows: Int64s) -> npt.NDArray[np.float32]:
+        """Flat scores of rows, one row after the other; nothing for a row that was not found."""
+        return self.values[gather_rows(self.starts[rows], self.lengths[rows])]
+
+    def finite(self) -> npt.NDArray[np.bool_]:
+        """Rows [N] that were found and whose scores are all finite."""
+        bad = np.concatenate([[0], np.cumsum(~np.isfinite(self.values))])
+        return self.found & (bad[self.starts + self.lengths] == bad[self.starts])
+
+
+def key_halves(keys: RowKeys) -> npt.NDArray[np.uint64]:
+    """Keys of 16 bytes as pairs of big-endian numbers [N, 2], which sort as the bytes do."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], type=pa.binary(16))
+    assert keys.type == pa.binary(16), "row keys are 16 bytes each"
+    assert keys.null_count == 0, "every row has a key"
+    if len(keys) == 0:
+        return np.zeros((0, 2), dtype=np.uint64)
+    data = np.frombuffer(keys.buffers()[1], dtype=">u8", count=2 * len(keys), offset=16 * keys.offset)
+    return data.reshape(-1, 2).astype(np.uint64)

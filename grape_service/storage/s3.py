@@ -1,0 +1,414 @@
+"""S3 through s3fs: requests that wait for a server that is away, and uploads that leave nothing behind.
+
+Every request, those that pyarrow makes through this file system included, goes through `RetryingS3._call_s3`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import IO, Any
+
+import botocore.exceptions as boto_errors
+import orjson
+import pyarrow.fs as pafs
+import s3fs
+from aiohttp import ClientError as HttpClientError
+from fsspec.asyn import sync_wrapper
+from s3fs.errors import translate_boto_error
+
+from grape_service.errors import StageError, UserError
+from grape_service.storage.arrow_io import ArrowHandler
+from grape_service.storage.local import FileInfo, FileInfos, Names
+
+RETRY_SECONDS = 60.0
+"""How long a request is tried again while the server is down, throttles or answers 5xx."""
+PART_BYTES = 16 * 2**20
+PARTS_IN_FLIGHT = 2
+MAX_PARTS = 10_000
+
+_TRANSIENT_CODES = frozenset(
+    [
+        "BandwidthLimitExceeded",
+        "InternalError",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "XAmzContentSHA256Mismatch",
+    ]
+)
+_TRANSIENT_ERRORS = (
+    boto_errors.HTTPClientError,
+    boto_errors.ConnectionError,
+    boto_errors.IncompleteReadError,
+    HttpClientError,
+    ConnectionError,
+    TimeoutError,
+    asyncio.TimeoutError,
+)
+
+
+class StorageUnavailable(StageError):
+    """The server did not answer for as long as a request is tried again; a later run goes on."""
+
+
+class RetryingS3(s3fs.S3FileSystem):
+    """s3fs whose requests are tried again with backoff for `retry_seconds`; errors are whole sentences."""
+
+    def __init__(self, *args: Any, retry_seconds: float = RETRY_SECONDS, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.retry_seconds = retry_seconds
+        # When the present outage began and was last seen, over all requests: what follows a request
+        # that waited in vain (such as the abort of its upload) does not wait again.
+        self._outage = (0.0, 0.0)
+
+    async def _call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Any:
+        start, attempts = time.monotonic(), 0
+        while True:
+            attempts += 1
+            try:
+                await self.set_session()
+                client = await self.get_s3(kwargs.get("Bucket"))
+                call = getattr(client, method)
+                answer = await call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
+                self._outage = (0.0, 0.0)
+                return answer
+            except Exception as error:
+                if not is_transient(error):
+                    raise _plain(error, method, kwargs, attempts) from error
+                wait = min(0.1 * 1.7**attempts, 5.0) * random.uniform(0.5, 1.0)
+                if not self._worth_waiting(start, wait):
+                    seconds = f"{self.retry_seconds:.0f} seconds"
+                    raise StorageUnavailable(
+                        f"s3://{kwargs.get('Bucket', '')} at {self._address()} gave no answer for {seconds} "
+                        f"({' '.join(str(error).split())}): run again once it does; finished work is kept"
+                    ) from error
+            await asyncio.sleep(wait)
+
+    call_s3 = sync_wrapper(_call_s3)
+
+    def _worth_waiting(self, start: float, wait: float) -> bool:
+        now = time.monotonic()
+        began, seen = self._outage
+        if now - seen > 30:
+            began = now
+        self._outage = (began, now)
+        return now + wait - began < self.retry_seconds and now + wait - start < 2 * self.retry_seconds
+
+    def _address(self) -> str:
+        endpoint = getattr(getattr(self._s3, "meta", None), "endpoint_url", None)
+        return str(endpoint or self.endpoint_url or "its endpoint")
+
+    async def _read_object(self, bucket: str, key: str) -> tuple[bytes, str]:
+        for attempt in range(6):
+            answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
+            try:
+                return await answer["Body"].read(), answer["ETag"].strip('"')
+            except _TRANSIENT_ERRORS as error:
+                failure = error
+                await asyncio.sleep(0.1 * 2**attempt)
+            finally:
+                answer["Body"].close()
+        raise StorageUnavailable(f"s3://{bucket}/{key} broke off six times ({failure}): run again") from failure
+
+    read_object = sync_wrapper(_read_object)
+    """A whole object and its etag in one GET. Raises FileNotFoundError."""
+
+    def submit(self, method: str, **kwargs: Any) -> Future[Any]:
+        """A request that runs in the background."""
+        return asyncio.run_coroutine_threadsafe(self._call_s3(method, **kwargs), self.loop)
+
+
+class UploadFile(io.RawIOBase):
+    """A file being written to S3: parts go up in the background, and it exists only once it is closed.
+
+    Small files are one PUT. `abandon` leaves nothing behind, not even parts.
+    """
+
+    def __init__(self, fs: RetryingS3, full: str, part_bytes: int = PART_BYTES):
+        super().__init__()
+        self._fs = fs
+        self._bucket, _, self._key = full.partition("/")
+        self._part_bytes = part_bytes
+        self._buffer = bytearray()
+        self._upload_id: str | None = None
+        self._parts: list[Future[Any]] = []
+        self._position = 0
+        self._ended = False
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any) -> int:
+        """Take bytes; waits while enough parts are in flight. Raises what an earlier part raised."""
+        view = memoryview(data).cast("B")
+        self._buffer += view
+        self._position += len(view)
+        while len(self._buffer) >= self._part_bytes:
+            self._send_part(bytes(memoryview(self._buffer)[: self._part_bytes]))
+            del self._buffer[: self._part_bytes]
+        return len(view)
+
+    def _send_part(self, data: bytes) -> None:
+        target = {"Bucket": self._bucket, "Key": self._key}
+        if self._upload_id is None:
+            self._upload_id = self._fs.call_s3("create_multipart_upload", **target)["UploadId"]
+        if len(self._parts) >= PARTS_IN_FLIGHT:
+            self._parts[-PARTS_IN_FLIGHT].result()
+        if len(self._parts) >= MAX_PARTS:
+            raise UserError(f"s3://{self._bucket}/{self._key} is larger than {MAX_PARTS} parts: use more partitions")
+        number = len(self._parts) + 1
+        self._parts.append(
+            self._fs.submit("upload_part", **target, UploadId=self._upload_id, PartNumber=number, Body=data)
+        )
+
+    def close(self) -> None:
+        """Finish the upload: the object exists from here on. Raises if a part failed; then it does not."""
+        if self._ended:
+            return
+        target = {"Bucket": self._bucket, "Key": self._key}
+        if self._upload_id is None:
+            self._end()
+            self._fs.call_s3("put_object", **target, Body=bytes(self._buffer))
+            return
+        try:
+            if self._buffer:
+                self._send_part(bytes(self._buffer))
+            parts = [{"PartNumber": i, "ETag": part.result()["ETag"]} for i, part in enumerate(self._parts, 1)]
+        except BaseException:
+            self.abandon()
+            raise
+        upload_id, size = self._upload_id, self._position
+        self._end()
+        try:
+            self._fs.call_s3(
+                "complete_multipart_upload", **target, UploadId=upload_id, MultipartUpload={"Parts": parts}
+            )
+        except FileNotFoundError:
+            # Completed by an earlier attempt whose answer was lost.
+            if self._fs.call_s3("head_object", **target)["ContentLength"] != size:
+                raise
+
+    def abandon(self) -> None:
+        """Give the upload up and have the server forget its parts."""
+        if self._ended:
+            return
+        upload_id = self._upload_id
+        for part in self._parts:
+            part.cancel()
+        self._end()
+        if upload_id is not None:
+            with contextlib.suppress(StageError, OSError, UserError):  # gc aborts what this does not
+                self._fs.call_s3("abort_multipart_upload", Bucket=self._bucket, Key=self._key, UploadId=upload_id)
+
+    def _end(self) -> None:
+        self._ended = True
+        super().close()
+
+    def __del__(self) -> None:
+        """An upload that nobody closed is not finished by the garbage collector."""
+        self._ended = True
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        code, status = error_code(error)
+        return code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status == 429
+    return isinstance(error, _TRANSIENT_ERRORS)
+
+
+def error_code(error: BaseException | None) -> tuple[str, int]:
+    """S3's code and HTTP status of an error or of what caused it; ("", 0) if it is not S3's."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
+            return str(response.get("Error", {}).get("Code", "")), int(status)
+        error = error.__cause__ or error.__context__
+    return "", 0
+
+
+def condition_failed(error: BaseException) -> bool:
+    """Whether an S3 error says that If-Match or If-None-Match did not hold."""
+    code, status = error_code(error)
+    return code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412)
+
+
+def _plain(error: Exception, method: str, kwargs: dict[str, Any], attempts: int) -> Exception:
+    """What a user can put right as one sentence; anything else as the OSError it stands for."""
+    code, status = error_code(error)
+    bucket = kwargs.get("Bucket", "")
+    address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
+    if code == "NoSuchBucket" or (method == "head_bucket" and status == 404):
+        return UserError(f"the bucket of {address} does not exist: create '{bucket}' or correct the address")
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+        return UserError(f"the credentials for {address} are refused ({code}): check AWS_ACCESS_KEY_ID and its secret")
+    if status == 403:
+        doing = "read" if method.startswith(("get_", "head_", "list_")) else "write"
+        return UserError(f"these credentials may not {doing} {address}: allow it or use other credentials")
+    if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
+        return UserError(f"no credentials for {address}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
+    if isinstance(error, boto_errors.ProfileNotFound | boto_errors.ParamValidationError):
+        return UserError(f"{address} cannot be used: {' '.join(str(error).split())}")
+    translated: Exception = translate_boto_error(error, set_cause=False)
+    translated.attempts = attempts  # type: ignore[attr-defined]
+    return translated
+
+
+class S3Files:
+    """Files below `base`, "bucket/folder"; every path taken is a full one. What files.LocalFiles is for a folder."""
+
+    def __init__(self, base: str, options: dict[str, Any]):
+        self.base = base
+        self._options_json = orjson.dumps(options, option=orjson.OPT_SORT_KEYS)
+
+    @property
+    def fs(self) -> RetryingS3:
+        environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        return _file_system(self._options_json, environment, os.getpid())
+
+    @property
+    def arrow(self) -> pafs.FileSystem:
+        return pafs.PyFileSystem(ArrowHandler(self.fs))
+
+    def read_with_etag(self, full: str) -> tuple[bytes, str]:
+        return self.fs.read_object(*_bucket_and_key(full))
+
+    def open(self, full: str) -> IO[bytes]:
+        file: IO[bytes] = self.fs.open(full, "rb", block_size=8 * 2**20, cache_type="readahead")
+        return file
+
+    def info(self, full: str) -> FileInfo:
+        found = self.fs.call_s3("head_object", **_target(full))
+        return self._file_info(full, found["ContentLength"], found)
+
+    def list(self, full: str) -> FileInfos:
+        bucket, prefix = _bucket_and_key(full)
+        return [
+            self._file_info(f"{bucket}/{entry['Key']}", entry["Size"], entry)
+            for page in self._pages(bucket, prefix, {})
+            for entry in page.get("Contents", [])
+            if not entry["Key"].endswith("/")
+        ]
+
+    def folders(self, full: str) -> Names:
+        bucket, prefix = _bucket_and_key(full)
+        pages = self._pages(bucket, prefix, {"Delimiter": "/"})
+        return [
+            entry["Prefix"].rstrip("/").rsplit("/", 1)[-1] for page in pages for entry in page.get("CommonPrefixes", [])
+        ]
+
+    def _pages(self, bucket: str, prefix: str, more: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        more = {**more, "Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", **more)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+    @contextlib.contextmanager
+    def open_write(self, full: str) -> Iterator[IO[bytes]]:
+        file = UploadFile(self.fs, full)
+        try:
+            yield file  # type: ignore[misc]
+        except BaseException:
+            file.abandon()
+            raise
+        file.close()
+
+    def delete(self, full: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.call_s3("delete_object", **_target(full))
+
+    def delete_folder(self, full: str) -> None:
+        bucket, _ = _bucket_and_key(full)
+        keys = [info.path for info in self.list(full)]
+        for start in range(0, len(keys), 1000):
+            objects = [{"Key": _bucket_and_key(f"{self.base}/{key}")[1]} for key in keys[start : start + 1000]]
+            answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            for failed in answer.get("Errors", []):
+                raise UserError(f"cannot delete s3://{bucket}/{failed.get('Key')}: {failed.get('Message')}")
+
+    def delete_unfinished(self, full: str, older_than: float) -> int:
+        """Abort uploads below a folder that began more than `older_than` seconds ago; bytes freed."""
+        bucket, prefix = _bucket_and_key(full)
+        freed = 0
+        answer = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
+        for upload in answer.get("Uploads", []):
+            target = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            if time.time() - upload["Initiated"].timestamp() > older_than:
+                with contextlib.suppress(FileNotFoundError):
+                    freed += sum(part["Size"] for part in self.fs.call_s3("list_parts", **target).get("Parts", []))
+                    self.fs.call_s3("abort_multipart_upload", **target)
+        return freed
+
+    def create_if_absent(self, full: str, data: bytes) -> bool:
+        return self._put_if(full, data, {"IfNoneMatch": "*"})
+
+    def swap(self, full: str, data: bytes, etag: str) -> bool:
+        return self._put_if(full, data, {"IfMatch": f'"{etag}"'})
+
+    def _put_if(self, full: str, data: bytes, condition: dict[str, str]) -> bool:
+        try:
+            self.fs.call_s3("put_object", **_target(full), Body=data, **condition)
+        except FileNotFoundError:
+            return False  # there is nothing to swap
+        except OSError as error:
+            if not condition_failed(error):
+                raise
+            # An earlier attempt may have won without its answer reaching us.
+            return getattr(error, "attempts", 1) > 1 and self._holds(full, data)
+        return True
+
+    def _holds(self, full: str, data: bytes) -> bool:
+        try:
+            return self.read_with_etag(full)[0] == data
+        except FileNotFoundError:
+            return False
+
+    def _file_info(self, full: str, size: int, entry: dict[str, Any]) -> FileInfo:
+        path = full[len(self.base) :].lstrip("/")
+        return FileInfo(path, int(size), str(entry.get("ETag", "")).strip('"'), entry["LastModified"].timestamp())
+
+
+def _bucket_and_key(full: str) -> tuple[str, str]:
+    bucket, _, key = full.partition("/")
+    return bucket, key
+
+
+def _target(full: str) -> dict[str, str]:
+    bucket, key = _bucket_and_key(full)
+    return {"Bucket": bucket, "Key": key}
+
+
+@lru_cache(maxsize=16)
+def _file_system(options_json: bytes, environment: tuple[tuple[str, str], ...], pid: int) -> RetryingS3:
+    """One file system for each set of options, environment and process (a fork must not share its loop)."""
+    options = orjson.loads(options_json)
+    config = {
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "connect_timeout": 5,
+        "read_timeout": 60,
+        "max_pool_connections": 32,
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        **options.pop("config_kwargs", {}),
+    }
+    defaults = {"default_cache_type": "none", "use_listings_cache": False, "skip_instance_cache": True}
+    return RetryingS3(**{**defaults, **options}, config_kwargs=config)

@@ -1,0 +1,148 @@
+"""Whose behavior a kept row is: its source's policy, what was recorded while sampling, or nobody's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
+from grape_service.errors import UserError
+from grape_service.rows.columns import NO_SOURCE
+from grape_service.rows.counts import add_dicts
+from grape_service.rows.ragged import Int64s, list_offsets_and_values, segment_sums
+from grape_service.storage.parquet import array_of, read_row_groups
+from grape_service.storage.storage import Storage
+
+RECORDED = -1
+NO_POLICY, NOT_RECORDED, CUT_SUPPORT, GREEDY, NOT_FINITE, NOT_RENDERED = range(-2, -8, -1)
+MISSING_REASONS = {
+    NO_POLICY: "source has no behavior",
+    NOT_RECORDED: "no log-probabilities recorded",
+    CUT_SUPPORT: "sampled with top-p, top-k or min-p, which cut the support",
+    GREEDY: "sampled at temperature 0",
+    NOT_FINITE: "a recorded log-probability is infinite",
+    NOT_RENDERED: "its behavior policy's template cannot render it",
+}
+"""Why a row has no behavior policy."""
+
+
+BEHAVIOR_COLUMNS = ["row_key", "prompt_id", "source", "sampling", "recorded_logprobs"]
+"""The kept columns that say whose behavior a row is."""
+
+
+@dataclass(frozen=True)
+class RowBehaviors:
+    """Whose behavior each of N kept rows is."""
+
+    policy: Int64s  # [N]: the place in config.behavior.policies(), RECORDED, or one of MISSING_REASONS
+    temperature: npt.NDArray[np.float64]  # [N], at which a recorded row was sampled; 1 for others
+    sources: pa.Array  # [N]
+
+    def missing(self) -> npt.NDArray[np.bool_]:
+        """Rows [N] that are nobody's."""
+        return self.policy < RECORDED
+
+    def without_rendering(self, rows: Int64s) -> RowBehaviors:
+        """The same, but `rows` are nobody's, as their policy could not render them."""
+        policy = self.policy.copy()
+        policy[rows] = NOT_RENDERED
+        return RowBehaviors(policy, self.temperature, self.sources)
+
+    def census(self) -> dict[str, dict[str, int]]:
+        """Rows without a behavior by source and reason."""
+        rows = np.flatnonzero(self.missing())
+        sources = self.sources.take(pa.array(rows)).fill_null(NO_SOURCE).to_pylist()
+        counted = Counter(zip(sources, self.policy[rows].tolist(), strict=True))
+        census: dict[str, dict[str, int]] = {}
+        for (source, reason), number in sorted(counted.items()):
+            census.setdefault(source, {})[MISSING_REASONS[reason]] = number
+        return census
+
+
+def row_behaviors(table: pa.Table, behavior: BehaviorConfig) -> RowBehaviors:
+    """Whose behavior each row of a table with BEHAVIOR_COLUMNS is."""
+    sources = array_of(table, "source")
+    policies = behavior.policies()
+    encoded = sources.dictionary_encode()
+    names = [*encoded.dictionary.to_pylist(), None]
+    codes = np.array([_source_code(behavior.of_source(name), policies) for name in names], dtype=np.int64)
+    policy = codes[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)]
+    temperature = np.ones(table.num_rows)
+
+    recorded = policy == RECORDED
+    if recorded.any():
+        kind, sampled_at = _recorded(table)
+        policy = np.where(recorded, kind, policy)
+        temperature = np.where(policy == RECORDED, sampled_at, 1.0)
+    return RowBehaviors(policy, temperature, sources)
+
+
+def behavior_census(storage: Storage, kept_path: str, behavior: BehaviorConfig) -> dict[str, dict[str, int]]:
+    """Kept rows of a partition without a behavior, by source and reason; add them up with `add_census`."""
+    census: dict[str, dict[str, int]] = {}
+    for table in read_row_groups(storage, kept_path, BEHAVIOR_COLUMNS):
+        census = add_census(census, row_behaviors(table, behavior).census())
+    return census
+
+
+def recorded_temperatures(storage: Storage, kept_path: str, behavior: BehaviorConfig) -> list[float]:
+    """Temperatures other than 1 at which kept rows were sampled and so have to be scored again."""
+    found: set[float] = set()
+    for table in read_row_groups(storage, kept_path, BEHAVIOR_COLUMNS):
+        found |= set(np.unique(row_behaviors(table, behavior).temperature).tolist())
+    return sorted(found - {1.0})
+
+
+def add_census(left: dict[str, dict[str, int]], right: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """The sum of two censuses."""
+    return {source: add_dicts(left.get(source, {}), right.get(source, {})) for source in sorted({*left, *right})}
+
+
+def refuse_missing(census: dict[str, dict[str, int]]) -> None:
+    """Raises UserError naming a source whose rows have no behavior, for `missing: error`."""
+    for source, reasons in census.items():
+        for reason, number in reasons.items():
+            raise UserError(
+                f"{number} kept {'row' if number == 1 else 'rows'} of source '{source}' cannot be weighed ({reason}): "
+                "give it another behavior, or set behavior.missing to uniform or drop"
+            )
+
+
+def _source_code(behavior: PolicyConfig | RecordedBehavior | None, policies: list[PolicyConfig]) -> int:
+    if behavior is None:
+        return NO_POLICY
+    return RECORDED if isinstance(behavior, RecordedBehavior) else policies.index(behavior)
+
+
+def _recorded(table: pa.Table) -> tuple[Int64s, npt.NDArray[np.float64]]:
+    """For each row, taken as recorded: RECORDED or why not, and the temperature."""
+    logprobs = array_of(table, "recorded_logprobs")
+    offsets, values = list_offsets_and_values(logprobs)
+    known = segment_sums(~np.isnan(values), offsets)
+    kind = np.where(known > 0, RECORDED, NOT_RECORDED)
+    kind[segment_sums(np.isinf(values), offsets) > 0] = NOT_FINITE
+    kind[~logprobs.is_valid().to_numpy(zero_copy_only=False)] = NOT_RECORDED
+
+    sampling = array_of(table, "sampling").dictionary_encode()
+    settings = [orjson.loads(text) for text in sampling.dictionary.to_pylist()]
+    how = [_sampled(setting if isinstance(setting, dict) else {}) for setting in settings] + [(RECORDED, 1.0)]
+    codes = sampling.indices.fill_null(len(how) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
+    sampled, temperature = (np.array(column)[codes] for column in zip(*how, strict=True))
+    return np.where(kind == RECORDED, sampled, kind), temperature
+
+
+def _sampled(setting: dict[str, float | None]) -> tuple[int, float]:
+    """RECORDED or why log-probabilities recorded under these settings are not a policy's, and the temperature."""
+    temperature = setting.get("temperature")
+    temperature = 1.0 if temperature is None else float(temperature)
+    top_p, top_k, min_p = setting.get("top_p"), setting.get("top_k"), setting.get("min_p")
+    if temperature <= 0:
+        return GREEDY, 1.0
+    if (top_p is not None and top_p < 1) or (top_k is not None and top_k > 0) or (min_p is not None and min_p > 0):
+        return CUT_SUPPORT, temperature
+    return RECORDED, temperature

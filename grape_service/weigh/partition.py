@@ -1,0 +1,331 @@
+"""The weigh stage: from the kept rows of a partition and the scores of both policies to PEAR weights.
+
+The behavior policy renders the prompt in its own way, so its scores belong to other rows: a file says
+which. Both policies score the same response tokens, one value for each token with loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from grape_service.config.methods import WeightsConfig
+from grape_service.config.schema import Config
+from grape_service.rows.columns import LOSS_TURN_END, NO_SOURCE
+from grape_service.rows.counts import Counts
+from grape_service.rows.ragged import (
+    Int64s,
+    gather_rows,
+    list_array,
+    list_offsets_and_values,
+    offsets_from_lengths,
+    segment_sums,
+)
+from grape_service.score.store import ScoreStore, ScoreTable
+from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
+from grape_service.storage.storage import Storage
+from grape_service.weigh.behavior import (
+    BEHAVIOR_COLUMNS,
+    RECORDED,
+    RowBehaviors,
+    refuse_missing,
+    row_behaviors,
+)
+from grape_service.weigh.lookup import (
+    BehaviorScores,
+    PartitionScores,
+    check_lengths,
+    find_behavior_rows,
+    read_columns,
+    read_scores,
+)
+from grape_service.weigh.pear import PearWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
+
+PEAR, UNIFORM = "pear", "uniform"
+"""Values of weight_source."""
+
+REPEAT_PARTITION = "b"
+"""The one partition of repeated scorings: they are few."""
+
+WEIGHED_COLUMNS = [
+    pa.field("behavior_logprobs", pa.list_(pa.float32())),  # one a token with loss; null without a behavior
+    pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one a token with loss
+    pa.field("weight_source", pa.string(), nullable=False),
+]
+"""What a weighed row has after the kept row's columns."""
+
+
+@dataclass
+class WeighCounts(Counts):
+    """What was weighed and what was not."""
+
+    rows_in: int = 0
+    prompts_in: int = 0
+    rows: int = 0
+    prompts: int = 0
+    pear_rows: int = 0
+    uniform_rows: int = 0
+    missing: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Kept rows without a behavior policy, by source and reason, whether weighed 1 or left out."""
+    dropped_rows: int = 0
+    """Rows left out because they have no behavior policy."""
+    failed_rows: dict[str, int] = field(default_factory=dict)
+    """Rows that a policy could not score, by reason."""
+    failed_prompts: int = 0
+    """Prompts left out with a row that could not be scored."""
+    rows_of_failed_prompts: int = 0
+    unknown_tokens: int = 0
+    """Tokens of weighed rows whose log ratio is not known (turn ends), so that it counts as 0."""
+    sources: dict[str, WeightTotals] = field(default_factory=dict)
+    """Sums over PEAR weights by source, before `normalize: dataset`."""
+    self_weights: WeightTotals = field(default_factory=WeightTotals)
+    """The same sums if both policies were the target and every score exact."""
+    self_weights_repeat: WeightTotals = field(default_factory=WeightTotals)
+    """What the target against itself really gets, over the kept rows that it scored again."""
+    noise_squares: float = 0.0
+    """Sum over the tokens of `self_weights_repeat` of the squared difference between the two scorings."""
+
+    @property
+    def scoring_noise(self) -> float | None:
+        """Root mean square difference of a token's log-probability between two scorings by the target."""
+        return (
+            math.sqrt(self.noise_squares / self.self_weights_repeat.tokens) if self.self_weights_repeat.tokens else None
+        )
+
+    @property
+    def totals(self) -> WeightTotals:
+        """Sums over all sources."""
+        totals = WeightTotals()
+        for source in sorted(self.sources):
+            totals += self.sources[source]
+        return totals
+
+
+def dataset_factor(counts: WeighCounts, weights: WeightsConfig) -> float:
+    """What `normalize: dataset` multiplies PEAR weights by, from the counts of all partitions; else 1."""
+    totals = counts.totals
+    return totals.tokens / totals.sum if weights.normalize == "dataset" and totals.sum else 1.0
+
+
+@dataclass(frozen=True)
+class WeightBatch:
+    """PEAR weights of some rows, for a report."""
+
+    sources: pa.Array  # [N]
+    offsets: Int64s  # [N + 1]
+    weights: npt.NDArray[np.float64]  # [L], before `normalize: dataset`
+    ratios: npt.NDArray[np.float64]  # [L] log pi_target - log pi_behavior, NaN where it is not known
+
+
+class WeighObserver(Protocol):
+    """Sees the weights that are made, so that a report need not read them again."""
+
+    def add_weights(self, batch: WeightBatch) -> None: ...
+
+
+def weigh_partition(
+    storage: Storage,
+    partition: str,
+    kept_path: str,
+    target_store: ScoreStore | None,
+    behavior_scores: list[BehaviorScores],
+    config: Config,
+    out_path: str,
+    at_temperature: dict[float, ScoreStore] | None = None,
+    observer: WeighObserver | None = None,
+    repeat_store: ScoreStore | None = None,
+) -> WeighCounts:
+    """Write the kept rows of a partition with their weights to `out_path`, in the same order.
+
+    `target_store` is None where the kept rows bring their target_logprobs. `behavior_scores` are in the
+    order of `config.behavior.policies()`. `at_temperature` holds the target's scores with its logits
+    divided by a temperature, for rows that were recorded at that one. `repeat_store` holds a second scoring
+    of some rows by the target, for the comparison of the target with itself. A prompt of which a row could not
+    be scored is left out whole. Raises UserError for rows without a behavior where `missing` is error,
+    StageError where scores do not fit their rows.
+    """
+    assert config.weights is not None, "weighing needs weights"
+    assert config.behavior is not None, "PEAR needs a behavior"
+    weights, missing = config.weights, config.behavior.missing
+    counts = WeighCounts()
+    light_columns = BEHAVIOR_COLUMNS if target_store is not None else [*BEHAVIOR_COLUMNS, "target_logprobs"]
+    with open_parquet(storage, kept_path) as file:
+        kept_schema = file.schema_arrow.remove_metadata()
+    light = read_columns(storage, [kept_path], pa.schema([kept_schema.field(name) for name in light_columns]))
+    keys = array_of(light, "row_key")
+    behaviors = row_behaviors(light, config.behavior)
+    behavior_rows, behaviors = find_behavior_rows(storage, keys, behaviors, behavior_scores)
+    counts.missing = behaviors.census()
+    if missing == "error":
+        refuse_missing(counts.missing)
+
+    scores = read_scores(
+        storage, partition, keys, behaviors, target_store, behavior_scores, behavior_rows, at_temperature or {}
+    )
+    kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts)
+    del light
+    repeat = repeat_store.read(REPEAT_PARTITION, keys) if repeat_store is not None else None
+
+    def weighed_tables() -> Iterator[pa.Table]:
+        row = 0
+        for table in read_row_groups(storage, kept_path):
+            rows = np.flatnonzero(kept[row : row + table.num_rows])
+            batch = _Batch(table.take(rows), rows + row, behaviors, scores)
+            pear = pear_weights(batch.ratios, batch.pear_offsets, weights)
+            if len(batch.pear_rows):
+                _count_weights(counts, batch, pear, weights)
+                if observer is not None:
+                    observer.add_weights(WeightBatch(batch.sources, batch.pear_offsets, pear.weights, batch.ratios))
+            if repeat is not None:
+                _count_repeat(counts, batch, repeat, rows + row, weights)
+            yield batch.output(pear)
+            row += table.num_rows
+
+    write_parquet(storage, out_path, pa.schema([*kept_schema, *WEIGHED_COLUMNS]), weighed_tables())
+    return counts
+
+
+def _rows_to_keep(
+    light: pa.Table, behaviors: RowBehaviors, scores: PartitionScores, drop_missing: bool, counts: WeighCounts
+) -> npt.NDArray[np.bool_]:
+    """Rows [N] that are in the output; counts the others."""
+    missing = behaviors.missing()
+    if scores.target is not None:
+        target_usable = scores.target.usable
+    else:
+        target_usable = array_of(light, "target_logprobs").is_valid().to_numpy(zero_copy_only=False)
+    no_target = ~missing & ~np.where(behaviors.temperature == 1, target_usable, scores.tempered.usable)
+    no_behavior = (behaviors.policy >= 0) & ~scores.behavior.usable & ~no_target
+    for reason, rows in (("not scored by the target", no_target), ("not scored by its behavior policy", no_behavior)):
+        if rows.any():
+            counts.failed_rows[reason] = int(rows.sum())
+
+    encoded = array_of(light, "prompt_id").dictionary_encode()
+    prompts, num_prompts = encoded.indices.to_numpy().astype(np.int64), len(encoded.dictionary)
+    failed_prompts = np.zeros(num_prompts, dtype=bool)
+    failed_prompts[prompts[no_target | no_behavior]] = True
+    failed = failed_prompts[prompts]
+    dropped = missing & ~failed & drop_missing
+    kept = ~failed & ~dropped
+
+    counts.rows_in, counts.prompts_in = len(prompts), num_prompts
+    counts.rows, counts.prompts = int(kept.sum()), len(np.unique(prompts[kept]))
+    counts.failed_prompts, counts.rows_of_failed_prompts = int(failed_prompts.sum()), int(failed.sum())
+    counts.dropped_rows = int(dropped.sum())
+    counts.uniform_rows = int((kept & missing).sum())
+    counts.pear_rows = int((kept & ~missing).sum())
+    return kept
+
+
+class _Batch:
+    """Rows on their way through: N rows, L tokens with loss; those with a behavior are the PEAR rows."""
+
+    def __init__(self, table: pa.Table, rows: Int64s, behaviors: RowBehaviors, scores: PartitionScores):
+        """`rows` [N] are the places of the table's rows in the partition."""
+        self.table = table
+        token_offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
+        self.lengths = segment_sums(mask > 0, token_offsets)
+        self.offsets = offsets_from_lengths(self.lengths)
+        self.keys = array_of(table, "row_key")
+        self.target = self._unknown()
+        self.target_usable: npt.NDArray[np.bool_] | None = None
+        if scores.target is not None:
+            scores.target.fill(self.target, self.offsets, rows, self.keys)
+            self.target_usable = scores.target.usable[rows]
+        else:
+            self._put(self.target, array_of(table, "target_logprobs"), np.arange(len(rows)))
+
+        self.behavior = self._unknown()
+        scores.behavior.fill(self.behavior, self.offsets, rows, self.keys)
+        differs = np.repeat(scores.turn_end_differs[rows], self.lengths)
+        self.behavior[differs & (mask[mask > 0] == LOSS_TURN_END)] = np.nan
+        recorded = np.flatnonzero(behaviors.policy[rows] == RECORDED)
+        self._put(self.behavior, array_of(table, "recorded_logprobs"), recorded)
+
+        self.pear_rows = np.flatnonzero(~behaviors.missing()[rows])
+        self.pear_tokens = gather_rows(self.offsets[self.pear_rows], self.lengths[self.pear_rows])
+        self.pear_offsets = offsets_from_lengths(self.lengths[self.pear_rows])
+        self.sources = array_of(table, "source").take(pa.array(self.pear_rows))
+        compared = self.target.copy()  # at the temperature at which the response was sampled
+        scores.tempered.fill(compared, self.offsets, rows, self.keys)
+        self.compared = compared[self.pear_tokens]
+        self.ratios = log_ratios(self.compared, self.behavior[self.pear_tokens])
+
+    def _unknown(self) -> npt.NDArray[np.float32]:
+        return np.full(int(self.offsets[-1]), np.nan, dtype=np.float32)
+
+    def _put(self, flat: npt.NDArray[np.float32], column: pa.Array, rows: Int64s) -> None:
+        """Put a list column's values of `rows` into their places in a flat array [L]; nothing where it is null."""
+        rows = rows[column.is_valid().to_numpy(zero_copy_only=False)[rows]]
+        offsets, values = list_offsets_and_values(column)
+        lengths = np.diff(offsets)[rows]
+        check_lengths(lengths, self.lengths[rows], self.keys, rows)
+        flat[gather_rows(self.offsets[rows], lengths)] = values[gather_rows(offsets[rows], lengths)]
+
+    def output(self, pear: PearWeights) -> pa.Table:
+        """The table with target_logprobs, behavior_logprobs, weights and weight_source.
+
+        Where the behavior's log-probability is not known, the target's stands in its place: a delta of 0.
+        """
+        table = self.table
+        if self.target_usable is not None:
+            column = _lists(self.offsets, self.target, self.target_usable)
+            place = table.column_names.index("target_logprobs")
+            table = table.set_column(place, table.schema.field(place), column)
+        known = self.behavior[self.pear_tokens]
+        self.behavior[self.pear_tokens] = np.where(np.isnan(known), self.compared, known)
+        is_pear = np.zeros(len(self.lengths), dtype=bool)
+        is_pear[self.pear_rows] = True
+        weights = np.ones(int(self.offsets[-1]), dtype=np.float32)
+        weights[self.pear_tokens] = pear.weights
+        columns = [
+            _lists(self.offsets, self.behavior, is_pear),
+            list_array(self.offsets, weights, pa.float32()),
+            pa.array([UNIFORM, PEAR]).take(pa.array(is_pear.astype(np.int8))),
+        ]
+        for item, column in zip(WEIGHED_COLUMNS, columns, strict=True):
+            table = table.append_column(item, column)
+        return table
+
+
+def _lists(offsets: Int64s, values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> pa.ListArray:
+    """A list column with nulls where not `valid` [N]."""
+    lengths = np.where(valid, np.diff(offsets), 0)
+    values = values[gather_rows(offsets[:-1], lengths)]
+    return pa.ListArray.from_arrays(
+        pa.array(offsets_from_lengths(lengths).astype(np.int32)), pa.array(values), mask=pa.array(~valid)
+    )
+
+
+def _count_weights(counts: WeighCounts, batch: _Batch, pear: PearWeights, weights: WeightsConfig) -> None:
+    encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
+    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+    for name, totals in zip(names, totals_by_group(pear, batch.pear_offsets, codes, len(names)), strict=True):
+        counts.sources[name] = counts.sources.get(name, WeightTotals()) + totals
+    counts.unknown_tokens += int(np.isnan(batch.ratios).sum())
+    exact = pear_weights(np.zeros(len(batch.ratios)), batch.pear_offsets, weights)
+    counts.self_weights += _totals(exact, batch.pear_offsets)
+
+
+def _count_repeat(counts: WeighCounts, batch: _Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
+    """The weights of the target against its second scoring; `rows` [N] are the batch's places in `repeat`."""
+    usable = segment_sums(~np.isfinite(batch.target), batch.offsets) == 0
+    usable &= repeat.finite()[rows] & (repeat.lengths[rows] == batch.lengths)
+    there = np.flatnonzero(usable)
+    if not len(there):
+        return
+    first = batch.target[gather_rows(batch.offsets[there], batch.lengths[there])]
+    ratios = log_ratios(first, repeat.take(rows[there]))
+    counts.noise_squares += float(np.square(ratios).sum())
+    offsets = offsets_from_lengths(batch.lengths[there])
+    counts.self_weights_repeat += _totals(pear_weights(ratios, offsets, weights), offsets)
+
+
+def _totals(pear: PearWeights, offsets: Int64s) -> WeightTotals:
+    return totals_by_group(pear, offsets, np.zeros(len(offsets) - 1, dtype=np.int64), 1)[0]

@@ -1,0 +1,183 @@
+"""Shards that are made of kept rows: what the behavior policies score, and the target at a temperature.
+
+A behavior policy renders the prompt with its own template; the response's token ids are the target's, so
+its scores stand token for token beside the target's. A recorded temperature divides the target's logits
+too, so those rows are scored again by the target at that temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+
+from grape_service.config.policy import BehaviorConfig, PolicyConfig
+from grape_service.config.schema import RenderConfig
+from grape_service.models.files import folder_here
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.columns import LOSS_TURN_END, SHARD
+from grape_service.rows.keys import row_keys
+from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.score.shards import ShardFile, ShardWriter
+from grape_service.storage.parquet import open_parquet
+from grape_service.storage.storage import Storage
+from grape_service.weigh.behavior import RowBehaviors, row_behaviors
+
+SCHEMA = pa.schema(
+    [
+        *[SHARD.field(name) for name in ("row_key", "prompt_id", "candidate_id", "source")],
+        *[SHARD.field(name) for name in ("input_ids", "loss_mask", "prompt_len")],
+        pa.field("target_row_key", pa.binary(16), nullable=False),
+        pa.field("turn_end_differs", pa.bool_(), nullable=False),
+    ]
+)
+BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kept rows that one policy scores: a behavior policy, or the target at a temperature."""
+
+    name: str  # a folder
+    policy: PolicyConfig
+    policy_id: str
+    folder: str  # of the model's files, on the machine of the driver
+    temperature: float
+    place: int | None  # in config.behavior.policies(); None for the target
+
+    @property
+    def is_target(self) -> bool:
+        return self.place is None
+
+
+@dataclass(frozen=True)
+class GroupShards:
+    """What `write_group_shards` wrote for a group."""
+
+    shards: list[ShardFile]
+    unrenderable: int  # rows that the behavior policy's template cannot take; they have no behavior
+
+
+def rows_of_group(group: Group, behaviors: RowBehaviors) -> npt.NDArray[np.int64]:
+    """The rows that a group scores."""
+    if group.place is not None:
+        return np.flatnonzero(behaviors.policy == group.place)
+    if group.temperature == 1.0:
+        return np.arange(len(behaviors.policy))
+    return np.flatnonzero(behaviors.temperature == group.temperature)
+
+
+def write_group_shards(
+    storage: Storage,
+    partition: str,
+    kept_path: str,
+    out_folder: str,
+    groups: list[Group],
+    behavior: BehaviorConfig,
+    render: RenderConfig,
+    target_turn_end_id: int | None,
+    shard_tokens: int,
+) -> dict[str, GroupShards]:
+    """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`."""
+    renderers = {
+        group.name: Renderer.load(
+            folder_here(group.policy, group.folder, storage.options), group.policy, render, own_template=True
+        )
+        for group in groups
+        if not group.is_target
+    }
+    writers = {
+        group.name: ShardWriter(storage, f"{out_folder}/{group.name}", partition, shard_tokens) for group in groups
+    }
+    unrenderable = dict.fromkeys(writers, 0)
+    for batch in kept_batches(storage, kept_path):
+        behaviors = row_behaviors(batch, behavior)
+        for group in groups:
+            chosen = batch.take(pa.array(rows_of_group(group, behaviors)))
+            if chosen.num_rows == 0:
+                continue
+            if group.is_target:
+                table = target_rows(chosen)
+            else:
+                table = behavior_rows(chosen, renderers[group.name], target_turn_end_id)
+                unrenderable[group.name] += chosen.num_rows - table.num_rows
+            writers[group.name].add(table)
+    return {name: GroupShards(writer.close(), unrenderable[name]) for name, writer in writers.items()}
+
+
+def kept_batches(storage: Storage, path: str) -> Iterator[pa.Table]:
+    """The columns of kept rows that are needed to render them again."""
+    names = [*SHARD.names]
+    with open_parquet(storage, path) as file:
+        for batch in file.iter_batches(BATCH_ROWS, columns=names):
+            yield pa.Table.from_batches([batch])
+
+
+def target_rows(kept: pa.Table) -> pa.Table:
+    """Kept rows as they are."""
+    columns: dict[str, Any] = {name: kept[name] for name in SCHEMA.names if name in kept.column_names}
+    columns["target_row_key"] = kept["row_key"]
+    columns["turn_end_differs"] = pa.array(np.zeros(kept.num_rows, dtype=bool))
+    return pa.table(columns).select(SCHEMA.names).cast(SCHEMA)
+
+
+def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | None) -> pa.Table:
+    """Kept rows in another policy's rendering; rows that it cannot take are left out."""
+    candidates, targets = zip(*(candidate_of(row) for row in kept.to_pylist()), strict=True)
+    rendered = renderer.render_behavior(candidates, targets, target_turn_end_id)
+    good = [row for row, result in enumerate(rendered) if not isinstance(result, Rejection)]
+    results: list[Rendered] = [result for result in rendered if not isinstance(result, Rejection)]
+    offsets = offsets_from_lengths([len(result.input_ids) for result in results])
+    ids = np.concatenate([result.input_ids for result in results]) if results else np.empty(0, np.int32)
+    mask = np.concatenate([result.loss_mask for result in results]) if results else np.empty(0, np.uint8)
+    differs = [
+        bool(
+            (
+                targets[row].input_ids[targets[row].loss_mask == LOSS_TURN_END]
+                != result.input_ids[result.loss_mask == LOSS_TURN_END]
+            ).any()
+        )
+        for row, result in zip(good, results, strict=True)
+    ]
+    chosen = kept.take(pa.array(good, pa.int64()))
+    list_offsets = pa.array(offsets.astype(np.int32))
+    prompt_lens = np.asarray([result.prompt_len for result in results], dtype=np.int32)
+    return pa.table(
+        {
+            "row_key": pa.array(row_keys(ids, mask, offsets), pa.binary(16)),
+            "prompt_id": chosen["prompt_id"],
+            "candidate_id": chosen["candidate_id"],
+            "source": chosen["source"],
+            "input_ids": pa.ListArray.from_arrays(list_offsets, pa.array(ids, pa.int32())),
+            "loss_mask": pa.ListArray.from_arrays(list_offsets, pa.array(mask, pa.uint8())),
+            "prompt_len": pa.array(prompt_lens),
+            "target_row_key": chosen["row_key"],
+            "turn_end_differs": pa.array(differs, pa.bool_()),
+        }
+    ).cast(SCHEMA)
+
+
+def candidate_of(row: dict[str, Any]) -> tuple[Candidate, Rendered]:
+    """A kept row as it was before and after rendering by the target."""
+    messages = orjson.loads(row["messages"])
+    prompt, response = messages[: row["num_prompt_messages"]], messages[row["num_prompt_messages"] :]
+    is_text = len(response) == 1 and set(response[0]) <= {"role", "content"}
+    candidate = Candidate(
+        prompt=prompt,
+        response=response[0]["content"] if is_text else response,
+        prompt_id=row["prompt_id"],
+        candidate_id=row["candidate_id"],
+        source=row["source"],
+        truncated=row["truncated"],
+        tools=orjson.loads(row["tools"]) if row["tools"] else None,
+    )
+    rendered = Rendered(
+        np.asarray(row["input_ids"], dtype=np.int32), np.asarray(row["loss_mask"], dtype=np.uint8), row["prompt_len"]
+    )
+    return candidate, rendered

@@ -1,0 +1,111 @@
+import io
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grape_service.pool import lines
+from grape_service.pool.lines import BrokenDocument, json_elements, parse_line, split_lines
+from grape_service.rows.candidate import Rejection
+
+
+def read_ranges(data: bytes, cuts: list[int]) -> list[bytes | None]:
+    bounds = [0, *sorted(cuts), len(data)]
+    return [
+        line
+        for start, end in itertools.pairwise(bounds)
+        for block in split_lines(io.BytesIO(data), start, end)
+        for line in block
+    ]
+
+
+TEXTS = st.sampled_from(["", "a", '{"x": 1}\r', "é\u2028漢字", "😀" * 3, "long " * 7])
+
+
+@given(
+    texts=st.lists(TEXTS, max_size=12),
+    final_newline=st.booleans(),
+    shares=st.lists(st.floats(0, 1), max_size=6),
+    block=st.sampled_from([1, 2, 7, 64]),
+)
+def test_byte_ranges_that_meet_give_each_line_once(texts, final_newline, shares, block):
+    data = "\n".join(texts).encode() + (b"\n" if final_newline and texts else b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK_BYTES", block)
+        found = read_ranges(data, [int(share * len(data)) for share in shares])
+    expected = data.split(b"\n")
+    assert found == (expected[:-1] if expected[-1] == b"" else expected)
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [12], [40], [5, 12, 13, 30]])
+def test_a_line_that_is_too_long_is_one_row_and_the_others_are_read(monkeypatch, cuts):
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 10)
+    assert read_ranges(b"one\n" + b"x" * 40 + b"\ntwo\nthree\n", cuts) == [b"one", None, b"two", b"three"]
+    assert read_ranges(b"one\n" + b"x" * 40, cuts) == [b"one", None]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "a"', "broken JSON"),
+        (b"[" * 100_000, "broken JSON"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        ('{"a": "text"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"a": "\\ud800"}', "not UTF-8"),
+        (b'{"a": {"\\udfff": 1}}', "not UTF-8"),
+        (b"[1, 2]", "row is not an object"),
+        (b"null", "row is not an object"),
+        (b"NaN", "row is not an object"),
+        (None, "row is too long to read"),
+    ],
+)
+def test_a_line_that_is_no_row_has_its_reason(line, reason):
+    row = parse_line(line)
+    assert isinstance(row, Rejection)
+    assert row.reason == reason
+
+
+@pytest.mark.parametrize("line", [b"", b"  ", b"\r", b"\t"])
+def test_a_blank_line_is_no_row(line):
+    assert parse_line(line) is None
+
+
+def test_what_other_programs_write_is_read():
+    assert parse_line(b'{"a": [1, -Infinity], "b": "\\u00e9\\u0000"}\r') == {"a": [1, float("-inf")], "b": "é\0"}
+    row = parse_line(b'{"a": NaN, "b": 123456789012345678901234567890, "c": 18446744073709551615}')
+    assert isinstance(row, dict)
+    assert row["b"] == 1.2345678901234568e29
+    assert row["c"] == 2**64 - 1
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), st.none() | st.integers(-9, 9) | st.text(max_size=5))),
+    indent=st.sampled_from([None, 1]),
+    block=st.sampled_from([3, 16, 1000]),
+)
+def test_a_json_array_is_read_as_a_stream(rows, indent, block):
+    data = json.dumps(rows, indent=indent, ensure_ascii=False).encode("utf-8", "replace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "BLOCK_BYTES", block)
+        assert list(json_elements(io.BytesIO(data))) == json.loads(data)
+
+
+def test_a_json_file_may_hold_one_object_or_nothing():
+    assert list(json_elements(io.BytesIO(b' {"a": 1}\n'))) == [{"a": 1}]
+    assert list(json_elements(io.BytesIO(b"\xef\xbb\xbf[{}]"))) == [{}]
+    assert list(json_elements(io.BytesIO(b"  "))) == []
+
+
+def test_rows_of_a_json_array_that_are_none_are_rejected_alone():
+    data = b'[{"a": 1}, 3, {"a": "\xff"}, {"a": "\\ud800"}, {"a": 2}]'
+    found = [row.reason if isinstance(row, Rejection) else row for row in json_elements(io.BytesIO(data))]
+    assert found == [{"a": 1}, "row is not an object", "not UTF-8", "not UTF-8", {"a": 2}]
+
+
+@pytest.mark.parametrize("text", [b'[{"a": 1}, {"a"', b"[{} {}]", b"[{},]", b"[{}", b"{} {}", b"[] x", b"["])
+def test_a_json_file_that_stops_being_json_is_an_error(text):
+    with pytest.raises(BrokenDocument):
+        list(json_elements(io.BytesIO(text)))

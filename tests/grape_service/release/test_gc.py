@@ -1,0 +1,125 @@
+"""What gc takes, and what it never touches."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from grape_service.errors import UserError
+from grape_service.release.catalog import read_catalog
+from grape_service.release.claim import claim_version
+from grape_service.release.gc import DAY, PREPARED, RUN, SCORES, UNFINISHED, VERSION, Garbage, collect, render_text
+from grape_service.release.load import load
+from grape_service.release.manifest import Parents, PolicyUse
+from grape_service.release.tags import move_tag
+from grape_service.release.verify import verify
+from grape_service.release.writer import write_part
+from grape_service.storage.storage import Storage
+from tests.grape_service.release.made_up import SCHEMA, publish_version, rows
+
+
+def parents(policy: str, prepare: str, run: str, release: str | None = None) -> Parents:
+    use = PolicyUse(role="target", policy_id=policy, model="m")
+    return Parents(policies=[use], prepare_id=prepare, run_id=run, release=release)
+
+
+def publish_small(storage: Storage, tags: tuple[str, ...] = (), **more: Any) -> str:
+    return publish_version(storage, parts=[rows(0, 2)], tags=tags, **more).version
+
+
+def versions(storage: Storage) -> list[str]:
+    return [entry.version for entry in read_catalog(storage, "math-sft")]
+
+
+def kinds(found: list[Garbage]) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {}
+    for item in found:
+        result.setdefault(item.kind, []).append(item.path.rsplit("/", 1)[-1])
+    return result
+
+
+def test_old_versions_go_but_none_that_is_needed(any_storage: Storage) -> None:
+    for _ in range(4):
+        publish_small(any_storage)
+    publish_small(any_storage, parents=parents("x", "x", "x", f"{any_storage.root}/math-sft@v0003"))  # v0005
+    publish_small(any_storage, parents=parents("x", "x", "x", f"{any_storage.root}/math-sft@v0005"))  # v0006
+    publish_small(any_storage)
+    move_tag(any_storage, "math-sft", "best", "v0001")
+    move_tag(any_storage, "math-sft", "live", "v0006")
+    any_storage.write_json("math-sft/runs/sft-1.json", {"version": "v0004", "state": "succeeded"})
+    found = collect(any_storage, None, keep_versions=1)
+    assert kinds(found) == {VERSION: ["v0002"]}
+    assert found[0].num_files == 5
+    assert "would be deleted" in render_text(found, dry_run=True)
+    assert versions(any_storage) == [f"v{n:04d}" for n in range(1, 8)]
+    assert collect(any_storage, None, keep_versions=1, dry_run=False) == found
+    assert versions(any_storage) == ["v0001", "v0003", "v0004", "v0005", "v0006", "v0007"]
+    assert all(verify(load(f"{any_storage.root}/math-sft@{version}")) == [] for version in versions(any_storage))
+    assert [info.path for info in any_storage.list("math-sft/versions/v0002")] == ["math-sft/versions/v0002/claim.json"]
+    with pytest.raises(UserError, match="has no version v0002"):
+        move_tag(any_storage, "math-sft", "best", "v0002")
+    assert collect(any_storage, None, keep_versions=1) == []
+    assert collect(any_storage, None, keep_versions=100) == []
+
+
+def test_the_number_of_a_deleted_version_is_never_given_again(tmp_path) -> None:
+    storage = Storage(str(tmp_path))
+    publish_small(storage)
+    publish_small(storage)
+    collect(storage, None, keep_versions=0, dry_run=False)
+    assert versions(storage) == []
+    assert publish_small(storage) == "v0003"
+
+
+def test_a_claim_that_beats_is_left_alone(any_storage: Storage) -> None:
+    with claim_version(any_storage, "math-sft") as claim:
+        write_part(any_storage, claim.folder, 0, SCHEMA, [rows(0, 3)])
+        assert collect(any_storage, None, dry_run=False) == []
+        assert len(any_storage.list(claim.folder)) == 2
+    found = collect(any_storage, None, dry_run=False)
+    assert kinds(found) == {UNFINISHED: ["v0001"]}
+    assert "given up by its writer" in found[0].reason
+    assert [info.path for info in any_storage.list(claim.folder)] == [f"{claim.folder}/claim.json"]
+
+
+def test_scores_and_shards_go_when_no_release_uses_them(tmp_path) -> None:
+    output, workspace = Storage(str(tmp_path / "sets")), Storage(str(tmp_path / "work"))
+    for policy in ("used", "old", "tagged"):
+        workspace.write(f"scores/{policy}/b/1.parquet", b"x" * 100)
+        workspace.write(f"scores/{policy}/policy.json", b"{}")
+        workspace.write(f"prepared/{policy}/plan.json", b"x" * 10)
+        workspace.write(f"runs/{policy}/config.json", b"{}")
+    publish_small(output, parents=parents("old", "old", "old"))
+    publish_small(output, parents=parents("tagged", "tagged", "tagged"), tags=("best",))
+    later = time.time() + 40 * DAY
+    assert collect(output, workspace, keep_days=30) == []
+    found = collect(output, workspace, keep_days=30, now=later)
+    assert kinds(found) == {SCORES: ["old", "used"], PREPARED: ["old", "used"], RUN: ["old", "used"]}
+    assert [item.num_bytes for item in found if item.kind == SCORES] == [102, 102]
+    assert workspace.exists("scores/old/b/1.parquet")
+    for item in [*collect(output, workspace, keep_days=30, now=later, dry_run=False)]:
+        assert workspace.list(item.path.removeprefix(f"{workspace.root}/")) == []
+    assert workspace.folders("scores") == ["tagged"]
+
+
+def test_while_a_run_beats_nothing_it_may_need_goes(tmp_path) -> None:
+    output, workspace = Storage(str(tmp_path / "sets")), Storage(str(tmp_path / "work"))
+    publish_small(output)
+    publish_small(output)
+    workspace.write("scores/p/b/1.parquet", b"x")
+    workspace.write_json("runs/r/heartbeat.json", {})
+    assert collect(output, workspace, keep_days=0, keep_versions=0, dry_run=False, now=time.time() + 60) == []
+    found = collect(output, workspace, keep_days=0, keep_versions=0, dry_run=False, now=time.time() + 7200)
+    assert set(kinds(found)) == {VERSION, SCORES, RUN}
+
+
+def test_an_unreadable_manifest_stops_gc(tmp_path) -> None:
+    storage = Storage(str(tmp_path))
+    publish_small(storage)
+    publish_small(storage)
+    storage.write("math-sft/versions/v0001/manifest.json", b"broken")
+    with pytest.raises(UserError, match=r"v0001/manifest\.json is not JSON"):
+        collect(storage, None, keep_versions=0, dry_run=False)
+    assert storage.exists("math-sft/versions/v0002/manifest.json")

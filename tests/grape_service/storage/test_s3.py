@@ -1,0 +1,131 @@
+"""Requests to an S3 server that throttles, fails and loses its answers: a small one that does so on purpose."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from grape_service.errors import StageError, UserError
+from grape_service.storage.storage import Storage
+
+
+class Moody(http.server.BaseHTTPRequestHandler):
+    """Answers with the codes in `moods` first; "lost" does what was asked and then answers 500."""
+
+    protocol_version = "HTTP/1.1"
+    moods: list[str] = []
+    objects: dict[str, bytes] = {}
+    requests = 0
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        mood = self._mood()
+        if mood not in ("", "lost"):
+            return self._fail(mood)
+        if self.headers.get("If-None-Match") == "*" and self.path in self.objects:
+            return self._fail("412 PreconditionFailed")
+        self.objects[self.path] = data
+        return self._fail("500 InternalError") if mood == "lost" else self._answer(200, b"")
+
+    def do_GET(self) -> None:
+        mood = self._mood()
+        if mood == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.send_header("ETag", '"x"')
+            self.end_headers()
+            self.wfile.write(b"only this much")
+            self.close_connection = True
+            return None
+        if mood:
+            return self._fail(mood)
+        if self.path not in self.objects:
+            return self._fail("404 NoSuchKey")
+        return self._answer(200, self.objects[self.path])
+
+    def _mood(self) -> str:
+        Moody.requests += 1
+        return self.moods.pop(0) if self.moods else ""
+
+    def _fail(self, words: str) -> None:
+        status, code = words.split()
+        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code} said the server</Message></Error>"
+        self._answer(int(status), text.encode())
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"x"')
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    Moody.moods, Moody.objects, Moody.requests = [], {}, 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield Storage("s3://bucket/x", {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "retry_seconds": 5})
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "mood", ["503 SlowDown", "500 InternalError", "429 Throttling", "502 BadGateway", "400 RequestTimeout"]
+)
+def test_throttling_and_server_errors_are_tried_again(storage: Storage, mood: str) -> None:
+    Moody.moods = [mood] * 3
+    storage.write("a", b"1")
+    assert Moody.requests == 4
+    Moody.moods = [mood]
+    assert storage.read("a") == b"1"
+
+
+def test_a_server_that_keeps_failing_is_named_in_one_sentence(storage: Storage) -> None:
+    Moody.moods = ["503 SlowDown"] * 1000
+    with pytest.raises(
+        StageError, match=r"s3://bucket at http://127\.0\.0\.1.* gave no answer for 5 seconds"
+    ) as refused:
+        storage.write("a", b"1")
+    assert "\n" not in str(refused.value)
+    assert Moody.requests < 20
+
+
+@pytest.mark.parametrize(
+    ("mood", "sentence"),
+    [
+        ("403 AccessDenied", "these credentials may not write s3://bucket/x/a"),
+        ("404 NoSuchBucket", "the bucket of s3://bucket/x/a does not exist"),
+        ("403 SignatureDoesNotMatch", "the credentials for s3://bucket/x/a are refused"),
+        ("400 ExpiredToken", "the credentials for s3://bucket/x/a are refused"),
+    ],
+)
+def test_what_will_not_change_is_not_tried_again(storage: Storage, mood: str, sentence: str) -> None:
+    Moody.moods = [mood]
+    with pytest.raises(UserError, match=sentence):
+        storage.write("a", b"1")
+    assert Moody.requests == 1
+
+
+def test_a_won_race_whose_answer_was_lost_counts_as_won(storage: Storage) -> None:
+    Moody.moods = ["lost"]
+    assert storage.create_if_absent("a", b"mine")
+    assert not storage.create_if_absent("a", b"mine")
+    Moody.moods = ["503 SlowDown"]
+    assert not storage.create_if_absent("a", b"other")
+
+
+def test_an_answer_that_breaks_off_is_read_again(storage: Storage) -> None:
+    storage.write("a", b"whole")
+    Moody.moods = ["cut", "cut"]
+    assert storage.read("a") == b"whole"

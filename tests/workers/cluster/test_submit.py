@@ -1,0 +1,182 @@
+"""`grape submit` on a real cluster of two processes, with a token; its worker is killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+import grape_service
+from grape_service.config.schema import Config
+from tests import tiny_models
+from tests.flows.test_kill_drill import stored_keys
+from tests.jobs import Job, pool_rows, tiny_job
+from tests.ray_cluster import RayCluster, ray_cluster
+from workers.cluster.submit import for_cluster, outcome_in
+
+pytestmark = pytest.mark.timeout(900)
+WORKERS = {"shard_tokens": 400, "replicas": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_models.make_model(tmp_path_factory.mktemp("model"), arch="llama"))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A head and a worker."""
+    with ray_cluster(tmp_path_factory.mktemp("cluster")) as made:
+        made.start_worker(num_cpus=4)
+        yield made
+
+
+@dataclass
+class Whole:
+    """The undisturbed job of this module and what it released."""
+
+    job: Job
+    outcome: dict[str, Any]
+    rows: dict[tuple[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: str, cluster: RayCluster) -> Iterator[Whole]:
+    with tiny_job(tmp_path_factory.mktemp("whole"), model, pool_rows(30), workers=WORKERS) as job:
+        job.environment = cluster.environment
+        outcome = submitted(job, cluster)
+        yield Whole(job, outcome, released(outcome))
+
+
+def submitted(job: Job, cluster: RayCluster, *options: str) -> dict[str, Any]:
+    """`grape submit CONFIG --json`, which must succeed; its JSON object."""
+    done = job.grape("submit", str(job.config_path), "--address", cluster.address, "--json", *options, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return orjson.loads(done.stdout)
+
+
+def released(outcome: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    rows = grape_service.load(outcome["reference"]).dataset.to_table().to_pylist()
+    return {(row["prompt_id"], row["candidate_id"]): row for row in rows}
+
+
+def test_a_job_on_a_cluster_of_two_nodes(whole: Whole, cluster: RayCluster) -> None:
+    job, outcome = whole.job, whole.outcome
+    assert outcome["rows"] == len(whole.rows) == 30
+    assert outcome["failed"] == 0
+    assert {row["num_candidates"] for row in whole.rows.values()} == {4}
+
+    listed = orjson.loads(job.grape("jobs", "list", "--address", cluster.address, "--json").stdout)["jobs"]
+    assert listed[0]["id"] == outcome["job"]
+    assert listed[0]["state"] == "succeeded"
+
+    job.environment = {"RAY_AUTH_MODE": "disabled"}
+    refused = job.grape("jobs", "list", "--address", cluster.address)
+    assert refused.returncode == 2
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
+
+    # The same job through `grape run` and workers.ray_address: nothing is left to score.
+    job.environment = cluster.environment
+    job.config["workers"] = {**WORKERS, "ray_address": cluster.address}
+    again = job.run(timeout=300)
+    assert again["version"] == "v0001"
+    assert not again["is_new"]
+    assert again["scored"] == 0
+
+
+def test_detached_stopped_and_failed_jobs(tmp_path: Path, model: str, cluster: RayCluster) -> None:
+    with tiny_job(tmp_path, model, pool_rows(2)) as job:
+        job.environment = cluster.environment
+        detached = job.grape("submit", str(job.config_path), "--address", cluster.address, "--detach")
+        assert detached.returncode == 0, detached.stderr
+        name = detached.stdout.strip()
+        stopped = job.grape("jobs", "stop", name, "--address", cluster.address)
+        assert stopped.stdout.strip() == f"{name} cancelled"
+        job.config["pool"]["path"] = str(tmp_path / "nothing")
+        failed = job.grape("submit", str(job.config_path), "--address", cluster.address)
+        assert failed.returncode == 2, failed.stderr[-2000:]
+        assert "nothing" in failed.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.drill
+def test_a_node_lost_in_the_middle_costs_no_row(tmp_path: Path, model: str, cluster: RayCluster, whole: Whole) -> None:
+    """The module's last test on the cluster: its worker is gone afterwards."""
+    with tiny_job(tmp_path, model, pool_rows(30), workers=WORKERS) as job:
+        folder = tmp_path / "begun"
+        folder.mkdir()
+        names = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:TogetherEngine", "DRILL_SECONDS": "1.5"}
+        names |= {"DRILL_ENGINES": "2", "DRILL_FOLDER": str(folder)}
+        job.environment = cluster.environment | names
+        options = [part for name in names for part in ("--env", name)]
+        process = job.start("submit", str(job.config_path), "--address", cluster.address, "--json", *options)
+        worker = cluster.nodes[-1]
+        deadline = time.monotonic() + 240
+        while len(begun := list(folder.iterdir())) < 2:
+            assert time.monotonic() < deadline, "two engines did not start"
+            time.sleep(0.1)
+        on_worker = [path.name for path in begun if os.getsid(int(path.name)) == worker.pid]
+        time.sleep(0.5)
+        cluster.kill_node(worker)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+        assert len(on_worker) == 1  # one on each node
+        assert "an engine died" in err
+        outcome = orjson.loads(out)
+        assert (outcome["rows"], outcome["failed"], outcome["scored"] + outcome["reused"]) == (30, 0, 120)
+        rows = released(outcome)
+        assert rows.keys() == whole.rows.keys()
+        for key, row in rows.items():
+            assert row["grape_score"] == pytest.approx(whole.rows[key]["grape_score"], abs=1e-4)
+        assert len(set(stored_keys(job))) == len(stored_keys(job)) == 120
+        manifest = grape_service.load(outcome["reference"]).manifest
+        assert any("an engine died" in event["event"] for event in manifest.statistics["events"])
+        assert not job.wait_gone(30)
+        assert not scoring_processes(cluster, seconds=30)
+
+
+def scoring_processes(cluster: RayCluster, seconds: float) -> list[str]:
+    """Actors of the cluster that are still there after some seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        titles = [Path(f"/proc/{pid}/cmdline") for pid in cluster.processes()]
+        found = [title.read_text() for title in titles if title.exists()]
+        found = [title for title in found if "ScoringActor" in title]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def test_local_paths_become_absolute_and_the_job_submits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = Config.model_validate(
+        {
+            "name": "x",
+            "pool": {"path": "pool/"},
+            "target": {"model": "model"},
+            "behavior": {"sources": {"a": {"model": "team/model"}, "b": {"column": "lp"}}},
+            "output": {"path": "s3://team/datasets"},
+            "workers": {"ray_address": "http://head:8265", "replicas": 3},
+        }
+    )
+    values = for_cluster(config)
+    assert values["pool"]["path"] == str(tmp_path / "pool")
+    assert values["target"]["model"] == str(tmp_path / "model")
+    assert values["behavior"]["sources"]["a"]["model"] == "team/model"
+    assert values["output"]["path"] == "s3://team/datasets"
+    assert values["workers"] == {"ray_address": "auto", "replicas": 3}
+    assert Config.model_validate(values).behavior == config.behavior
+
+
+def test_the_object_is_found_in_a_log() -> None:
+    log = 'job x\n{\n  "other": 1\n}\nprepare: 1\n{\n  "reference": "r",\n  "rows": 3\n}\nbye\n'
+    assert outcome_in(log) == {"reference": "r", "rows": 3}
+    assert outcome_in("nothing\n}\n") is None

@@ -1,0 +1,245 @@
+"""Scoring actors on a real Ray: pulled units, replicas that die, memory that runs out, shards that always fail."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from grape_service.config.loading import parse_config
+from grape_service.config.schema import Config
+from grape_service.errors import StageError
+from grape_service.rows.columns import SHARD
+from grape_service.rows.keys import row_keys
+from grape_service.score.shards import ShardFile
+from grape_service.score.store import ScoreStore
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
+from tests import tiny_models
+from workers.cluster.ray import ray_for
+from workers.run import Run, new_run
+from workers.scoring.engines import engines_of
+from workers.scoring.replicas import Replicas, Work
+from workers.stages.score import plan_units, score_shards
+
+pytestmark = pytest.mark.timeout(300)
+_names = itertools.count()
+
+
+@dataclass
+class Bench:
+    """A running Ray whose engines do what `drill` says."""
+
+    folder: Path
+    model: str
+
+    def drill(self, **what: Any) -> None:
+        (self.folder / "drill.json").write_bytes(orjson.dumps({"name": next(_names), **what}))
+
+    def config(self, replicas: int) -> Config:
+        return parse_config(
+            {
+                "name": "drill",
+                "pool": {"path": "unused"},
+                "target": {"model": self.model, "dtype": "float32"},
+                "output": {"path": str(self.folder / f"out-{next(_names)}")},
+                "workers": {"replicas": replicas},
+            }
+        )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("drill")
+    bench = Bench(folder, tiny_models.make_model(folder / "model"))
+    bench.drill()
+    before = dict(os.environ)
+    os.environ["GRAPE_ENGINE_CLASS"] = "tests.drill_engines:DrillEngine"
+    os.environ["DRILL_FILE"] = str(folder / "drill.json")
+    try:
+        with ray_for(bench.config(2).workers):
+            yield bench
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def make_shards(storage: Storage, num_shards: int, rows: int = 4, tokens: int = 20) -> list[ShardFile]:
+    """Shards of random token ids below 400; id 450 marks a row by hand."""
+    random = np.random.default_rng(7)
+    shards = []
+    names = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "prompt_len")
+    schema = pa.schema([SHARD.field(name) for name in names])
+    for number in range(num_shards):
+        ids = random.integers(0, 400, size=rows * tokens).astype(np.int32)
+        if number == 3:
+            ids[tokens + 1] = 450  # the second row of the fourth shard
+        mask = np.tile(np.arange(tokens) >= tokens // 2, rows).astype(np.uint8)
+        offsets = np.arange(0, rows * tokens + 1, tokens)
+        lists = pa.array(offsets.astype(np.int32))
+        batch = pa.RecordBatch.from_arrays(
+            [
+                row_keys(ids, mask, offsets),
+                pa.array([f"prompt-{number}"] * rows),
+                pa.array([f"c{row}" for row in range(rows)]),
+                pa.nulls(rows, pa.string()),
+                pa.ListArray.from_arrays(lists, pa.array(ids)),
+                pa.ListArray.from_arrays(lists, pa.array(mask)),
+                pa.array([tokens // 2] * rows, pa.int32()),
+            ],
+            schema=schema,
+        )
+        path = f"shards/shard-{number:05d}.parquet"
+        write_parquet(storage, path, schema, [batch])
+        shards.append(ShardFile(path, "b", rows, rows * tokens))
+    return shards
+
+
+def stored_keys(run: Run) -> list[bytes]:
+    store = ScoreStore(run.workspace, run.policy_id(run.config.target))
+    keys: list[bytes] = []
+    for path in store.partition_files("b"):
+        keys += pq.read_table(run.workspace.full(path), columns=["row_key"])["row_key"].to_pylist()
+    return keys
+
+
+def assert_each_once(run: Run, num_rows: int) -> None:
+    keys = stored_keys(run)
+    assert len(keys) == len(set(keys)) == num_rows
+
+
+def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> None:
+    seconds, factor, num_shards = 0.3, 5, 100
+    bench.drill(seconds=seconds, slow_factor=factor)
+    with new_run(bench.config(2)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, num_shards)
+        replicas = engines.of(run.config.target, num_shards)
+        replicas.wait_ready(2)
+        assert len(replicas.replicas) == 2
+        store_id = run.policy_id(run.config.target)
+        units, _ = plan_units(run, store_id, shards)
+        started = time.monotonic()
+        totals = replicas.score([Work(unit, store_id) for unit in units], lambda _: None)
+        took = time.monotonic() - started
+        ideal = num_shards * seconds / (1 + 1 / factor)
+        print(f"{num_shards} shards, one replica {factor} times slower: {took:.1f} s, ideal {ideal:.1f} s")
+        assert totals.rows == 4 * num_shards
+        assert_each_once(run, 4 * num_shards)
+        assert took < 1.25 * ideal
+
+
+def test_a_replica_that_dies_is_replaced_and_nothing_is_scored_twice(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 12)
+        engines.of(run.config.target, 12)
+        bench.drill(die_once="one", seconds=0.05)
+        totals = score_shards(run, engines, run.config.target, shards, "score")
+        assert totals.failed == 0
+        assert_each_once(run, 48)
+        engines.close()
+        assert any("died" in event["event"] for event in run.events)
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 4)
+        engines.of(run.config.target, 4)
+        bench.drill(oom_above=1024)
+        totals = score_shards(run, engines, run.config.target, shards, "score")
+        assert (totals.rows, totals.failed) == (16, 0)
+        engines.close()
+        budgets = [event["event"] for event in run.events if "halved" in event["event"]]
+        assert [text.rsplit(" ", 1)[-1] for text in budgets] == ["2048", "1024"]
+
+
+def test_a_shard_that_always_fails_is_tried_three_times_and_recorded(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 6)
+        engines.of(run.config.target, 6)
+        bench.drill(fail_token=450)
+        totals = score_shards(run, engines, run.config.target, shards, "score")
+        assert (totals.rows, totals.failed) == (20, 4)
+        engines.close()
+        assert sum(" of 3: RuntimeError" in event["event"] for event in run.events) == 3
+        (table,) = [pq.read_table(run.workspace.full(i.path)) for i in run.workspace.list(f"{run.folder}/failures")]
+        assert set(table["reason"].to_pylist()) == {"RuntimeError: this batch always fails"}
+        assert set(table["prompt_id"].to_pylist()) == {"prompt-3"}
+        bench.drill()
+        again = score_shards(run, engines, run.config.target, shards, "score again")
+        assert (again.rows, again.reused, again.failed) == (4, 20, 0)
+        assert_each_once(run, 24)
+
+
+def test_a_row_without_a_score_goes_to_failures_alone(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 6)
+        engines.of(run.config.target, 6)
+        bench.drill(missing_token=450)
+        totals = score_shards(run, engines, run.config.target, shards, "score")
+        assert (totals.rows, totals.failed) == (23, 1)
+        (table,) = [pq.read_table(run.workspace.full(i.path)) for i in run.workspace.list(f"{run.folder}/failures")]
+        assert table["reason"].to_pylist() == ["log-probability missing"]
+
+
+def test_a_replica_with_other_scores_is_refused_by_its_canary(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        engines.of(run.config.target, 1)
+        engines.close()
+        path = f"scores/{run.policy_id(run.config.target)}/canary.json"
+        stored = run.workspace.read_json(path)
+        stored["logprobs"] = [value - 0.5 for value in stored["logprobs"]]
+        stored["dtype"] = "bfloat16"
+        run.workspace.write_json(path, stored)
+        with pytest.raises(StageError, match="dtype bfloat16 there, float32 here"):
+            engines.of(run.config.target, 1)
+
+
+def test_replicas_of_other_weights_or_another_template_are_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        other = tiny_models.make_model(tmp_path / "other", seed=1)
+        wrong = run.config.target.model_copy(update={"model": other})
+        assert run.policy_id(wrong) != run.policy_id(run.config.target)
+        engines.of(run.config.target, 1)
+        spec = engines.replicas.spec  # type: ignore[union-attr]
+        engines.close()
+        with pytest.raises(StageError, match="are not those of the run"):
+            Replicas(run.config, replace(spec, policy=wrong), 1)
+
+        copied = Path(shutil.copytree(bench.model, tmp_path / "copied" / "model"))
+        template = copied / "chat_template.jinja"
+        template.write_text(template.read_text() + "{# changed #}")
+        same_weights = run.config.target.model_copy(update={"model": str(copied)})
+        with pytest.raises(StageError, match=r"is not that of the run: chat_template\.jinja differ"):
+            Replicas(run.config, replace(spec, policy=same_weights), 1)
+
+
+def test_policies_take_turns(bench: Bench, tmp_path: Path) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        first = engines.of(run.config.target, 1)
+        pid = first.descriptions()[0]["pid"]
+        assert engines.of(run.config.target, 1) is first
+        other = run.config.target.model_copy(update={"model": tiny_models.make_model(tmp_path / "other", seed=1)})
+        second = engines.of(other, 1)
+        assert second is not first
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < deadline, "the first policy's engine is still there"
+            time.sleep(0.1)

@@ -1,0 +1,202 @@
+"""Ray's Jobs API: on a cluster's address, or on a private Ray that lives as long as it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grape_service.errors import StageError, UserError
+from workers.cluster.private import private_ray
+
+PRIVATE = "private"
+"""Address in a record of a Ray that ended with the process that started it."""
+
+IN_CLUSTER = "GRAPE_IN_CLUSTER"
+"""Set in the environment of a job that `grape submit` started: training jobs go to that job's cluster."""
+
+AGENT_SECONDS = 60.0
+"""How long a head may take, after its start, until its agent takes jobs."""
+
+_STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job, named by its id: submitting it again while it is known starts nothing."""
+
+    id: str
+    command: list[str]
+    environment: dict[str, str]
+    num_cpus: float | None = None
+    num_gpus: int | None = None
+    memory_bytes: int | None = None
+    custom_resources: dict[str, float] = field(default_factory=dict)
+    pip: list[str] = field(default_factory=list)
+    working_dir: str | None = None
+
+
+class JobServer:
+    """Starts, follows and stops jobs."""
+
+    def __init__(self, client: Any, address: str, num_gpus: int | None):
+        self._client = client
+        self.address = address
+        self.num_gpus = num_gpus  # of a private Ray; None on a cluster
+
+    @property
+    def is_private(self) -> bool:
+        return self.address == PRIVATE
+
+    @property
+    def python(self) -> str:
+        """The interpreter of jobs: this one on this machine, the cluster's own elsewhere."""
+        return sys.executable if self.is_private else "python"
+
+    def submit(self, request: JobRequest) -> None:
+        """Start a job; nothing happens if one of its id is known. Raises StageError if Ray refuses it."""
+        if self.state(request.id) is not None:
+            return
+        environment = dict(request.environment)
+        if self.is_private:
+            here = str(Path(__file__).resolve().parents[2])
+            others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+            environment.setdefault("PYTHONPATH", os.pathsep.join([here, *others]))
+        runtime: dict[str, Any] = {"env_vars": environment}
+        if request.pip:
+            runtime["pip"] = request.pip
+        if request.working_dir:
+            runtime["working_dir"] = request.working_dir
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(request.command),
+                    submission_id=request.id,
+                    runtime_env=runtime,
+                    entrypoint_num_cpus=request.num_cpus,
+                    entrypoint_num_gpus=request.num_gpus,
+                    entrypoint_memory=request.memory_bytes,
+                    entrypoint_resources=request.custom_resources or None,
+                    metadata={"grape_job": request.id},
+                )
+                return
+            except RuntimeError as error:
+                if self.state(request.id) is not None:  # another was faster with the same job
+                    return
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise StageError(f"Ray did not take the job {request.id}: {_last_line(error)}") from error
+                time.sleep(1.0)
+
+    def state(self, job_id: str) -> str | None:
+        """running, succeeded, failed or cancelled; None if no such job is known."""
+        try:
+            status = self._client.get_job_status(job_id).value
+        except RuntimeError as error:
+            if "404" in str(error):
+                return None
+            raise
+        return _STATES.get(status, "running")
+
+    def log_tail(self, job_id: str, lines: int = 30) -> str:
+        """The last lines of a job's output, and Ray's own message where the job never ran."""
+        log = self._client.get_job_logs(job_id).strip().splitlines()
+        message = self._client.get_job_info(job_id).message or ""
+        return "\n".join([*log[-lines:], message] if len(log) < 3 else log[-lines:])
+
+    def log(self, job_id: str) -> str:
+        """A job's whole output until now."""
+        text: str = self._client.get_job_logs(job_id)
+        return text
+
+    def exit_code(self, job_id: str) -> int | None:
+        """What the job's process ended with; None while it runs or where it never ran."""
+        code: int | None = self._client.get_job_info(job_id).driver_exit_code
+        return code
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Every submitted job, newest first: id, state, started and ended in ms since 1970, message."""
+        found = [job for job in self._client.list_jobs() if job.submission_id]
+        found.sort(key=lambda job: job.start_time or 0, reverse=True)
+        return [
+            {
+                "id": job.submission_id,
+                "state": _STATES.get(job.status.value, "running"),
+                "started": job.start_time,
+                "ended": job.end_time,
+                "message": job.message,
+            }
+            for job in found
+        ]
+
+    def stop(self, job_id: str) -> None:
+        """End a job and wait until it has ended."""
+        if self.state(job_id) == "running":
+            self._client.stop_job(job_id)
+        while self.state(job_id) == "running":
+            time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def job_server(address: str) -> Iterator[JobServer]:
+    """The Jobs API at http://head:8265; 'auto': the cluster that this process is a job of, else a private Ray.
+
+    Raises UserError when nobody answers at the address or the token is refused.
+    """
+    if address == "auto" and os.environ.get(IN_CLUSTER):
+        address = _address_of_own_cluster()
+    if address != "auto":
+        yield JobServer(_client(address), address, None)
+        return
+    with private_ray() as url:
+        yield JobServer(_client(url), PRIVATE, num_local_gpus())
+
+
+def _address_of_own_cluster() -> str:
+    """Address of the Jobs API of the cluster that this process is a job of."""
+    import ray
+
+    joined = not ray.is_initialized()
+    if joined:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        url: str = ray._private.worker.global_worker.node.webui_url  # type: ignore[union-attr]
+    finally:
+        if joined:
+            ray.shutdown()
+    if not url:
+        raise UserError("this cluster's head runs without a dashboard, and so without the Jobs API that training needs")
+    return f"http://{url}"
+
+
+def num_local_gpus() -> int:
+    """GPUs of this machine that are visible."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        text = str(error)
+        if "401" in text or "403" in text or "authentication" in text.lower():
+            raise UserError(
+                f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
+            ) from error
+        raise UserError(f"no Ray answers at {address}: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

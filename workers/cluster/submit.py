@@ -1,0 +1,200 @@
+"""A whole run as one job of a Ray cluster: packed, submitted through the Jobs API, followed to its exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import yaml
+
+from grape_service.config.schema import Config
+from grape_service.errors import StageError, UserError
+from grape_service.progress.log_lines import PROGRESS, Replay
+from grape_service.progress.reporter import reporter
+from workers.cluster.jobs import JobRequest, JobServer, job_server
+from workers.cluster.ray import IN_CLUSTER
+from workers.outcome import Outcome
+
+POLL_SECONDS = 1.0
+PACKAGES = ("grape_service", "workers", "flows")
+Until = Literal["score", "select", "release"]
+COMMANDS: dict[Until, str] = {"score": "score", "select": "select", "release": "run"}
+"""The command that does the job up to a stage."""
+CONFIG_NAME = "config.yaml"
+STOPPED_STATUS = 130
+LOST_SECONDS = 120.0
+"""A head that answers nothing for so long is gone."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job and where it runs."""
+
+    job_id: str
+    address: str
+
+
+def submit(
+    config: Config,
+    server: JobServer,
+    arguments: tuple[str, ...] = (),
+    with_code: bool = True,
+    environment: Mapping[str, str] | None = None,
+    command: str = "run",
+) -> Submitted:
+    """Start `grape run` of a config as a job; it goes on when this process ends.
+
+    `with_code` packs this checkout's packages; otherwise the cluster has them installed. `environment` can be read
+    by whoever may look at the cluster's jobs: secrets belong into the cluster's own environment.
+    """
+    job_id = f"grape-{config.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    with packed(config, with_code) as folder:
+        server.submit(
+            JobRequest(
+                id=job_id,
+                command=[server.python, "-m", "grape_service.cli", command, CONFIG_NAME, "--json", *arguments],
+                environment={IN_CLUSTER: "1", "PYTHONUNBUFFERED": "1", **(environment or {})},
+                num_cpus=0,
+                working_dir=folder,
+            )
+        )
+    return Submitted(job_id, server.address)
+
+
+@contextlib.contextmanager
+def packed(config: Config, with_code: bool) -> Iterator[str]:
+    """A folder with the config and, if wanted, the code: what the cluster gets of this machine."""
+    folder = Path(tempfile.mkdtemp(prefix="grape-submit-"))
+    try:
+        (folder / CONFIG_NAME).write_text(yaml.safe_dump(for_cluster(config), sort_keys=False))
+        if with_code:
+            root = Path(__file__).resolve().parent.parent
+            for package in PACKAGES:
+                ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+                shutil.copytree(root / package, folder / package, ignore=ignored)
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def for_cluster(config: Config) -> dict[str, Any]:
+    """The config's values as the job reads them: local paths absolute, stages on the job's own cluster.
+
+    A local path has to be the same folder on every node (a shared file system).
+    """
+    values: dict[str, Any] = orjson.loads(config.model_dump_json(exclude_unset=True))
+    for section, key in (("pool", "path"), ("output", "path")):
+        values[section][key] = _absolute(values[section][key])
+    if values.get("workspace"):
+        values["workspace"] = _absolute(values["workspace"])
+    behavior = values.get("behavior") or {}
+    for policy in (values["target"], behavior, *(behavior.get("sources") or {}).values()):
+        for key in ("model", "adapter"):
+            if policy.get(key) and Path(policy[key]).expanduser().is_dir():
+                policy[key] = _absolute(policy[key])
+    values["workers"] = {**values.get("workers", {}), "ray_address": "auto"}
+    return values
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -> int:
+    """Hand on the job's log as it grows; the job's exit status. Raises StageError when the cluster is gone.
+
+    A connection that breaks is made again: nothing of the log is written twice or left out.
+    """
+    shown = 0
+    last_answer = time.monotonic()
+    while True:
+        try:
+            state = server.state(job_id)
+            log = server.log(job_id)
+            last_answer = time.monotonic()
+        except (ConnectionError, RuntimeError, OSError) as error:
+            if time.monotonic() - last_answer > LOST_SECONDS:
+                raise StageError(f"the Ray cluster at {server.address} no longer answers: {error}") from error
+            time.sleep(POLL_SECONDS)
+            continue
+        if state is None:
+            raise UserError(f"{server.address} knows no job '{job_id}': see `grape jobs list`")
+        if len(log) > shown:
+            write(log[shown:])
+            shown = len(log)
+        if state != "running":
+            return exit_status(server, job_id, state)
+        time.sleep(POLL_SECONDS)
+
+
+def exit_status(server: JobServer, job_id: str, state: str) -> int:
+    """0 succeeded, 130 stopped, else what the job's process ended with (1 where it never ran)."""
+    if state == "succeeded":
+        return 0
+    if state == "cancelled":
+        return STOPPED_STATUS
+    return server.exit_code(job_id) or 1
+
+
+def outcome_in(log: str) -> dict[str, Any] | None:
+    """The JSON object that `grape run --json` prints last, found in a job's log."""
+    lines = log.splitlines()
+    ends = [place for place, line in enumerate(lines) if line == "}"]
+    for end in reversed(ends):
+        starts = [place for place, line in enumerate(lines[:end]) if line == "{"]
+        for start in reversed(starts[-3:]):
+            try:
+                value = orjson.loads("\n".join(lines[start : end + 1]))
+            except orjson.JSONDecodeError:
+                continue
+            if isinstance(value, dict) and "reference" in value:
+                return value
+    return None
+
+
+def runs_elsewhere(config: Config) -> bool:
+    """Whether the config names a cluster that this process is not on."""
+    return config.workers.ray_address != "auto" and not os.environ.get(IN_CLUSTER)
+
+
+def run_as_job(config: Config, until: Until = "release", force: bool = False) -> Outcome:
+    """Run a config as one job at its workers.ray_address; its progress is shown as if it ran here.
+
+    The job is stopped when this process is interrupted. Raises UserError or StageError as the job ended.
+    """
+    quiet = config.model_copy(update={"notify": None})  # whoever submits tells the webhook
+    with job_server(config.workers.ray_address) as server:
+        arguments = ("--force",) if force else ()
+        job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[until])
+        reporter().event(f"job {job.job_id} on {job.address}")
+        try:
+            status = follow(server, job.job_id, Replay(write_error))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                server.stop(job.job_id)
+            raise
+        log = server.log(job.job_id)
+    if status == 0:
+        value = outcome_in(log)
+        assert value is not None, "a run that succeeded prints its object last"
+        return Outcome(**value, storage_options=config.storage)
+    reason = next((line for line in reversed(log.splitlines()) if line.startswith("error: ")), "")
+    sentence = reason.removeprefix("error: ") or f"the job {job.job_id} ended with status {status}"
+    raise (UserError if status == 2 else StageError)(sentence)
+
+
+def write_error(text: str) -> None:
+    """A part of a log on standard error."""
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,129 @@
+"""The whole job on one screen, in the words of the design. No Prefect here: flows wrap the same functions as tasks.
+
+Each stage takes the run and what the stage before it left, and returns counts: the driver never holds rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from grape_service.config.schema import Config
+from grape_service.release.load import load
+from grape_service.release.reference import parse_reference
+from grape_service.webhooks import notify_when_done
+from workers.cluster.ray import ray_for
+from workers.cluster.submit import run_as_job, runs_elsewhere
+from workers.outcome import Outcome, outcome_of
+from workers.run import new_run
+from workers.scoring.engines import engines_of
+from workers.stages.check import check
+from workers.stages.prepare import prepare
+from workers.stages.release import release
+from workers.stages.reweigh import load_kept, release_reweighed
+from workers.stages.score import score
+from workers.stages.select import select
+from workers.stages.train import checked_jobs, train
+from workers.stages.weigh import score_behavior, weigh
+
+Until = Literal["score", "select", "release"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+AsStage = Callable[[str, Function], Function]
+Watch = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+def directly(name: str, function: Function) -> Function:
+    """Call a stage as it is."""
+    return function
+
+
+def unwatched(config: Config, name: str, run_id: str = "") -> contextlib.AbstractContextManager[Any]:
+    """Progress goes where it went before."""
+    return contextlib.nullcontext()
+
+
+def run_pipeline(
+    config: Config,
+    until: Until = "release",
+    force: bool = False,
+    as_stage: AsStage = directly,
+    watch: Watch = unwatched,
+    train: Callable[..., Any] = train,
+) -> Outcome:
+    """Score a pool with the model to be trained, keep what fits it best, weigh it, release it, train on it.
+
+    `as_stage(name, function)` wraps each stage, `watch(config, name, run_id)` surrounds the run, `train` trains on
+    the release. Raises UserError for what a user can put right, StageError for a stage that failed.
+    """
+    with notify_when_done(config) as done:
+        if config.train is not None:
+            checked_jobs(config.train, config.workers.ray_address)
+        if runs_elsewhere(config):
+            with watch(config, config.name):
+                outcome = as_stage("submit", run_as_job)(config, until, force)
+        else:
+            outcome = run_stages(config, until, force, as_stage, watch)
+            if config.train is not None and outcome.reference is not None:
+                outcome.training = train(outcome.reference, config.train, config.workers.ray_address, config.storage)
+        done.append(outcome.to_json())
+    return outcome
+
+
+def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, watch: Watch) -> Outcome:
+    """The stages one after the other, on a private Ray or on the cluster that this process is a job of."""
+    with (
+        new_run(config) as run,
+        watch(config, run.name, run.run_id),
+        ray_for(config.workers),
+        engines_of(run) as engines,
+    ):
+        prepared = as_stage("prepare", prepare)(run)
+        scored = as_stage("score", score)(run, engines, prepared)
+        counts = {"pool": prepared.counts()}
+        if until == "score":
+            return outcome_of(
+                run,
+                prompts=prepared.prompts,
+                rows=prepared.rows,
+                rejected=prepared.rejects.total,
+                failed=scored.failed,
+                scored=scored.rows,
+                reused=scored.reused,
+                counts=counts,
+            )
+        kept = as_stage("select", select)(run, prepared)
+        if until == "select":
+            return outcome_of(
+                run,
+                prompts=kept.counts.kept_prompts,
+                rows=kept.counts.kept_rows,
+                rejected=prepared.rejects.total,
+                failed=scored.failed,
+                scored=scored.rows,
+                reused=scored.reused,
+                counts={**counts, "select": kept.counts.to_json()},
+            )
+        checked = as_stage("check", check)(run, engines, prepared, kept)
+        policy_scores = as_stage("score behavior", score_behavior)(run, engines, kept)
+        engines.close()
+        weighed = as_stage("weigh", weigh)(run, kept, policy_scores)
+        return as_stage("release", release)(run, prepared, scored, kept, policy_scores, weighed, checked, force)
+
+
+def reweigh(
+    reference: str, config: Config, force: bool = False, as_stage: AsStage = directly, watch: Watch = unwatched
+) -> Outcome:
+    """Make a new version with weights from the rows of an existing release, scoring only what is missing."""
+    old = load(reference, config.storage)
+    with (
+        new_run(config, parse_reference(reference)) as run,
+        watch(config, run.name, run.run_id),
+        ray_for(config.workers),
+        engines_of(run) as engines,
+    ):
+        kept = as_stage("load kept rows", load_kept)(run, old)
+        policy_scores = as_stage("score behavior", score_behavior)(run, engines, kept)
+        engines.close()
+        weighed = as_stage("weigh", weigh)(run, kept, policy_scores)
+        return as_stage("release", release_reweighed)(run, old, kept, policy_scores, weighed, force)

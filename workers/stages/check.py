@@ -1,0 +1,129 @@
+"""The check stage: data checks as Ray tasks over partitions, after select and before anything is published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.checks.evaluation_sets import evaluation_items
+from grape_service.checks.findings import FINDING, CheckCounts, result_of
+from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
+from grape_service.checks.run import check_partition, shared_digests
+from grape_service.checks.sources import check_sources
+from grape_service.checks.texts import evaluation_grams
+from grape_service.config.checks import Check, Contamination, Sources, UntrustedTarget
+from grape_service.errors import StageError
+from grape_service.prepare.result import Prepared
+from grape_service.prepare.shards import shard_paths
+from grape_service.progress.reporter import reporter
+from grape_service.rows.columns import SHARD
+from grape_service.score.shards import ShardFile
+from grape_service.score.store import ScoreStore
+from grape_service.storage.parquet import array_of, write_parquet
+from workers.cluster.tasks import run_tasks
+from workers.run import Run
+from workers.scoring.engines import Engines
+from workers.stages.score import score_shards
+from workers.stages.select import Kept, sample_kept
+
+MAX_BUCKETS = 64
+
+
+def check(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> list[dict[str, Any]]:
+    """What the checks of the config found, as the manifest and the report tell it; the flagged rows are in
+    Parquet tables in the workspace. Raises StageError where one that is set to fail does."""
+    checks = run.config.checks.enabled()
+    if not checks:
+        return []
+    folder = f"checks/{run.run_id}"
+    with run.stage("check"):
+        counts = _check_partitions(run, prepared, kept, checks, folder)
+        results = []
+        for item in checks:
+            if isinstance(item, Sources):
+                result, findings = check_sources(item, kept.statistics.to_json())
+            elif isinstance(item, UntrustedTarget):
+                result, findings = _check_target(run, engines, prepared, kept, item)
+            else:
+                result, findings = result_of(item, counts[item.name], None), None
+            if findings is not None:
+                write_parquet(run.workspace, f"{folder}/{item.name}.parquet", FINDING, [findings])
+            results.append({**result, "table": f"{run.workspace.root}/{folder}"})
+    for result in results:
+        if result["warning"]:
+            run.event(f"check {result['name']}: {result['warning']}")
+    failed = [result for result in results if result["warning"] and result["action"] == "fail"]
+    if failed:
+        raise StageError(
+            f"{failed[0]['warning']} checks.{failed[0]['name']} is set to fail, so nothing is published. "
+            f"{failed[0]['change']} The flagged rows: {run.workspace.url(folder)}"
+        )
+    return results
+
+
+def _check_partitions(
+    run: Run, prepared: Prepared, kept: Kept, checks: list[Check], folder: str
+) -> dict[str, CheckCounts]:
+    workspace, workers = run.workspace, run.config.workers
+    grams = {}
+    for item in checks:
+        if isinstance(item, Contamination):
+            items = evaluation_items(item.files, run.config.storage)
+            grams = evaluation_grams(items, item.n)
+    partitions = [name for name, totals in prepared.partitions.items() if totals.num_shards]
+    digests = [f"{run.folder}/digests/{name}.parquet" for name in partitions]
+    arguments = [
+        (workspace, shard_paths(prepared, p), kept.paths.get(p), checks, grams, f"{folder}/{p}.parquet", digest)
+        for p, digest in zip(partitions, digests, strict=True)
+    ]
+    reporter().begin("check", len(arguments), "partitions")
+    done = run_tasks(check_partition, arguments, workers, done=lambda *_: reporter().advance("check", 1))
+    reporter().end("check")
+    totals = {item.name: sum((found[item.name] for found in done), CheckCounts()) for item in checks}
+    if "exact_duplicates" in totals:
+        buckets = min(MAX_BUCKETS, len(partitions))
+        shared = run_tasks(
+            shared_digests,
+            [(workspace, digests, n, buckets, f"{folder}/duplicates-{n:02}.parquet") for n in range(buckets)],
+            workers,
+        )
+        totals["exact_duplicates"] += sum(shared, CheckCounts())
+    return totals
+
+
+def _check_target(
+    run: Run, engines: Engines, prepared: Prepared, kept: Kept, item: UntrustedTarget
+) -> tuple[dict[str, Any], pa.Table]:
+    """Score a sample of kept responses under other prompts and compare with their own scores."""
+    counts, warning, findings = CheckCounts(), None, FINDING.empty_table()
+    columns = [*SHARD.names, "target_logprobs"]
+    sample = sample_kept(run, kept, item.rows, None, columns, _loss_at_the_end) if kept.has_scores else None
+    if sample is not None and sample.num_rows > 1:
+        path = f"{run.folder}/shuffled/shard-00000.parquet"
+        other_prompts = shuffled(sample)
+        write_parquet(run.workspace, path, SHARD, [other_prompts])
+        num_tokens = int(pc.sum(pc.list_value_length(other_prompts["input_ids"])).as_py())
+        shard = ShardFile(path, "b", other_prompts.num_rows, num_tokens)
+        score_shards(run, engines, run.config.target, [shard], "score responses under shuffled prompts")
+        found = ScoreStore(run.workspace, run.policy_id(run.config.target)).read(
+            "b", array_of(other_prompts, "row_key")
+        )
+        usable = np.flatnonzero(found.finite())
+        if len(usable):
+            real = mean_scores([sample["target_logprobs"][int(row)].as_py() for row in usable])
+            other = mean_scores([found.take(np.array([row])).tolist() for row in usable])
+            flagged, warning = trust(real, other, item)
+            counts, findings = flagged.counts(len(usable), 0.0), flagged.table(item.name, sample.take(usable))
+    result = result_of(item, counts, None)
+    return {**result, "warning": warning}, findings
+
+
+def _loss_at_the_end(table: pa.Table) -> npt.NDArray[np.bool_]:
+    """Rows [N] whose loss is one run at their end: they can be moved behind another prompt."""
+    loss = pc.list_value_length(table["target_logprobs"]).to_numpy(zero_copy_only=False)
+    response = pc.list_value_length(table["input_ids"]).to_numpy() - table["prompt_len"].to_numpy()
+    return np.asarray(loss == response)

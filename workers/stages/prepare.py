@@ -1,0 +1,109 @@
+"""The prepare stage: a pool becomes shards of whole prompts, as Ray tasks over pieces and partitions."""
+
+from __future__ import annotations
+
+import socket
+
+import numpy as np
+import numpy.typing as npt
+
+from grape_service.config.schema import Config
+from grape_service.errors import StageError, UserError
+from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOKEN, earlier_rate, stages_ahead
+from grape_service.models.files import folder_here
+from grape_service.models.vocabulary import incompatible_ids
+from grape_service.prepare.counts import PieceCounts, summarise_map
+from grape_service.prepare.finish import finish_prepare, load_prepared
+from grape_service.prepare.map import map_piece
+from grape_service.prepare.plan import Piece, PreparePlan, plan_prepare
+from grape_service.prepare.reduce import reduce_partition
+from grape_service.prepare.result import Prepared
+from grape_service.progress.reporter import reporter
+from grape_service.render.renderer import Renderer
+from grape_service.storage.storage import Storage
+from workers.cluster.ray import num_cores, num_slots
+from workers.cluster.tasks import run_tasks
+from workers.run import Run
+from workers.scoring.metrics import count_rejects
+
+
+def prepare(run: Run) -> Prepared:
+    """Pool -> shards of whole prompts. An unchanged pool under unchanged settings is not read again."""
+    config, workspace = run.config, run.workspace
+    with run.stage("prepare"):
+        plan = plan_prepare(config, run.target_renderer.digest(), workspace)
+        prepared = load_prepared(plan, workspace)
+        look_ahead(run, plan.pool_bytes, prepared)
+        if prepared is None:
+            prepared = _read_pool(run, plan)
+            look_ahead(run, plan.pool_bytes, prepared)
+        else:
+            run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
+        check_compatibility(run, prepared.used_token_ids)
+        count_rejects(run.name, prepared.rejects.by_reason)
+    return prepared
+
+
+def _read_pool(run: Run, plan: PreparePlan) -> Prepared:
+    config, workspace = run.config, run.workspace
+    threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
+    digest = run.target_renderer.digest()
+    reporter().begin("prepare", len(plan.pieces), "pieces")
+    pieces = run_tasks(
+        map_task,
+        [(plan, piece, config, run.target_files.folder, digest, workspace) for piece in plan.pieces],
+        config.workers,
+        done=lambda *_: reporter().advance("prepare", 1),
+        threads=threads,
+    )
+    reporter().end("prepare")
+    summary = summarise_map(plan, pieces, config)
+    reporter().begin("shard", plan.num_partitions, "partitions")
+    partitions = run_tasks(
+        reduce_partition,
+        [(plan, partition, config, summary, workspace) for partition in plan.partitions],
+        config.workers,
+        done=lambda *_: reporter().advance("shard", 1),
+    )
+    reporter().end("shard")
+    return finish_prepare(plan, summary, partitions, config, workspace)
+
+
+def map_task(
+    plan: PreparePlan, piece: Piece, config: Config, folder: str, digest: str, workspace: Storage
+) -> PieceCounts:
+    """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
+    renderer = Renderer.load(folder_here(config.target, folder, config.storage), config.target, config.render)
+    if renderer.digest() != digest:
+        raise StageError(
+            f"the tokenizer or chat template of {config.target.model} on {socket.gethostname()} is not "
+            "that of the run: give every node the same model files"
+        )
+    return map_piece(plan, piece, config, renderer, workspace)
+
+
+def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:
+    """Refuse behavior policies under which the token ids with loss mean other bytes, before any scoring."""
+    config = run.config
+    if config.weights is None or config.behavior is None:
+        return
+    for policy in config.behavior.policies():
+        files = run.files_of(policy)
+        if files.folder == run.target_files.folder:
+            continue
+        other = Renderer.load(files.folder, policy, config.render, own_template=True)
+        bad = incompatible_ids(run.target_renderer.vocabulary, other.vocabulary, used_ids)
+        if len(bad):
+            raise UserError(
+                f"{config.target.model} and {policy.model} cannot be compared token by token: "
+                f"{len(bad):,} of the token ids used mean other text there (the first: {bad[0]}); "
+                "use a behavior policy with the same tokenizer, or weights: null"
+            )
+
+
+def look_ahead(run: Run, pool_bytes: int, prepared: Prepared | None) -> None:
+    """Tell the reporter what is to come: all of it, or what follows prepare where that is done."""
+    tokens = prepared.tokens if prepared else pool_bytes / POOL_BYTES_PER_TOKEN
+    per_prompt = prepared.rows / max(1, prepared.prompts) if prepared else CANDIDATES_PER_PROMPT
+    ahead = stages_ahead(run.config, tokens, per_prompt, num_slots(run.config.workers), done=prepared is not None)
+    reporter().expect(ahead, earlier_rate(run.workspace, run.policy_id(run.config.target)))

@@ -1,0 +1,134 @@
+"""Re-weighing a release: its rows become kept rows, at the same or another target, and a new version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from grape_service.config.methods import SelectConfig
+from grape_service.errors import UserError
+from grape_service.release.load import Release
+from grape_service.release.rows import other_fields_of, write_kept_rows
+from grape_service.report.examples import examples_of_kinds, read_examples
+from grape_service.report.statistics import SelectStatistics, source_names
+from grape_service.rows.partitions import partition_of
+from grape_service.select.partition import SelectCounts
+from workers.cluster.tasks import run_tasks
+from workers.outcome import Outcome, release_outcome
+from workers.provenance import common_parents, policies_used
+from workers.run import Run
+from workers.stages.prepare import check_compatibility
+from workers.stages.release import Columns, check_failed_share, publish_rows, report_statistics
+from workers.stages.select import Kept
+from workers.stages.weigh import PolicyScores, Weighed
+
+
+def load_kept(run: Run, release: Release) -> Kept:
+    """The release's rows as kept files; the target's scores are taken over where the target is the same policy.
+
+    Raises UserError where the config has no weights, or a target that reads the tokens differently.
+    """
+    if run.config.weights is None:
+        raise UserError("the config has no weights: add 'weights: {method: pear}' and a behavior to weigh a release")
+    target_id = run.policy_id(run.config.target)
+    same_target = any(p.role == "target" and p.policy_id == target_id for p in release.manifest.parents.policies)
+    other = other_fields_of(release.schema)
+    paths: dict[str, str] = {}
+    arguments = []
+    for entry in release.manifest.files:
+        partition = getattr(entry, "partition", "b")
+        paths[partition] = f"{run.folder}/kept/{partition}.parquet"
+        part = f"{release.folder}/{entry.path}"
+        turn_end = run.target_renderer.turn_end_id
+        arguments.append((release.storage, part, run.workspace, paths[partition], other, turn_end, same_target))
+    with run.stage("load kept rows"):
+        done = run_tasks(write_kept_rows, arguments, run.config.workers)
+    used = np.unique(np.concatenate([ids for _, ids in done]))
+    if len(used) and used[-1] >= run.target_renderer.vocab_size:
+        raise UserError(f"{run.config.target.model} does not have the tokens of {release.reference}: token {used[-1]}")
+    check_compatibility(run, used)
+    rows = sum(count for count, _ in done)
+    prompts = release.manifest.counts.get("select", {}).get("kept_prompts", rows)
+    names = (_old_report(release).get("select") or {}).get("names") or source_names({})
+    return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target, SelectStatistics.empty(names))
+
+
+def _old_report(release: Release) -> dict[str, Any]:
+    return release.manifest.statistics.get("report") or {}
+
+
+def release_reweighed(
+    run: Run, release: Release, kept: Kept, policy_scores: PolicyScores, weighed: Weighed, force: bool = False
+) -> Outcome:
+    """Publish the weighed rows as a new version whose parent is `release`."""
+    failed = sum(total.failed for total in policy_scores.totals.values())
+    check_failed_share(run.config, failed, kept.counts.kept_rows)
+    columns = Columns(
+        [field.name for field in release.schema.field("messages").type.value_type],
+        [field for field in release.schema if field.name in _extra_names(release)],
+    )
+    old = release.manifest
+    parents = common_parents(run, policies_used(run, policy_scores)).model_copy(
+        update={"pool": old.parents.pool, "prepare_id": old.parents.prepare_id, "release": release.reference}
+    )
+    config = {**run.config.model_dump(mode="json"), "select": old.config.get("select"), "pool": old.config.get("pool")}
+    fields = {
+        "counts": {**old.counts, "weigh": weighed.counts.to_json()},
+        "config": config,
+        "parents": parents,
+        "statistics": {
+            "weights": weighed.counts.totals.figures(),
+            "report": {**report_statistics(kept, weighed), "select": _old_report(release).get("select")},
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
+            "engines": run.engines,
+            "events": run.events,
+        },
+    }
+    version, is_new = publish_rows(
+        run,
+        columns,
+        weighed.files(),
+        weighed.factor,
+        fields,
+        force,
+        examples=lambda: kept_examples(run, release, weighed),
+    )
+    run.delete_intermediate()
+    totals = policy_scores.totals.values()
+    return release_outcome(
+        run,
+        version,
+        is_new,
+        prompts=weighed.counts.prompts,
+        rows=weighed.counts.rows,
+        failed=failed,
+        scored=sum(total.rows for total in totals),
+        reused=sum(total.reused for total in totals),
+    )
+
+
+def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[dict[str, Any]]:
+    """The examples of the release's own report with their new weights: the kept candidates alone, since those that
+    lost have no score under this target."""
+    chosen: dict[str, list[list[Any]]] = (_old_report(release).get("select") or {}).get("examples") or {}
+    num_partitions = 2 ** (len(next(iter(weighed.paths))) - 1)
+    wanted: dict[str, list[str]] = {}
+    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
+        wanted.setdefault(partition_of(prompt_id, num_partitions), []).append(prompt_id)
+    select = SelectConfig.model_validate(release.manifest.config.get("select") or {})
+    arguments = [
+        (run.workspace, partition, [path], None, wanted[partition], select, path)
+        for partition, path in weighed.paths.items()
+        if partition in wanted
+    ]
+    prompts: dict[str, dict[str, Any]] = {}
+    for found in run_tasks(read_examples, arguments, run.config.workers):
+        prompts.update(found)
+    return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
+
+
+def _extra_names(release: Release) -> set[str]:
+    return {field.name for field in other_fields_of(release.schema)} | (
+        {"sampling", "tools"} & set(release.schema.names)
+    )

@@ -1,0 +1,112 @@
+"""The select stage: the best candidates of each prompt are kept, as Ray tasks over partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+from grape_service.prepare.result import Prepared
+from grape_service.prepare.shards import shard_paths
+from grape_service.progress.reporter import reporter
+from grape_service.report.statistics import SelectStatistics, source_names
+from grape_service.rows.columns import SHARD
+from grape_service.rows.partitions import prompt_order
+from grape_service.score.store import ScoreStore
+from grape_service.select.partition import SelectCounts, select_partition
+from grape_service.storage.parquet import read_row_groups
+from grape_service.storage.storage import Storage
+from workers.cluster.tasks import run_tasks
+from workers.run import Run
+
+
+def select(run: Run, prepared: Prepared) -> Kept:
+    """Keep the best candidates of each prompt."""
+    config = run.config
+    partitions = [partition for partition, totals in prepared.partitions.items() if totals.num_shards]
+    store = ScoreStore(run.workspace, run.policy_id(config.target)) if config.select.needs_scores else None
+    paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
+    names = source_names(prepared.sources, prepared.without_source)
+    arguments = [
+        (run.workspace, partition, shard_paths(prepared, partition), store, config, path, names)
+        for partition, path in paths.items()
+    ]
+    with run.stage("select"):
+        reporter().begin("select", len(arguments), "partitions")
+        done = run_tasks(select_task, arguments, config.workers, done=lambda *_: reporter().advance("select", 1))
+        reporter().end("select")
+    counts = [count for count, _ in done]
+    rows = {partition: count.kept_rows for partition, count in zip(partitions, counts, strict=True)}
+    total = sum(counts, SelectCounts())
+    if total.kept_rows == 0:
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
+        raise UserError(f"no prompt is left after selection ({reasons or 'the pool has no rows'})")
+    statistics = sum((found for _, found in done), SelectStatistics.empty(names))
+    return Kept({p: path for p, path in paths.items() if rows[p]}, total, config.select.needs_scores, statistics)
+
+
+def select_task(
+    storage: Storage,
+    partition: str,
+    shards: list[str],
+    store: ScoreStore | None,
+    config: Config,
+    out_path: str,
+    names: list[str],
+) -> tuple[SelectCounts, SelectStatistics]:
+    """select_partition and its statistics for the report (a Ray task)."""
+    statistics = SelectStatistics.empty(names)
+    return select_partition(storage, partition, shards, store, config, None, out_path, statistics), statistics
+
+
+@dataclass
+class Kept:
+    """What selection left: a file of kept rows for each partition that has any."""
+
+    paths: dict[str, str]  # partition -> path in the workspace
+    counts: SelectCounts
+    has_scores: bool  # whether target_logprobs are in the files
+    statistics: SelectStatistics
+
+
+def sample_kept(
+    run: Run,
+    kept: Kept,
+    max_rows: int,
+    max_tokens: int | None = None,
+    columns: Sequence[str] = tuple(SHARD.names),
+    usable: Callable[[pa.Table], npt.NDArray[np.bool_]] | None = None,
+) -> pa.Table | None:
+    """A kept row of each of some prompts, the same ones each time; None without any.
+
+    `usable` says which rows of a table [N] may be taken; without it all may. `max_tokens` bounds their input_ids.
+    """
+    found: list[pa.Table] = []
+    rows = tokens = 0
+    for partition in sorted(kept.paths):
+        for table in read_row_groups(run.workspace, kept.paths[partition], list(columns)):
+            ids = table["prompt_id"].to_pylist()
+            may = usable(table) if usable is not None else np.ones(len(ids), dtype=bool)
+            first = [row for row, prompt_id in enumerate(ids) if row == 0 or ids[row - 1] != prompt_id]
+            lengths = pc.list_value_length(table["input_ids"]).to_pylist()
+            chosen: list[int] = []
+            for row in sorted(first, key=lambda row: prompt_order(ids[row])):
+                if not may[row]:
+                    continue
+                if rows == max_rows or (max_tokens is not None and tokens + lengths[row] > max_tokens):
+                    return _joined([*found, table.take(chosen)])
+                chosen.append(row)
+                rows, tokens = rows + 1, tokens + lengths[row]
+            found.append(table.take(chosen))
+    return _joined(found)
+
+
+def _joined(found: list[pa.Table]) -> pa.Table | None:
+    table = pa.concat_tables(found).combine_chunks() if found else None
+    return table if table is not None and table.num_rows else None

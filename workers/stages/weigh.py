@@ -1,0 +1,231 @@
+"""The weigh stage: kept rows are scored under the policies that PEAR compares, then weighed, as Ray tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+
+from grape_service.config.schema import Config
+from grape_service.estimate.eta import winners_stage
+from grape_service.progress.reporter import reporter
+from grape_service.report.statistics import WeighStatistics
+from grape_service.rows.columns import SHARD
+from grape_service.score.shards import ShardFile
+from grape_service.score.store import REPEAT_SUFFIX, ScoreStore
+from grape_service.storage.parquet import write_parquet
+from grape_service.storage.storage import Storage
+from grape_service.weigh.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
+from grape_service.weigh.partition import REPEAT_PARTITION, BehaviorScores, WeighCounts, dataset_factor, weigh_partition
+from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
+from workers.cluster.tasks import run_tasks
+from workers.run import Run
+from workers.scoring.engines import Engines
+from workers.scoring.replicas import ScoreTotals
+from workers.stages.score import score_shards
+from workers.stages.select import Kept, sample_kept
+
+
+def policy_groups(run: Run, kept: Kept) -> list[Group]:
+    """Who scores kept rows: the target where it has not, the target at recorded temperatures, behavior policies."""
+    config = run.config
+    assert config.behavior is not None
+    target, files = config.target, run.target_files
+    temperatures = [] if kept.has_scores else [1.0]
+    arguments = [(run.workspace, path, config.behavior) for path in kept.paths.values()]
+    temperatures += sorted({t for found in run_tasks(recorded_temperatures, arguments, config.workers) for t in found})
+    groups = [
+        Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, place=None) for t in temperatures
+    ]
+    for place, policy in enumerate(config.behavior.policies()):
+        folder = run.files_of(policy).folder
+        groups.append(Group(f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place))
+    return groups
+
+
+@dataclass
+class PolicyScores:
+    """The shards of kept rows that were made for each group."""
+
+    groups: list[Group] = field(default_factory=list)
+    shards: dict[str, dict[str, GroupShards]] = field(default_factory=dict)  # partition -> group name -> shards
+    totals: dict[str, ScoreTotals] = field(default_factory=dict)  # group name -> what scoring did
+
+
+def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
+    """log p of kept responses under whatever PEAR needs beside the target's scores, policy by policy."""
+    config = run.config
+    if config.weights is None or config.behavior is None:
+        return PolicyScores()
+    groups = policy_groups(run, kept)
+    with run.stage("score behavior"):
+        arguments = [
+            (
+                run.workspace,
+                partition,
+                path,
+                f"{run.folder}/rescore/{partition}",
+                groups,
+                config.behavior,
+                config.render,
+                run.target_renderer.turn_end_id,
+                config.workers.shard_tokens,
+            )
+            for partition, path in kept.paths.items()
+        ]
+        made = run_tasks(write_group_shards, arguments if groups else [], config.workers)
+        policy_scores = PolicyScores(groups, dict(zip(kept.paths, made, strict=bool(groups))))
+
+        behavior = config.behavior
+
+        def score_group(group: Group) -> None:
+            shards = [shard for by_group in policy_scores.shards.values() for shard in by_group[group.name].shards]
+            if shards:
+                stage = winners_stage(behavior, group.place, group.temperature)
+                totals = score_shards(run, engines, group.policy, shards, stage, group.temperature)
+                policy_scores.totals[group.name] = totals
+
+        # What the target scores comes first: its engines may be up.
+        ours = [group for group in groups if _same_weights(run, group)]
+        for group in ours:
+            score_group(group)
+        score_sample_again(run, engines, kept)
+        for group in groups:
+            if group not in ours:
+                score_group(group)
+    return policy_scores
+
+
+def _same_weights(run: Run, group: Group) -> bool:
+    return run.policy_id(group.policy) == run.policy_id(run.config.target)
+
+
+@dataclass(frozen=True)
+class WeighedFile:
+    """One partition's rows before they become a data file."""
+
+    partition: str
+    path: str
+    digest: str  # sha256
+
+
+@dataclass
+class Weighed:
+    """Weighed rows by partition, and what scales them."""
+
+    paths: dict[str, str]
+    digests: dict[str, str]  # sha256 of each file
+    counts: WeighCounts
+    factor: float  # of normalize: dataset
+    statistics: WeighStatistics | None = None
+
+    def files(self) -> list[WeighedFile]:
+        """The files in the order of the partitions."""
+        return [WeighedFile(p, path, self.digests[p]) for p, path in self.paths.items()]
+
+
+def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
+    """Importance weights for the tokens of kept rows; without `weights`, 1 each."""
+    config, partitions = run.config, list(kept.paths)
+    if config.weights is None:
+        found = run_tasks(Storage.sha256, [(run.workspace, path) for path in kept.paths.values()], config.workers)
+        counts = WeighCounts(rows=kept.counts.kept_rows, prompts=kept.counts.kept_prompts)
+        return Weighed(kept.paths, dict(zip(partitions, found, strict=True)), counts, factor=1.0)
+    names = kept.statistics.names
+    arguments = [
+        (run.workspace, partition, kept.paths[partition], _lookups(run, policy_scores, partition), config, out, names)
+        for partition, out in ((partition, f"{run.folder}/weighed/{partition}.parquet") for partition in partitions)
+    ]
+    with run.stage("weigh"):
+        if config.behavior is not None and config.behavior.missing == "error":
+            refuse_missing_behavior(run, kept)
+        reporter().begin("weigh", len(arguments), "partitions")
+        done = run_tasks(weigh_task, arguments, config.workers, done=lambda *_: reporter().advance("weigh", 1))
+        reporter().end("weigh")
+    counts = sum((count for count, _, _ in done), WeighCounts())
+    statistics = sum((found for _, _, found in done), WeighStatistics.empty(names))
+    factor = dataset_factor(counts, config.weights)
+    paths = {partition: arguments[place][-2] for place, partition in enumerate(partitions)}
+    digests = {partition: digest for partition, (_, digest, _) in zip(partitions, done, strict=True)}
+    return Weighed(paths, digests, counts, factor, statistics)
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Where weigh finds the scores that are not in the kept rows themselves."""
+
+    target: ScoreStore | None
+    behaviors: list[BehaviorScores]
+    at_temperature: dict[float, ScoreStore]
+    repeat: ScoreStore
+
+
+def _lookups(run: Run, policy_scores: PolicyScores, partition: str) -> Lookups:
+    target, behaviors, at_temperature = None, [], {}
+    for group in policy_scores.groups:
+        store = ScoreStore(run.workspace, group.policy_id)
+        if group.is_target and group.temperature == 1.0:
+            target = store
+        elif group.is_target:
+            at_temperature[group.temperature] = store
+        else:
+            paths = [shard.path for shard in policy_scores.shards[partition][group.name].shards]
+            behaviors.append(BehaviorScores(store, paths))
+    return Lookups(target, behaviors, at_temperature, repeat_store(run))
+
+
+def weigh_task(
+    storage: Storage, partition: str, kept_path: str, lookups: Lookups, config: Config, out_path: str, names: list[str]
+) -> tuple[WeighCounts, str, WeighStatistics]:
+    """weigh_partition, the digest of what it wrote and its statistics for the report (a Ray task)."""
+    statistics = WeighStatistics.empty(names)
+    counts = weigh_partition(
+        storage,
+        partition,
+        kept_path,
+        lookups.target,
+        lookups.behaviors,
+        config,
+        out_path,
+        at_temperature=lookups.at_temperature,
+        observer=statistics,
+        repeat_store=lookups.repeat,
+    )
+    return counts, storage.sha256(out_path), statistics
+
+
+def refuse_missing_behavior(run: Run, kept: Kept) -> None:
+    """Raises UserError when kept rows have no behavior policy and the config says that this is an error."""
+    arguments = [(run.workspace, path, run.config.behavior) for path in kept.paths.values()]
+    census: dict[str, dict[str, int]] = {}
+    for found in run_tasks(behavior_census, arguments, run.config.workers):
+        census = add_census(census, found)
+    refuse_missing(census)
+
+
+REPEAT_ROWS = 256
+REPEAT_TOKENS = 2**17
+"""At most so many kept rows are scored a second time by the target, which ought to agree with itself.
+
+Weights are importance ratios, so what the engine's rounding alone does to them has to be known. The second scoring
+packs the rows in another way: each is alone with its prompt, not among the other candidates."""
+
+
+def score_sample_again(run: Run, engines: Engines, kept: Kept) -> None:
+    """Score a sample of kept rows again, if the target's engine is up: for this alone none is started."""
+    target = run.config.target
+    sample = sample_kept(run, kept, REPEAT_ROWS, REPEAT_TOKENS) if engines.are_up(target) else None
+    if sample is None:
+        return
+    path = f"{run.folder}/rescore/repeat/shard-00000.parquet"
+    write_parquet(run.workspace, path, SHARD, [sample])
+    tokens = int(pc.sum(pc.list_value_length(sample["input_ids"])).as_py())
+    shard = ShardFile(path, REPEAT_PARTITION, sample.num_rows, tokens)
+    score_shards(
+        run, engines, target, [shard], "score a sample again under the target", store_id=repeat_store(run).policy_id
+    )
+
+
+def repeat_store(run: Run) -> ScoreStore:
+    """Where second scorings by the target are kept."""
+    return ScoreStore(run.workspace, f"{run.policy_id(run.config.target)}{REPEAT_SUFFIX}")
