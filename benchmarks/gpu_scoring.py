@@ -6,9 +6,9 @@
     python benchmarks/gpu_scoring.py --size 7b --ways head head@max_num_batched_tokens=32768 head@enforce_eager=false
     python benchmarks/gpu_scoring.py --choice MODEL_FOLDER        # winners in bf16 and fp8 against float32
 
-Models of Qwen2.5's shapes are made here with random weights. Each engine runs in a process of its own, one after
+Models of Qwen2.5's shapes are made here with random weights. Each engine runs in its own process, one after
 the other on the same device. Every figure is a line of the results file, and what has a line is not measured
-again: a run that was cut off goes on where it stopped.
+again: a run that was interrupted resumes where it stopped.
 """
 
 from __future__ import annotations

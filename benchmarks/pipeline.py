@@ -197,7 +197,7 @@ def watch_memory(process: subprocess.Popen[bytes], mark: str, peaks: dict[str, i
 
 
 def show(result: Result, statistics: float) -> None:
-    """A line a stage; `statistics` are the CPU seconds a candidate that the report adds to select and weigh."""
+    """A line per stage; `statistics` are the CPU seconds per candidate that the report adds to select and weigh."""
     print(f"\n{result.candidates:,} candidates, {result.tokens:,} tokens, {result.kept:,} rows kept")
     for stage, seconds in result.stages.items():
         rows = result.kept if stage in KEPT_STAGES else result.candidates

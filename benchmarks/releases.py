@@ -4,7 +4,7 @@
     python -m benchmarks.releases --objects 100000
 
 Plain pyarrow writes and reads the same rows, streamed, with the same compression, through the same file system object.
-Files are written and read in turns, each in a process of its own, which tells its peak memory. The S3 server is
+Files are written and read in turns, each in its own process, which tells its peak memory. The S3 server is
 SeaweedFS, started here.
 """
 
@@ -215,7 +215,7 @@ class Clock:
 
 
 def run_step(step: str, root: str, **task: Any) -> dict[str, Any]:
-    """One step in a process of its own."""
+    """One step in its own process."""
     command = [sys.executable, "-m", "benchmarks.releases", "--step", step, "--root", root, "--task", json.dumps(task)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=1200)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 20
 
-Each round lets the pool grow, runs `grape run` until it succeeds (a killed run goes on from its scores), verifies
+Each round lets the pool grow, runs `grape run` until it succeeds (a killed run resumes from its scores), verifies
 the release (digests, one row for each prompt, every candidate scored) and collects garbage. At the end a run
 without kills and without earlier scores has to choose the same rows. Ends with status 1 if a row is lost or
 doubled, a release does not verify, or processes, files or memory grow.
@@ -206,7 +206,7 @@ def one_round(
     outcome: dict[str, Any] | None = None
     started = time.monotonic()
     for attempt in range(ATTEMPTS):
-        killer = Killer(job, prefect, s3, pause, draw) if attempt < ATTEMPTS - 1 else None  # the last one in peace
+        killer = Killer(job, prefect, s3, pause, draw) if attempt < ATTEMPTS - 1 else None  # the last one uninterrupted
         try:
             done = job.grape("run", str(job.config_path), "--json", timeout=RUN_SECONDS)
         finally:

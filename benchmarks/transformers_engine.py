@@ -129,7 +129,7 @@ def main() -> int:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
         text = text_tokens(folder, model.config.vocab_size)
     console.print(f"{what}, {args.dtype}, {torch.get_num_threads()} threads, {args.prompts} prompts a workload")
-    table = Table(title="tokens/s, 8 candidates a prompt", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title="tokens/s, 8 candidates per prompt", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     columns = ("P/R", "one row", "padded", "engine", "speedup", "saving", "share", "differ", "spread")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -22,6 +22,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from grape_service.config.schema import Config
+from grape_service.errors import best_effort
 from grape_service.progress.reporter import Ahead, RunClock, Silent, duration, reporter, set_reporter
 from grape_service.release.manifest import without_secrets
 from workers.outcome import Outcome
@@ -30,7 +31,7 @@ UPDATE_SECONDS = 5.0
 
 
 class PrefectProgress:
-    """A reporter: a progress artifact a stage, a log line an event. A server that is away stops nothing."""
+    """A reporter: a progress artifact per stage, a log line per event. A server that is away stops nothing."""
 
     def __init__(self, name: str, run_id: str):
         self.name, self.run_id = name, run_id  # "" until a job elsewhere tells its run's id
@@ -50,7 +51,7 @@ class PrefectProgress:
         self.run.begin(stage, total, unit)
         self.updated[stage] = time.monotonic()
         self.event(f"{total:,} {unit} to do")
-        with contextlib.suppress(Exception):
+        with best_effort("show an artifact in Prefect"):
             description = f"{stage}: 0 of {total:,} {unit}"
             made = create_progress_artifact(progress=0.0, key=key(self.name, stage), description=description)
             assert isinstance(made, UUID)
@@ -84,7 +85,7 @@ class PrefectProgress:
         text = (
             f"{stage}: {min(clock.done, clock.total):,} of {clock.total:,} {clock.unit}, {clock.rate_text}{left}{whole}"
         )
-        with contextlib.suppress(Exception):
+        with best_effort("show an artifact in Prefect"):
             update_progress_artifact(self.artifacts[stage], progress=round(share, 2), description=text)
 
 
@@ -106,7 +107,7 @@ def show_config(config: Config, name: str) -> None:
     """The resolved config, secrets hidden."""
     text = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
     indented = "\n".join(f"    {line}" for line in text.splitlines())  # a code block that no line of text can end
-    with contextlib.suppress(Exception):
+    with best_effort("show an artifact in Prefect"):
         create_markdown_artifact(f"{indented}\n", key=key(name, "config"), description="Resolved config")
 
 
@@ -114,7 +115,7 @@ def show_outcome(config: Config, outcome: Outcome) -> None:
     """Counts with every reason, and links to the release and its report; the CLI shows its own."""
     if not isinstance(reporter(), Silent):
         return
-    with contextlib.suppress(Exception):
+    with best_effort("show an artifact in Prefect"):
         create_table_artifact(count_table(outcome), key=key(config.name, "counts"), description=outcome.sentence())
         links = {"report": outcome.report, "release": outcome.reference}
         commands = {
@@ -137,7 +138,7 @@ def count_table(outcome: Outcome) -> list[dict[str, Any]]:
     rows += [("rejected", count, reason) for reason, count in reasons]
     rows += [
         ("scored now", outcome.scored, ""),
-        ("had scores", outcome.reused, ""),
+        ("reused", outcome.reused, ""),
         ("failed", outcome.failed, ""),
     ]
     left_out = outcome.counts.get("select", {}).get("prompts_left_out") or {}

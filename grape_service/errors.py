@@ -1,10 +1,30 @@
 """The two ways in which a run can end badly. Everything else is a bug and shows a traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
 
 class UserError(ValueError):
-    """Something the user can put right. Its text is one plain sentence that names the file, row or
+    """A user error: something that the user can correct. Its text is one plain sentence that names the file, row or
     key and says what would be right. The CLI prints it and exits with status 2."""
 
 
 class StageError(RuntimeError):
     """A stage failed although its input was fine. The CLI prints it and exits with status 1."""
+
+
+@contextlib.contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """Give up `what` where it fails, with a log line that says so: for work without which a run can continue.
+
+    The line names the type of the error alone, since its text may hold an address or a secret.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning("gave up to %s: %s", what, type(error).__name__)

@@ -1,18 +1,18 @@
-"""Tells a webhook how a run ended: one signed POST, tried again with growing pauses; never a reason to fail."""
+"""Webhooks: one client that tells a webhook how a run ended, starts a trainer behind one and asks for its state.
+
+Bodies are JSON, signed with GRAPE_WEBHOOK_SECRET where that is set. An address may hold a token, so messages name its
+host alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import hmac
-import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 
@@ -26,46 +26,84 @@ ADDRESS = "GRAPE_WEBHOOK"
 SIGNATURE = "X-Grape-Signature"
 TRIES = 5
 FIRST_PAUSE_SECONDS = 1.0
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 30.0
+MAX_ANSWER_BYTES = 2**20
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A signed body goes to the address that was given and to no other."""
+class WebhookError(Exception):
+    """A request that failed for good. `transient`: the same request may succeed later."""
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+    def __init__(self, host: str, problem: str, transient: bool):
+        super().__init__(f"the webhook at {host} {problem}")
+        self.transient = transient
 
 
-def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIRST_PAUSE_SECONDS) -> bool:
-    """POST `body` as JSON to the webhook; whether it was taken. Says so when it was not, and raises nothing.
+def request_json(
+    method: str,
+    url: str,
+    body: Any = None,
+    key: str | None = None,
+    pause: float = FIRST_PAUSE_SECONDS,
+    timeout: float = TIMEOUT_SECONDS,
+) -> dict[str, Any]:
+    """Send `body` as JSON; the answer's JSON object, {} if it holds none. Raises WebhookError and nothing else.
 
-    With GRAPE_WEBHOOK_SECRET set, the header X-Grape-Signature is `sha256=` and the hex HMAC-SHA256 of the body.
-    Answers of 5xx, 408 and 429 and connections that fail are tried again, others are final.
+    Answers of 5xx, 408 and 429 and connections that fail are tried again with growing pauses, others are final, and
+    redirects are not followed: a signed body goes to the address that was given and to no other. With
+    GRAPE_WEBHOOK_SECRET set, the header X-Grape-Signature is `sha256=` and the hex HMAC-SHA256 of the body. The same
+    `key` asks for the same effect.
     """
-    if config is None:
-        return False
-    address = config.webhook or os.environ.get(ADDRESS)
-    if not address:
-        reporter().event(f"nobody was told how the run ended: give notify.webhook or set {ADDRESS}")
-        return False
-    host = urlsplit(address).hostname or "no host"
-    data = orjson.dumps(body, default=str)
-    headers = {"Content-Type": "application/json", "User-Agent": "grape-service"}
-    secret = os.environ.get(SECRET)
-    if secret:
-        headers[SIGNATURE] = f"sha256={signature(secret, data)}"
+    import httpx
+
+    headers = {"Accept": "application/json", "User-Agent": "grape-service"}
+    content = None
+    if body is not None:
+        content = orjson.dumps(body, default=str, option=orjson.OPT_SORT_KEYS)
+        headers["Content-Type"] = "application/json"
+        if secret := os.environ.get(SECRET):
+            headers[SIGNATURE] = f"sha256={signature(secret, content)}"
+    if key is not None:
+        headers["Idempotency-Key"] = key
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError, ValueError):
+        raise WebhookError("no host", "has an address that is no URL", transient=False) from None
+    host = address.host or "no host"
+    if address.scheme not in ("http", "https") or not address.host:
+        raise WebhookError(host, "has an address that is not http:// or https://", transient=False)
     problem = ""
     for attempt in range(TRIES):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
-        problem, again = _post(address, data, headers)
-        if not problem:
-            return True
-        if not again:
+        try:
+            with httpx.stream(method, address, content=content, headers=headers, timeout=timeout) as answer:
+                if answer.is_success:
+                    return _object_in(answer)
+                problem, transient = f"answers {answer.status_code}", _is_transient(answer.status_code)
+        except httpx.TransportError as error:
+            problem, transient = f"does not answer ({type(error).__name__})", True
+        except Exception as error:  # whatever an address or an answer can do: the caller decides what it means
+            problem, transient = f"cannot be called ({type(error).__name__})", False
+        if not transient:
             break
-    # The address itself may hold a token: only its host is told.
-    reporter().event(f"the webhook at {host} was not told how the run ended: {problem}")
-    return False
+    raise WebhookError(host, problem, transient)
+
+
+def _object_in(answer: Any) -> dict[str, Any]:
+    text = b""
+    for piece in answer.iter_bytes():
+        text += piece
+        if len(text) > MAX_ANSWER_BYTES:
+            return {}
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_transient(status: int) -> bool:
+    return status >= 500 or status in (408, 429)
 
 
 def signature(secret: str, data: bytes) -> str:
@@ -73,18 +111,23 @@ def signature(secret: str, data: bytes) -> str:
     return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
 
 
-def _post(url: str, data: bytes, headers: dict[str, str]) -> tuple[str, bool]:
-    """(what went wrong or "", whether to try again)."""
-    if urlsplit(url).scheme not in ("http", "https"):
-        return "its address is not http:// or https://", False
-    request = urllib.request.Request(url, data=data, headers=headers, method="POST")
+# How a run ended
+
+
+def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIRST_PAUSE_SECONDS) -> bool:
+    """POST `body` to the webhook; whether it was taken. Reports a failure as an event, and raises nothing."""
+    if config is None:
+        return False
+    address = config.webhook or os.environ.get(ADDRESS)
+    if not address:
+        reporter().event(f"no webhook was called: give notify.webhook or set {ADDRESS}")
+        return False
     try:
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_SECONDS):
-            return "", False
-    except urllib.error.HTTPError as error:
-        return f"it answers {error.code}", error.code >= 500 or error.code in (408, 429)
-    except (OSError, ValueError) as error:
-        return type(error).__name__, isinstance(error, OSError)
+        request_json("POST", address, body, pause=pause, timeout=10.0)
+    except WebhookError as error:
+        reporter().event(f"the run's end was not reported: {error}")
+        return False
+    return True
 
 
 def completed(outcome: dict[str, Any], run_name: str) -> dict[str, Any]:
@@ -94,8 +137,6 @@ def completed(outcome: dict[str, Any], run_name: str) -> dict[str, Any]:
 
 def failed(error: BaseException, run_name: str, seconds: float) -> dict[str, Any]:
     """The body for a run that did not; the error's type and, where it is one of ours, its sentence."""
-    from grape_service.errors import StageError, UserError
-
     ours = isinstance(error, StageError | UserError)
     message = str(error) if ours else f"{type(error).__name__}; see the run's log"
     return {"event": "failed", "name": run_name, "error": message, "seconds": round(seconds, 3)}
@@ -103,9 +144,9 @@ def failed(error: BaseException, run_name: str, seconds: float) -> dict[str, Any
 
 @contextlib.contextmanager
 def notify_when_done(config: Config) -> Iterator[list[dict[str, Any]]]:
-    """Tells config.notify how the block ended: the block appends what it came to; an exception is a failure.
+    """Notifies config.notify at the end of the block: the block appends its outcome; an exception is a failure.
 
-    A run that was stopped by a person or by Prefect tells nobody.
+    A run that was stopped by a person or by Prefect notifies nobody.
     """
     started = time.monotonic()
     outcomes: list[dict[str, Any]] = []
@@ -118,51 +159,32 @@ def notify_when_done(config: Config) -> Iterator[list[dict[str, Any]]]:
         notify(config.notify, completed(outcomes[-1], config.name))
 
 
-SECRET = "GRAPE_WEBHOOK_SECRET"
-TRIES = 4
+# Trainers behind a webhook
 
 
 def post_job(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
-    """Tell `url` to train; the answer's JSON, {} if it has none. The same `key` asks for the same job.
+    """Ask `url` to train; the answer's JSON, {} if it has none. The same `key` asks for the same job.
 
     Raises UserError when the address refuses it, StageError when it does not answer.
     """
-    data = json.dumps(body, sort_keys=True).encode()
-    headers = {"Content-Type": "application/json", "Idempotency-Key": key}
-    if os.environ.get(SECRET):
-        digest = hmac.new(os.environ[SECRET].encode(), data, hashlib.sha256).hexdigest()
-        headers["X-Grape-Signature"] = f"sha256={digest}"
-    return _json(urllib.request.Request(url, data=data, headers=headers, method="POST"))
+    try:
+        return request_json("POST", url, body, key)
+    except WebhookError as error:
+        raise _as_ours(error) from None
 
 
 def get_status(url: str) -> dict[str, Any]:
     """{"state": running | succeeded | failed, "checkpoint": ..., "error": ..., "metrics": ...} from `url`."""
-    status = _json(urllib.request.Request(url, headers={"Accept": "application/json"}))
+    try:
+        status = request_json("GET", url)
+    except WebhookError as error:
+        raise _as_ours(error) from None
     if status.get("state") not in ("running", "succeeded", "failed"):
-        raise StageError(f"{url} gives no state: it should be running, succeeded or failed")
+        raise StageError("the status of a webhook's job gives no state: it should be running, succeeded or failed")
     return status
 
 
-def _json(request: urllib.request.Request) -> dict[str, Any]:
-    if not request.full_url.startswith(("http://", "https://")):
-        raise UserError(f"webhook: '{request.full_url}' is not an http:// or https:// address")
-    for attempt in range(1, TRIES + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                text = answer.read()
-            try:
-                value = json.loads(text or b"{}")
-            except json.JSONDecodeError:
-                return {}
-            return value if isinstance(value, dict) else {}
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                raise UserError(
-                    f"the webhook {request.full_url} refused the job: {error.code} {error.reason}"
-                ) from None
-            reason = f"{error.code} {error.reason}"
-        except OSError as error:
-            reason = str(error)
-        if attempt < TRIES:
-            time.sleep(2**attempt)
-    raise StageError(f"the webhook {request.full_url} does not answer: {reason}")
+def _as_ours(error: WebhookError) -> Exception:
+    if error.transient:
+        return StageError(f"{error}: the training job was not started or its state is not known; run again")
+    return UserError(f"{error}: the training job was refused; correct the address or what it expects")

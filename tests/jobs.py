@@ -1,4 +1,4 @@
-"""A small job that runs for real in a process of its own, and the means to kill all of it.
+"""A small job that runs for real in its own process, and the means to kill all of it.
 
 Every process that a job starts inherits a mark in its environment, however it is re-parented, so a test
 can say that none is left behind, and can end all of them and no others.
@@ -62,7 +62,7 @@ def migrated_prefect_home() -> Path:
 
 @dataclass
 class Job:
-    """A config in a folder of its own, and `grape` on it."""
+    """A config in its own folder, and `grape` on it."""
 
     folder: Path
     config: dict[str, Any]
@@ -85,7 +85,7 @@ class Job:
         return {**base, **self.environment}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`grape ARGUMENTS` in a session of its own, so that a test can signal it alone."""
+        """`grape ARGUMENTS` in its own session, so that a test can signal it alone."""
         return subprocess.Popen(
             [sys.executable, "-m", "grape_service.cli", *arguments],
             env=self.environ(),

@@ -54,7 +54,7 @@ def run_pipeline(
     """Score a pool with the model to be trained, keep what fits it best, weigh it, release it, train on it.
 
     `as_stage(name, function)` wraps each stage, `watch(config, name, run_id)` surrounds the run, `train` trains on
-    the release. Raises UserError for what a user can put right, StageError for a stage that failed.
+    the release. Raises UserError for a user error, StageError for a stage that failed.
     """
     with notify_when_done(config) as done:
         if config.train is not None:

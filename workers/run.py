@@ -15,6 +15,7 @@ from typing import Any
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
+from grape_service.errors import best_effort
 from grape_service.models.files import ModelFiles, policy_id, resolve_model
 from grape_service.progress.reporter import reporter
 from grape_service.release.manifest import without_secrets
@@ -97,7 +98,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
 
     def beat() -> None:
         while True:
-            with contextlib.suppress(Exception):  # a missed beat is no reason to end the run
+            with best_effort("write the heartbeat"):
                 heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid()}
                 workspace.write_json(f"{run.folder}/heartbeat.json", heartbeat)
             if stop.wait(HEARTBEAT_SECONDS):
@@ -111,7 +112,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     finally:
         stop.set()
         thread.join(timeout=30)
-        with contextlib.suppress(Exception):
+        with best_effort("delete the heartbeat"):
             workspace.delete(f"{run.folder}/heartbeat.json")
 
 

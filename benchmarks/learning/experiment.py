@@ -1,6 +1,6 @@
 """The arms: which candidates are selected and how they are weighed, then SFT, then the same RL for all.
 
-Each arm and seed is one JSON file of results; what is there is not done again, and an arm that was cut off goes on
+Each arm and seed is one JSON file of results; what is there is not done again, and an arm that was interrupted resumes
 from its last checkpoint. Selection, weights, SFT and RL are those of the service: `grape run` and workers.training.
 """
 

@@ -18,7 +18,7 @@ ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind._
 
 
 def main() -> None:
-    """Run a command; exit with 0, 1 (a stage failed), 2 (something the user can put right) or 130 (Ctrl-C)."""
+    """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
     from grape_service.cli.app import app
 
     try:
@@ -32,7 +32,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
-        _fail("stopped; run the same command again to go on from here", status)
+        _fail("stopped; run the same command again to resume", status)
         _leave(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -97,7 +97,7 @@ def logs(
 
 @jobs.command(epilog="Example: grape jobs stop grape-math-sft-20261123T101500-3fa9c1")
 def stop(job: JobArgument, address: AddressOption) -> None:
-    """End a job; what it scored is kept, and the next run goes on from there."""
+    """End a job; what it scored is kept, and the next run resumes from there."""
     from workers.cluster.jobs import job_server
 
     with job_server(address) as server:

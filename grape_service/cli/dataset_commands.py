@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich import filesize
 
 from grape_service.cli.output import (
     EndpointOption,
@@ -72,7 +73,7 @@ def list_versions(path: PathArgument, endpoint: EndpointOption = None, as_json: 
             ", ".join(e["tags"]),
             f"{e['rows']:,}",
             f"{e['tokens']:,}",
-            size(e["bytes"]),
+            filesize.decimal(e["bytes"]),
             e["created"],
         ]
         for e in found
@@ -112,7 +113,7 @@ def show(
     print_table(
         "files",
         ["file", "rows", "size", "sha256"],
-        [[f.path, f"{f.rows:,}", size(f.size), f.sha256[:16]] for f in manifest.files],
+        [[f.path, f"{f.rows:,}", filesize.decimal(f.size), f.sha256[:16]] for f in manifest.files],
     )
 
 
@@ -192,13 +193,3 @@ def gc(
         print_json({"dry_run": not delete, "garbage": [item.to_json() for item in found]})
         return
     say(render_text(found, not delete))
-
-
-def size(num_bytes: int) -> str:
-    """Bytes as people write them."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -83,9 +83,7 @@ def export(
     reference: ReferenceArgument,
     folder: Annotated[str, typer.Argument(help="Where the files go.", metavar="DIR")],
     to: Annotated[str, typer.Option("--to", help="trl, verl, llamafactory or jsonl.")],
-    drop_weights: Annotated[
-        bool, typer.Option("--drop-weights", help="Leave the loss weights out, and mean it.")
-    ] = False,
+    drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Export without the loss weights.")] = False,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -58,7 +58,7 @@ class WeightsConfig(Model):
     weight_clip: tuple[float, float] = (-10.0, 5.0)
     """Bounds of the log weight."""
     block_size: int = Field(4, ge=1)
-    """Tokens a block, at the block level."""
+    """Tokens per block, at the block level."""
     center: Literal["none", "sequence"] = "none"
     """sequence subtracts a response's mean log ratio before the clip."""
     normalize: Literal["none", "sequence", "dataset"] = "none"

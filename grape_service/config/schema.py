@@ -113,13 +113,13 @@ class WorkersConfig(Model):
     """How the stages run."""
 
     replicas: int | Literal["auto"] = "auto"
-    """Scoring engines at the same time; auto: as many as fit on the GPUs, or one a node without GPUs."""
+    """Scoring engines at the same time; auto: as many as fit on the GPUs, or one per node without GPUs."""
     ray_address: str = "auto"
     """auto starts a private Ray; http://head:8265 submits there as one job."""
     max_failed_share: float = Field(0.0, ge=0, le=1)
     """A version is published only if no larger share of the rows failed to be scored."""
     shard_tokens: int = Field(65_536, ge=1)
-    """Tokens a shard, about: the unit of work, retry and progress."""
+    """Tokens per shard, about: the unit of work, retry and progress."""
     partition_bytes: int = Field(64 * 2**20, ge=1)
     """Bytes of pool a partition, about: what one task of prepare, select, weigh and release holds."""
     cpus: int | None = Field(None, ge=1)
@@ -129,7 +129,7 @@ class WorkersConfig(Model):
 
 
 class NotifyConfig(Model):
-    """Who is told when a run ends."""
+    """Where a notification goes when a run ends."""
 
     webhook: str | None = None
     """URL that receives a JSON body, signed where GRAPE_WEBHOOK_SECRET is set; null: GRAPE_WEBHOOK of the environment,

@@ -66,7 +66,7 @@ class OptimizerSettings(Model):
     logging_steps: int = Field(1, ge=1)
     """Steps between two lines of metrics."""
     save_steps: int = Field(500, ge=1)
-    """Steps between two checkpoints from which a retry goes on."""
+    """Steps between two checkpoints from which a retry resumes."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of those are kept."""
     seed: int = 0
@@ -77,7 +77,7 @@ class SftSettings(OptimizerSettings):
     """Weighted SFT on a release."""
 
     loss: Literal["uniform", "column", "online"] = "column"
-    """uniform: every token weighs 1; column: loss_weights as released; online: PEAR recomputed at each step from
+    """uniform: every token has weight 1; column: loss_weights as released; online: PEAR recomputed at each step from
     behavior_logprobs and the current model."""
     base_loss: Literal["nll", "dft"] = "nll"
     """nll: -log p; dft: -p log p with the factor p without gradient (arXiv 2508.05629)."""
@@ -86,9 +86,9 @@ class SftSettings(OptimizerSettings):
     packing: bool = False
     """Several rows in one sequence, each seeing only itself. The loss is the same; padding is saved."""
     max_length: int | None = Field(None, ge=2)
-    """Tokens a sequence: longer rows are left out and counted; null: the longest row (packing needs a number)."""
+    """Tokens per sequence: longer rows are left out and counted; null: the longest row (packing needs a number)."""
     batch_size: int = Field(32, ge=1)
-    """Rows (packed sequences with packing) a step, over all processes."""
+    """Rows (packed sequences with packing) per step, over all processes."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows (packed sequences) at once in one process; null: as many as batch_size gives each process, 8 at most."""
     epochs: float = Field(1.0, gt=0)
@@ -173,7 +173,7 @@ class RlSettings(OptimizerSettings):
     num_generations: int = Field(8, ge=2)
     """Answers a prompt that are compared with one another."""
     prompts_per_step: int = Field(8, ge=1)
-    """Prompts a step, over all processes."""
+    """Prompts per step, over all processes."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Answers at once in one process's backward pass; null: 8, or all of them if they are fewer."""
     max_response_tokens: int = Field(512, ge=1)
@@ -271,7 +271,7 @@ class JobSettings(Model):
     output: str | None = None
     """Folder of the job, local or s3://; null: runs/<id>/<stage> beside the release."""
     attempts: int = Field(1, ge=1)
-    """How often the job is started before its stage fails; each goes on from the last checkpoint."""
+    """How often the job is started before its stage fails; each resumes from the last checkpoint."""
     timeout_seconds: float | None = Field(None, gt=0)
     """A job that takes longer is stopped and has failed."""
 

@@ -25,7 +25,7 @@ from grape_service.storage.storage import Storage, check_writable
 SAMPLE_ROWS = 64
 RESCORED_ROWS = 8
 SUSPICIOUS_MEAN = 0.02
-"""Mean difference a token, recorded against scored again, above which recorded values are not the policy's."""
+"""Mean difference per token, recorded against scored again, above which recorded values are not the policy's."""
 
 Score = Callable[[PolicyConfig, str, TokenBatch, float], npt.NDArray[np.float32]]
 """(policy, folder, batch, temperature) -> log-probabilities [L]; the caller brings the engine."""
@@ -44,7 +44,7 @@ class Finding:
 
 
 def check(config: Config, score: Score) -> Iterator[Finding]:
-    """Storage, pool sample, model files, tokens, behavior policies, recorded values; goes on after errors."""
+    """Storage, pool sample, model files, tokens, behavior policies, recorded values; continues after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
     if config.checks.enabled():
@@ -117,7 +117,7 @@ def _tokens(renderer: Renderer, rendered: list[Rendered | Rejection]) -> Finding
     if not good:
         return Finding("tokens", "error", f"no row of the sample can be rendered: {bad[0].reason}")
     lengths = np.array([len(r.input_ids) for r in good])
-    detail = f"{lengths.mean():.0f} tokens a row on average, {lengths.max()} at most; turn end {renderer.turn_end_id}"
+    detail = f"{lengths.mean():.0f} tokens per row on average, {lengths.max()} at most; turn end {renderer.turn_end_id}"
     if bad:
         return Finding("tokens", "warning", f"{detail}; {len(bad)} rows cannot be rendered: {bad[0].reason}")
     return Finding("tokens", "ok", detail)

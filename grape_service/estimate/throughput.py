@@ -34,7 +34,7 @@ TABLE: dict[tuple[str, str], list[Measured]] = {
     ("H100", "fp8"): [Measured(7.6e9, 79_093)],
     ("cpu", "float32"): [Measured(0.135e9, 400)],
 }
-"""One H100 80 GB: vLLM 0.26 with the scoring head and prefix cache, 8 candidates a prompt, all tokens counted.
+"""One H100 80 GB: vLLM 0.26 with the scoring head and prefix cache, 8 candidates per prompt, all tokens counted.
 cpu: two cores, transformers. Other sizes follow by tokens x parameters; other devices are not in the table."""
 
 
@@ -102,7 +102,7 @@ def _from_table(config: Config, policy: PolicyConfig, device: str) -> Throughput
 
 
 def interpolate(measured: list[Measured], parameters: float) -> float:
-    """Tokens a second at a size: between two measured sizes on a line in logarithms, beyond them by 1 / parameters."""
+    """Tokens per second at a size: log-linear between two measured sizes, beyond them by 1 / parameters."""
     points = sorted(measured, key=lambda point: point.parameters)
     first, last = points[0], points[-1]
     if parameters <= first.parameters:
@@ -115,7 +115,7 @@ def interpolate(measured: list[Measured], parameters: float) -> float:
 
 
 def actual_figures(engines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the engines of a run did: tokens, seconds on the device, tokens a second, devices."""
+    """What the engines of a run did: tokens, seconds on the device, tokens per second, devices."""
     seconds = sum(e["stats"].get("seconds", 0.0) for e in engines)
     tokens = sum(e["stats"].get("tokens", 0.0) for e in engines)
     return {

@@ -1,4 +1,4 @@
-"""Plain JSONL: a line a row, with chat messages, and the tokens that the weights belong to."""
+"""Plain JSONL: a line per row, with chat messages, and the tokens that the weights belong to."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def export(release: Release, target: Target) -> ExportSummary:
             "messages alone trains without the weights."
         )
     else:
-        sentence = f"{rows} rows of chat messages with input_ids and loss_mask; every token weighs 1."
+        sentence = f"{rows} rows of chat messages with input_ids and loss_mask; every token has weight 1."
     target.add_readme(release, sentence, "Each line of train.jsonl is a row.")
     return ExportSummary("jsonl", target.storage.root, rows, sentence)

@@ -61,7 +61,7 @@ def export(release: Release, target: Target) -> ExportSummary:
             "it also makes its own tokens of the messages."
         )
     else:
-        kept = "without their loss weights, as asked" if weighted else "in which every token weighs 1"
+        kept = "without their loss weights, as asked" if weighted else "in which every token has weight 1"
         sentence = f"{rows} rows {kept}; LLaMA-Factory makes its own tokens of the messages."
     usage = f"```\nllamafactory-cli train … --dataset_dir {target.storage.root} --dataset {release.name}\n```"
     target.add_readme(release, sentence, usage)

@@ -42,7 +42,7 @@ def row_weights(batch: pa.RecordBatch) -> npt.NDArray[np.float64]:
 
 
 def has_weights(batch: pa.RecordBatch) -> bool:
-    """Whether a token with loss weighs something else than 1."""
+    """Whether a token with loss has another weight than 1."""
     _, mask = list_offsets_and_values(batch.column("loss_mask"))
     _, weights = list_offsets_and_values(batch.column("loss_weights"))
     return bool((weights[mask.astype(bool)] != 1.0).any())
@@ -62,7 +62,7 @@ def chat_messages(row: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write_parquet(release: Release, storage: Storage, columns: Sequence[str]) -> tuple[int, bool, list[str]]:
     """Write those columns as data/part-00000.parquet and so on, one for each of the release's files.
 
-    Returns the number of rows, whether a token with loss weighs something else than 1, and the file names.
+    Returns the number of rows, whether a token with loss has another weight than 1, and the file names.
     """
     rows, weighted, names = 0, False, []
     read = [*columns, *(name for name in ("loss_mask", "loss_weights") if name not in columns)]

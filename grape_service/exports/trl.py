@@ -35,7 +35,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     names = [name for name in other_columns(release) if name not in columns]
     rows, weighted, _ = write_parquet(release, target.storage, [*columns, *names])
     if not weighted:
-        sentence = f"{rows} rows; every token weighs 1, so TRL's own SFTTrainer trains on all there is."
+        sentence = f"{rows} rows; every token has weight 1, so TRL's own SFTTrainer trains on all there is."
     elif target.drop_weights:
         sentence = f"{rows} rows without their loss weights, as asked."
     else:

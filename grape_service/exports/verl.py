@@ -26,7 +26,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     rows, weighted, names = write_parquet(release, target.storage, columns)
     how = "through ReleaseDataset in grape_verl.py beside them (data.custom_cls), and not through messages"
     if not weighted:
-        sentence = f"{rows} rows; every token weighs 1. verl gets the release's own tokens {how}."
+        sentence = f"{rows} rows; every token has weight 1. verl gets the release's own tokens {how}."
     elif target.drop_weights:
         sentence = f"{rows} rows without their loss weights, as asked; verl gets the release's own tokens {how}."
     else:

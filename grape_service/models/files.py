@@ -14,7 +14,6 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,18 +288,11 @@ def _content_digest(path: Path) -> str:
         known = remembered.read_text()
         if len(known) == 64:
             return known
-    content = hashlib.sha256()
-    for piece in _pieces(path):
-        content.update(piece)
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256")
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
         remembered.parent.mkdir(parents=True, exist_ok=True)
         temporary = remembered.with_name(f".{remembered.name}.{os.getpid()}")
         temporary.write_text(content.hexdigest())
         temporary.replace(remembered)
     return content.hexdigest()
-
-
-def _pieces(path: Path, size: int = 16 * 2**20) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while piece := file.read(size):
-            yield piece

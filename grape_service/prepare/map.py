@@ -49,7 +49,7 @@ MAPPED = pa.schema(
         pa.field("other", pa.binary(), nullable=False),  # JSON object
     ]
 )
-"""Rows between map and reduce; each file has one record batch a partition, in the partitions' order."""
+"""Rows between map and reduce; each file has one record batch per partition, in the partitions' order."""
 
 MAP_REJECT = pa.schema(
     [
@@ -240,7 +240,7 @@ class _MapTask:
         self.counts.num_reject_files += 1
 
     def _flush(self) -> None:
-        """Write what is waiting as one file with a record batch a partition."""
+        """Write what is waiting as one file with a record batch per partition."""
         table = pa.Table.from_batches(self.waiting, MAPPED).combine_chunks()
         self.waiting, self.waiting_bytes = [], 0
         num_partitions = self.plan.num_partitions

@@ -21,7 +21,7 @@ LOG_SECONDS = 10.0
 
 
 class Rate(ProgressColumn):
-    """Units a second; of a whole run the tokens scored a second."""
+    """Units per second; of a whole run the tokens scored per second."""
 
     def render(self, task: Task) -> Text:
         clock: RunClock | StageClock = task.fields["clock"]

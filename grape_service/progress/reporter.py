@@ -47,7 +47,7 @@ class StageClock:
 
     @property
     def rate(self) -> float:
-        """Units a second since the stage began."""
+        """Units per second since the stage began."""
         return self.done / max(self.seconds, 1e-9)
 
     @property

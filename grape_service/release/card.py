@@ -63,7 +63,9 @@ def _how_it_was_made(manifest: Manifest) -> list[str]:
     select = manifest.config.get("select") or {}
     lines = ["## How it was made", ""]
     if select:
-        lines.append(f"Selected by `{_cell(select.get('method', ''))}`, {_cell(select.get('keep', ''))} kept a prompt.")
+        lines.append(
+            f"Selected by `{_cell(select.get('method', ''))}`, {_cell(select.get('keep', ''))} kept per prompt."
+        )
     for policy in manifest.parents.policies:
         lines.append(f"- {_cell(policy.role)}: `{_cell(policy.model)}` `{_cell(policy.revision or policy.policy_id)}`")
     if manifest.parents.release:

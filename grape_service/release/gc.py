@@ -66,8 +66,8 @@ def collect(
       `keep_days` and no tagged one was made from;
     - temporary files and parts of uploads that killed writers left, older than a day.
 
-    While a run beats in the workspace, only unfinished versions and temporary files go. Raises UserError where a
-    manifest cannot be read: then nobody knows what it needs.
+    While a run has a heartbeat in the workspace, only unfinished versions and temporary files go. Raises UserError
+    where a manifest cannot be read: then nobody knows what it needs.
     """
     assert keep_days >= 0
     assert keep_versions >= 0

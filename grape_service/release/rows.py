@@ -89,7 +89,7 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
 
 
 def spread(column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -> pa.ListArray:
-    """One value a token with loss -> one a token: 0.0 off the mask [T], null where `column` [N] is null."""
+    """One value per token with loss -> one per token: 0.0 off the mask [T], null where `column` [N] is null."""
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     value_offsets, values = list_offsets_and_values(column)
     lengths = np.where(valid, np.diff(offsets), 0)
@@ -212,7 +212,7 @@ def num_prompt_messages(messages: list[dict[str, Any]], num_spans: int) -> int:
 def narrow(
     column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.uint8], unknown_turn_ends: bool = False
 ) -> pa.ListArray:
-    """One value a token -> one a token with loss, null where the column is null.
+    """One value per token -> one per token with loss, null where the column is null.
 
     A release has 0.0 where a turn end was not recorded: with `unknown_turn_ends` it becomes NaN again.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from grape_service.release.claim import CLAIM
 from grape_service.release.load import Release, schema_difference
 from grape_service.release.manifest import MANIFEST, DocumentEntry, FileEntry
 
-_CHUNK_BYTES = 4 * 2**20
 _READERS = 4
 
 
@@ -67,7 +65,7 @@ def _check(release: Release, entry: FileEntry | DocumentEntry, size: int | None)
     if size != entry.size:
         return f"has {size:,} bytes, not {entry.size:,}"
     try:
-        digest = sha256_of(release, entry.path)
+        digest = release.storage.sha256(f"{release.folder}/{entry.path}")
     except FileNotFoundError:
         return "is missing"
     if digest != entry.sha256:
@@ -85,12 +83,3 @@ def _check_parquet(release: Release, entry: FileEntry) -> str | None:
         return f"holds {rows:,} rows, not {entry.rows:,}"
     difference = schema_difference(release.manifest.columns, schema)
     return f"has other columns than the manifest: {difference}" if difference else None
-
-
-def sha256_of(release: Release, path: str) -> str:
-    """The sha256 of one file of a version, read in pieces."""
-    sha256 = hashlib.sha256()
-    with release.storage.open(f"{release.folder}/{path}") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            sha256.update(chunk)
-    return sha256.hexdigest()

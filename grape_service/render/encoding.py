@@ -89,7 +89,7 @@ class Encoder:
 
 
 def _encode(backend: Any, texts: Sequence[str]) -> list[Ids]:
-    """Ids of each text, in chunks of CHUNK_CHARACTERS: the tokenizer's own objects take 100 bytes a token and more."""
+    """Ids of each text, in chunks of CHUNK_CHARACTERS: the tokenizer's objects take 100 bytes per token and more."""
     ids: list[Ids] = []
     start = size = 0
     for stop, text in enumerate(texts, 1):

@@ -33,7 +33,7 @@ MAX_TEXT = 1_500
 EXAMPLE_KINDS = ("closest", "clearest", "random")
 
 FinalRows = dict[tuple[str, str], dict[str, Any]]
-"""What is known of kept rows, by prompt and candidate: arrays of one value a token with loss."""
+"""What is known of kept rows, by prompt and candidate: arrays of one value per token with loss."""
 
 COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "truncated", "messages"]
 
@@ -211,7 +211,7 @@ def examples_of_kinds(
 
 
 def add_token_texts(prompts: Iterable[dict[str, Any]], token_bytes: TokenBytes | None) -> None:
-    """Give each candidate `texts`, one a token: a character that several tokens share stands at its last one."""
+    """Give each candidate `texts`, one per token: a character that several tokens share stands at its last one."""
     for prompt in prompts:
         for candidate in prompt["candidates"]:
             ids = candidate["ids"]

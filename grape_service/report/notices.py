@@ -47,7 +47,7 @@ def _pool(facts: dict[str, Any]) -> list[Warning]:
         found.append(
             Warning(
                 f"{rejected:.1%} of the pool's rows could not be used; most often: {short(worst, 80)}.",
-                "Look at the rejects table that the manifest names, and mend the pool or pool.columns.",
+                "Look at the rejects table that the manifest names, and fix the pool or pool.columns.",
             )
         )
     truncated = share(pool.get("truncated", 0), pool.get("rows", 0))
@@ -139,7 +139,7 @@ def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
     if share(tiny, sum(margins)) > 0.3:
         found.append(
             Warning(
-                f"{share(tiny, sum(margins)):.0%} of the choices are decided by less than 0.002 a token, "
+                f"{share(tiny, sum(margins)):.0%} of the choices are decided by less than 0.002 per token, "
                 "which is within the noise of bf16 scoring.",
                 "Set select.min_margin, or score with target.dtype: float32.",
             )
@@ -197,7 +197,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
     if uniform > 0.2:
         found.append(
             Warning(
-                f"{uniform:.0%} of the rows have no behavior policy and weigh 1 at each token.",
+                f"{uniform:.0%} of the rows have no behavior policy and have weight 1 at each token.",
                 "Name their policies in behavior.sources, or leave them out with behavior.missing: drop.",
             )
         )

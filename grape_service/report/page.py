@@ -172,7 +172,7 @@ def reasons_of(facts: dict[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def source_rows(select: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A line a source: candidates, kept, share of contested prompts won, mean score."""
+    """A line per source: candidates, kept, share of contested prompts won, mean score."""
     if not select:
         return []
     return [
@@ -211,7 +211,7 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def scoring_noise(facts: dict[str, Any]) -> float | None:
-    """Root mean square difference a token between two scorings by the target; None where it scored nothing again."""
+    """Root mean square difference per token between two scorings by the target; None where it scored nothing again."""
     weigh = facts["counts"].get("weigh") or {}
     tokens = (weigh.get("self_weights_repeat") or weigh.get("control_twice") or {}).get("tokens")
     return (weigh["noise_squares"] / tokens) ** 0.5 if tokens else None

@@ -104,7 +104,7 @@ SPREAD = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def spreads(names: Sequence[str], table: Sequence[Sequence[int]], edges: Any, x: str, log: bool = False) -> Figure:
-    """Where each source's values are, a line a source: 10% to 90% thin, 25% to 75% thick, a mark at the median."""
+    """Where each source's values are, a line per source: 10% to 90% thin, 25% to 75% thick, a mark at the median."""
     found = []
     for label, row in zip(plot_labels(names), table, strict=True):
         values = [quantile(row, edges, share) for share in SPREAD]
@@ -264,7 +264,7 @@ def margins(names: list[str], table: list[list[int]]) -> Figure:
 
 def scores(names: list[str], table: list[list[int]]) -> Figure:
     """Scores of all candidates."""
-    return spreads(names, table, SCORE_EDGES, "score (mean log-probability a token)")
+    return spreads(names, table, SCORE_EDGES, "score (mean log-probability per token)")
 
 
 def weights(names: list[str], table: list[list[int]]) -> Figure:

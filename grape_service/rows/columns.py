@@ -25,7 +25,7 @@ SHARD = pa.schema(
         pa.field("messages", pa.string(), nullable=False),
         pa.field("num_prompt_messages", pa.int32(), nullable=False),
         pa.field("tools", pa.string()),  # JSON list of tool definitions, or null
-        # Recorded while sampling, one value a token with loss (NaN for a turn end that was not recorded), or null.
+        # Recorded while sampling, one value per token with loss (NaN for a turn end that was not recorded), or null.
         pa.field("recorded_logprobs", pa.list_(pa.float32())),
         pa.field("sampling", pa.string()),  # JSON {temperature, top_p, top_k}, or null
     ]
@@ -35,7 +35,7 @@ SHARD = pa.schema(
 SCORE = pa.schema(
     [
         pa.field("row_key", pa.binary(16), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # one a token with loss
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),  # one per token with loss
     ]
 )
 

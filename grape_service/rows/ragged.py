@@ -83,12 +83,12 @@ class TokenBatch:
 
     @property
     def lengths(self) -> Int64s:
-        """Tokens a sequence [N]."""
+        """Tokens per sequence [N]."""
         return np.diff(self.offsets)
 
     @property
     def loss_lengths(self) -> Int64s:
-        """Tokens with loss a sequence [N]."""
+        """Tokens with loss per sequence [N]."""
         running = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
         return np.diff(running[self.offsets])
 

@@ -93,7 +93,7 @@ class Choice:
 
 
 def choose(candidates: Candidates, select: SelectConfig) -> Choice:
-    """Keep at most `select.keep` candidates a prompt, in the order of the method.
+    """Keep at most `select.keep` candidates per prompt, in the order of the method.
 
     Ranks and margins are among all candidates of the prompt, also those that the token limits keep from
     winning. A prompt is left out when a candidate of it has failed, when none of its candidates may win,

@@ -1,7 +1,7 @@
 """The select stage: from the shards of a partition and their scores to the rows that are kept.
 
 Streams over shards of whole prompts. Held for the partition are the scores of its rows and, where
-max_source_share is set, a few numbers a candidate.
+max_source_share is set, a few numbers per candidate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grape_service.storage.parquet import array_of, open_parquet, read_tables, w
 from grape_service.storage.storage import Storage
 
 KEPT_COLUMNS = [
-    pa.field("target_logprobs", pa.list_(pa.float32())),  # one a token with loss; null where none was needed
+    pa.field("target_logprobs", pa.list_(pa.float32())),  # one per token with loss; null where none was needed
     pa.field("grape_score", pa.float64()),
     pa.field("grape_rank", pa.int32()),
     pa.field("grape_margin", pa.float64()),

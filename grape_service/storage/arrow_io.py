@@ -1,6 +1,6 @@
 """How pyarrow reads files that Python opens, and how a process ends while it does.
 
-pyarrow reads ahead on threads of its own. One that calls into Python while Python is being taken down is ended in
+pyarrow reads ahead on its own threads. One that calls into Python while Python is being taken down is ended in
 the middle of C++, which aborts the process, or waits for ever for a lock. So the last that happens before is that
 every read fails, that those under way are waited for, and that all threads have come to rest.
 """

@@ -154,7 +154,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _sentences(self, full: str, doing: str) -> Iterator[None]:
-        """What the user can put right as one sentence; a missing file stays FileNotFoundError."""
+        """A user error as one sentence; a missing file stays FileNotFoundError."""
         try:
             yield
         except OSError as error:

@@ -250,7 +250,7 @@ def condition_failed(error: BaseException) -> bool:
 
 
 def _plain(error: Exception, method: str, kwargs: dict[str, Any], attempts: int) -> Exception:
-    """What a user can put right as one sentence; anything else as the OSError it stands for."""
+    """A user error as one sentence; anything else as the OSError it stands for."""
     code, status = error_code(error)
     bucket = kwargs.get("Bucket", "")
     address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"

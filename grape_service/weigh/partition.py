@@ -54,8 +54,8 @@ REPEAT_PARTITION = "b"
 """The one partition of repeated scorings: they are few."""
 
 WEIGHED_COLUMNS = [
-    pa.field("behavior_logprobs", pa.list_(pa.float32())),  # one a token with loss; null without a behavior
-    pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one a token with loss
+    pa.field("behavior_logprobs", pa.list_(pa.float32())),  # one per token with loss; null without a behavior
+    pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one per token with loss
     pa.field("weight_source", pa.string(), nullable=False),
 ]
 """What a weighed row has after the kept row's columns."""

@@ -6,7 +6,7 @@ t = 1..T with loss of one response, the turn end included:
     delta_t = clip(log pi_target(y_t) - log pi_behavior(y_t), lo, hi)
 
     sequence   log G_t = sum_{j=1..T} delta_j                                        the same for every t
-    token      log G_t = (T - t) * log(gamma) + sum_{j=t+1..T} delta_j               the last token weighs 1
+    token      log G_t = (T - t) * log(gamma) + sum_{j=t+1..T} delta_j               the last token has weight 1
     block      log G_t = (T - e_k) * log(gamma) + sum_{j=e_k+1..T} delta_j
                t in block k = tokens (k-1)B+1 .. e_k, e_k = min(kB, T); B = 1 is the token level
 
@@ -103,7 +103,7 @@ def _weigh_chunk(
     with np.errstate(over="ignore"):
         np.exp(log_weights, out=weights)
     if len(weights) and not np.isfinite(weights.max()):
-        raise UserError("a weight grew beyond all numbers: give weights.weight_clip an upper bound such as 5")
+        raise UserError("a weight is not finite: give weights.weight_clip an upper bound such as 5")
     if config.normalize == "sequence":
         weights *= np.repeat(lengths / np.maximum(segment_sums(weights, offsets), np.finfo(float).tiny), lengths)
     return (

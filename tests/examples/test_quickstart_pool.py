@@ -24,7 +24,7 @@ SAMPLED = {"smollm2-tutor", "smollm2-brief"}
 
 
 def read_rows() -> list[dict[str, Any]]:
-    """Every candidate of the pool, one a row."""
+    """Every candidate of the pool, one per row."""
     rows: list[dict[str, Any]] = []
     for path in sorted((QUICKSTART / "pool").glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

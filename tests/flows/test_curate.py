@@ -1,4 +1,4 @@
-"""The main job for real: `grape run` in a process of its own, on a tiny model."""
+"""The main job for real: `grape run` in its own process, on a tiny model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
         assert again["version"] == first["version"]
         assert not again["is_new"]
         assert "the pool is unchanged" in done.stderr
-        assert "all 30 rows have scores already, no engine is started" in done.stderr
+        assert "all 30 rows have stored scores, no engine is started" in done.stderr
         assert "starting" not in done.stderr
         assert job.wait_gone(15) == {}
 

@@ -83,7 +83,7 @@ def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Service]:
-    """A Prefect server and the deployment team/sft, served by a process of its own."""
+    """A Prefect server and the deployment team/sft, served by its own process."""
     folder = tmp_path_factory.mktemp("prefect")
     with tiny_job(folder, model) as job:
         made = Service(job)

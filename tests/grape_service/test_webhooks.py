@@ -86,7 +86,7 @@ def test_a_refusal_is_told_without_secrets_and_not_tried_again(
     receiver.statuses = [status]
     assert not notify(NotifyConfig(webhook=receiver.url), {}, pause=0.01)
     assert len(receiver.got) == 1
-    assert f"it answers {status}" in events.texts[0]
+    assert f"answers {status}" in events.texts[0]
     assert "hidden" not in events.texts[0]
     assert "s3cret" not in events.texts[0]
 

@@ -19,7 +19,7 @@ import orjson
 import yaml
 
 from grape_service.config.schema import Config
-from grape_service.errors import StageError, UserError
+from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.log_lines import PROGRESS, Replay
 from grape_service.progress.reporter import reporter
 from workers.cluster.jobs import JobRequest, JobServer, job_server
@@ -53,7 +53,7 @@ def submit(
     environment: Mapping[str, str] | None = None,
     command: str = "run",
 ) -> Submitted:
-    """Start `grape run` of a config as a job; it goes on when this process ends.
+    """Start `grape run` of a config as a job; it keeps running when this process ends.
 
     `with_code` packs this checkout's packages; otherwise the cluster has them installed. `environment` can be read
     by whoever may look at the cluster's jobs: secrets belong into the cluster's own environment.
@@ -181,7 +181,7 @@ def run_as_job(config: Config, until: Until = "release", force: bool = False) ->
         try:
             status = follow(server, job.job_id, Replay(write_error))
         except BaseException:
-            with contextlib.suppress(Exception):
+            with best_effort("stop the job"):
                 server.stop(job.job_id)
             raise
         log = server.log(job.job_id)

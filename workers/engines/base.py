@@ -1,4 +1,4 @@
-"""What an engine is: token id sequences with loss masks in, one log-probability a token with loss out."""
+"""What an engine is: token id sequences with loss masks in, one log-probability per token with loss out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def first_invalid_score(scores: npt.NDArray[np.float32], batch: TokenBatch) -> d
 
     Raises AssertionError when `scores` is not as long as the batch's masks say.
     """
-    assert scores.shape == (int(batch.mask.sum()),), "an engine must give one value a token with loss"
+    assert scores.shape == (int(batch.mask.sum()),), "an engine must give one value per token with loss"
     bad = ~np.isfinite(scores) | (scores > 0)
     if not bad.any():
         return {}

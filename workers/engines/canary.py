@@ -15,7 +15,7 @@ from workers.engines.base import Engine
 
 TOLERANCE = {"float32": (1e-3, 2e-4), "float16": (0.15, 0.03), "bfloat16": (0.35, 0.06)}
 """dtype -> largest difference of one log-probability, and of the mean absolute difference. Half precision
-differs by 0.01 to 0.06 a token between engines and batch shapes on real text; random tokens differ by more."""
+differs by 0.01 to 0.06 per token between engines and batch shapes on real text; random tokens differ by more."""
 
 LENGTHS = (6, 17, 33, 48)
 

@@ -50,7 +50,7 @@ class UnitResult:
 
     scored: int  # rows
     failed: int  # rows
-    reused: int  # rows that had scores already
+    reused: int  # rows that were scored before
     tokens: int  # that went through the engine
     seconds: float
 

@@ -14,7 +14,7 @@ SHARD_SECONDS = [0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600]
 _COUNTERS = {
     "grape_tokens_scored": ("Tokens that went through an engine.", ("dataset", "policy", "replica")),
     "grape_rows_scored": ("Rows whose scores were stored.", ("dataset", "policy")),
-    "grape_rows_reused": ("Rows that had scores already.", ("dataset", "policy")),
+    "grape_rows_reused": ("Rows that were scored before.", ("dataset", "policy")),
     "grape_retries": ("Shards that were given to an engine again.", ("dataset", "policy")),
     "grape_failures": ("Rows that could not be scored.", ("dataset", "policy")),
     "grape_gpu_seconds": ("Seconds of GPUs on shards.", ("dataset", "policy")),

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from grape_service.config.schema import Config
-from grape_service.errors import StageError, UserError
+from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
 from workers.cluster.ray import import_path, node_gpus, num_nodes, num_slots
 from workers.cluster.tasks import ENGINE_CPUS
@@ -77,7 +77,7 @@ class ScoreTotals:
 
 
 def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
-    """How many replicas a policy gets: no more than there are units; with auto as many as fit, on CPUs one a node."""
+    """How many replicas a policy gets: no more than there are units; with auto as many as fit, on CPUs one per node."""
     wanted = config.workers.replicas
     if isinstance(wanted, int):
         return max(1, min(wanted, units))
@@ -176,7 +176,7 @@ class Replicas:
         )
 
     def _end(self, replica: Replica) -> None:
-        with contextlib.suppress(Exception):
+        with best_effort("end a scoring actor"):
             ray.kill(replica.actor)
 
     def _event(self, text: str) -> None:
@@ -184,7 +184,7 @@ class Replicas:
         reporter().event(text)
 
     def descriptions(self) -> list[dict[str, Any]]:
-        """What each replica is and did: its engine's description, GPUs, tokens a second and GPU seconds."""
+        """What each replica is and did: its engine's description, GPUs, tokens per second and GPU seconds."""
         asked = [replica.actor.describe.remote() for replica in self.replicas if replica.is_ready]
         found = [one for one in answers(asked, ANSWER_SECONDS).values() if one is not None]
         for one in found:

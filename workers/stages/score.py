@@ -42,7 +42,7 @@ def score_shards(
     totals = ScoreTotals(reused=reused)
     ScoringMetrics(run.name, store_id, gpus=0).add("grape_rows_reused", reused)
     if not units:
-        run.event(f"{stage}: all {reused:,} rows have scores already, no engine is started")
+        run.event(f"{stage}: all {reused:,} rows have stored scores, no engine is started")
         return totals
     replicas = engines.of(policy, len(units))
     reporter().begin(stage, sum(unit.tokens for unit in units), "tokens")
@@ -97,7 +97,7 @@ def plan_partition(
 def record_failed_units(run: Run, totals: ScoreTotals) -> None:
     """Write the rows of units that failed too often to the failures table and count them."""
     for work, reason in totals.failed_units:
-        run.event(f"shard {work.unit.path} is given up after its last attempt: {reason}")
+        run.event(f"shard {work.unit.path} failed its last attempt and is skipped: {reason}")
     arguments = [(run.workspace, run.run_id, work.store_id, work.unit, reason) for work, reason in totals.failed_units]
     failed = run_tasks(record_failed_unit, arguments, run.config.workers)
     for (work, _), rows in zip(totals.failed_units, failed, strict=True):

@@ -96,7 +96,8 @@ class Lease:
     def renew(self) -> None:
         """Renew it when half of its time is over. Raises AssertionError if another took it meanwhile."""
         if time.time() > self.held_until - LEASE_SECONDS / 2:
-            assert self.acquire(), "another process took over this run"
+            held = self.acquire()
+            assert held, "another process took over this run"
 
     def release(self) -> None:
         """Give it back, if it is held."""

@@ -194,7 +194,7 @@ def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")
-    assert err == "error: stopped; run the same command again to go on from here\n"
+    assert err == "error: stopped; run the same command again to resume\n"
 
 
 def opened_when_read(fifo: Path, seconds: float = 60) -> int:

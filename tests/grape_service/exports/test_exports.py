@@ -95,7 +95,7 @@ def test_trls_own_trainer_takes_an_export_without_weights(unweighted: Release, m
     from trl import SFTConfig, SFTTrainer
 
     summary = export(unweighted, "trl", str(tmp_path / "trl"), drop_weights=True)
-    assert "every token weighs 1" in summary.sentence
+    assert "every token has weight 1" in summary.sentence
     files = str(tmp_path / "trl" / "data" / "*.parquet")
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     arguments = SFTConfig(
@@ -158,7 +158,7 @@ def test_llamafactory_without_weights_is_each_row_once(release: Release, unweigh
     dropped = export(release, "llamafactory", str(tmp_path / "a"), drop_weights=True)
     assert "without their loss weights, as asked" in dropped.sentence
     plain = export(unweighted, "llamafactory", str(tmp_path / "b"))
-    assert "every token weighs 1" in plain.sentence
+    assert "every token has weight 1" in plain.sentence
     for folder in ("a", "b"):
         assert [line["messages"] for line in lines(tmp_path / folder / "train.jsonl")] == [
             row["messages"] for row in make_rows(NUM_ROWS)

@@ -1,7 +1,7 @@
 """Exports, loaded again with verl's and LLaMA-Factory's own code.
 
-Both want other versions of our libraries, so that each lies in a folder of its own (`make install-test`) and runs
-in a process of its own that has this folder on its path.
+Both want other versions of our libraries, so that each lies in its own folder (`make install-test`) and runs
+in its own process that has this folder on its path.
 """
 
 from __future__ import annotations

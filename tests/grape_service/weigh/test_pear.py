@@ -241,7 +241,7 @@ def test_equal_weights_have_an_effective_share_of_1():
 
 
 def test_noise_drifts_upwards_through_the_lopsided_clip():
-    """What design.md says of bf16: noise of 0.05 a token adds about 0.001 to each delta and cancels gamma."""
+    """What design.md says of bf16: noise of 0.05 per token adds about 0.001 to each delta and cancels gamma."""
     noise = np.random.default_rng(0).normal(0.0, 0.05, 400_000)
     pear = pear_weights(noise, np.array([0, len(noise)]), WeightsConfig(gamma=1.0, weight_clip=(-1e9, 1e9)))
     assert np.log(pear.weights[0]) / len(noise) == pytest.approx(0.00116, abs=0.0003)

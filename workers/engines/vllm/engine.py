@@ -341,7 +341,7 @@ class VllmEngine:
             job.answer.set_exception(full or error)
 
     def _shrink(self, running: list[str]) -> None:
-        """After running out of memory: half as many tokens a step, and a clean cache."""
+        """After running out of memory: half as many tokens per step, and a clean cache."""
         self._step_tokens //= 2
         log.warning("vLLM ran out of memory; its steps now take %d tokens", self._step_tokens)
         if self._policy.tensor_parallel == 1 and self._core.has_head:

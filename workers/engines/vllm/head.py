@@ -292,7 +292,8 @@ class VllmCore:
         """Forget requests after a step that failed half-way, and every cached block: some were never filled."""
         self._engine.abort_request(request_ids)
         self._masks.clear()
-        assert self._engine.reset_prefix_cache(), "blocks of a failed step are still in use"
+        reset = self._engine.reset_prefix_cache()
+        assert reset, "blocks of a failed step are still in use"
 
     def set_step_tokens(self, tokens: int) -> None:
         """Make steps smaller than they were when the engine started."""
