@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 from grape_service.config.methods import SelectConfig
 from grape_service.report.examples import MAX_CANDIDATES, MAX_TOKENS
 from grape_service.report.page import render_page
-from grape_service.report.statistics import EXAMPLE_KINDS, EXAMPLES_EACH, MAX_SOURCES, SelectStatistics, WeighStatistics
+from grape_service.report.statistics import EXAMPLE_KINDS, SelectStatistics, WeighStatistics
+from grape_service.report.sums import EXAMPLES_EACH, MAX_SOURCES
 from grape_service.rows.ragged import offsets_from_lengths
 from grape_service.select.choose import Candidates, Detail, choose
 from grape_service.weigh.partition import WeightBatch

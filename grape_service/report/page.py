@@ -28,7 +28,7 @@ from grape_service.report.examples import (
     release_rows,
 )
 from grape_service.report.notices import share, warnings_of
-from grape_service.report.statistics import MAX_SOURCES
+from grape_service.report.sums import MAX_SOURCES
 from grape_service.rows.partitions import partition_of
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"

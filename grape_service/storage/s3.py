@@ -16,50 +16,27 @@ from concurrent.futures import Future
 from functools import lru_cache
 from typing import IO, Any
 
-import botocore.exceptions as boto_errors
 import orjson
 import pyarrow.fs as pafs
 import s3fs
-from aiohttp import ClientError as HttpClientError
 from fsspec.asyn import sync_wrapper
-from s3fs.errors import translate_boto_error
 
 from grape_service.errors import StageError, UserError
 from grape_service.storage.arrow_io import ArrowHandler
 from grape_service.storage.local import FileInfo, FileInfos, Names
+from grape_service.storage.s3_errors import (
+    TRANSIENT_ERRORS,
+    StorageUnavailable,
+    condition_failed,
+    is_transient,
+    plain_error,
+)
 
 RETRY_SECONDS = 60.0
 """How long a request is tried again while the server is down, throttles or answers 5xx."""
 PART_BYTES = 16 * 2**20
 PARTS_IN_FLIGHT = 2
 MAX_PARTS = 10_000
-
-_TRANSIENT_CODES = frozenset(
-    [
-        "BandwidthLimitExceeded",
-        "InternalError",
-        "RequestLimitExceeded",
-        "RequestTimeout",
-        "ServiceUnavailable",
-        "SlowDown",
-        "Throttling",
-        "ThrottlingException",
-        "XAmzContentSHA256Mismatch",
-    ]
-)
-_TRANSIENT_ERRORS = (
-    boto_errors.HTTPClientError,
-    boto_errors.ConnectionError,
-    boto_errors.IncompleteReadError,
-    HttpClientError,
-    ConnectionError,
-    TimeoutError,
-    asyncio.TimeoutError,
-)
-
-
-class StorageUnavailable(StageError):
-    """The server did not answer for as long as a request is tried again; a later run goes on."""
 
 
 class RetryingS3(s3fs.S3FileSystem):
@@ -85,7 +62,7 @@ class RetryingS3(s3fs.S3FileSystem):
                 return answer
             except Exception as error:
                 if not is_transient(error):
-                    raise _plain(error, method, kwargs, attempts) from error
+                    raise plain_error(error, method, kwargs, attempts) from error
                 wait = min(0.1 * 1.7**attempts, 5.0) * random.uniform(0.5, 1.0)
                 if not self._worth_waiting(start, wait):
                     seconds = f"{self.retry_seconds:.0f} seconds"
@@ -114,7 +91,7 @@ class RetryingS3(s3fs.S3FileSystem):
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
             try:
                 return await answer["Body"].read(), answer["ETag"].strip('"')
-            except _TRANSIENT_ERRORS as error:
+            except TRANSIENT_ERRORS as error:
                 failure = error
                 await asyncio.sleep(0.1 * 2**attempt)
             finally:
@@ -221,53 +198,6 @@ class UploadFile(io.RawIOBase):
     def __del__(self) -> None:
         """An upload that nobody closed is not finished by the garbage collector."""
         self._ended = True
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        code, status = error_code(error)
-        return code in _TRANSIENT_CODES or (status >= 500 and status != 501) or status == 429
-    return isinstance(error, _TRANSIENT_ERRORS)
-
-
-def error_code(error: BaseException | None) -> tuple[str, int]:
-    """S3's code and HTTP status of an error or of what caused it; ("", 0) if it is not S3's."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0
-            return str(response.get("Error", {}).get("Code", "")), int(status)
-        error = error.__cause__ or error.__context__
-    return "", 0
-
-
-def condition_failed(error: BaseException) -> bool:
-    """Whether an S3 error says that If-Match or If-None-Match did not hold."""
-    code, status = error_code(error)
-    return code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412)
-
-
-def _plain(error: Exception, method: str, kwargs: dict[str, Any], attempts: int) -> Exception:
-    """A user error as one sentence; anything else as the OSError it stands for."""
-    code, status = error_code(error)
-    bucket = kwargs.get("Bucket", "")
-    address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
-    if code == "NoSuchBucket" or (method == "head_bucket" and status == 404):
-        return UserError(f"the bucket of {address} does not exist: create '{bucket}' or correct the address")
-    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-        return UserError(f"the credentials for {address} are refused ({code}): check AWS_ACCESS_KEY_ID and its secret")
-    if status == 403:
-        doing = "read" if method.startswith(("get_", "head_", "list_")) else "write"
-        return UserError(f"these credentials may not {doing} {address}: allow it or use other credentials")
-    if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
-        return UserError(f"no credentials for {address}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
-    if isinstance(error, boto_errors.ProfileNotFound | boto_errors.ParamValidationError):
-        return UserError(f"{address} cannot be used: {' '.join(str(error).split())}")
-    translated: Exception = translate_boto_error(error, set_cause=False)
-    translated.attempts = attempts  # type: ignore[attr-defined]
-    return translated
 
 
 class S3Files:

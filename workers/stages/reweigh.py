@@ -11,7 +11,8 @@ from grape_service.errors import UserError
 from grape_service.release.load import Release
 from grape_service.release.rows import other_fields_of, write_kept_rows
 from grape_service.report.examples import examples_of_kinds, read_examples
-from grape_service.report.statistics import SelectStatistics, source_names
+from grape_service.report.statistics import SelectStatistics
+from grape_service.report.sums import source_names
 from grape_service.rows.partitions import partition_of
 from grape_service.select.partition import SelectCounts
 from workers.cluster.tasks import run_tasks

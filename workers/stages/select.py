@@ -15,7 +15,8 @@ from grape_service.errors import UserError
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
-from grape_service.report.statistics import SelectStatistics, source_names
+from grape_service.report.statistics import SelectStatistics
+from grape_service.report.sums import source_names
 from grape_service.rows.columns import SHARD
 from grape_service.rows.partitions import prompt_order
 from grape_service.score.store import ScoreStore

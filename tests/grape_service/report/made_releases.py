@@ -13,7 +13,8 @@ from grape_service.release.load import Release, load
 from grape_service.release.manifest import ManifestFields, Parents, PolicyUse
 from grape_service.release.rows import final_batches
 from grape_service.release.writer import publish, write_part
-from grape_service.report.statistics import SelectStatistics, source_names
+from grape_service.report.statistics import SelectStatistics
+from grape_service.report.sums import source_names
 from grape_service.rows.columns import release_schema
 from grape_service.score.store import ScoreStore
 from grape_service.select.partition import select_partition

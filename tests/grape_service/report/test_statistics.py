@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grape_service.report.statistics import (
-    EXAMPLES_EACH,
-    MAX_SOURCES,
-    OTHER_SOURCES,
-    Moments,
-    SelectStatistics,
-    WeighStatistics,
-    source_names,
-)
+from grape_service.report.statistics import SelectStatistics, WeighStatistics
+from grape_service.report.sums import EXAMPLES_EACH, MAX_SOURCES, OTHER_SOURCES, Moments, source_names
 from tests.grape_service.report.made_report import NAMES, candidates, chosen, weight_batch
 
 
