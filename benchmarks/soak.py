@@ -247,7 +247,7 @@ def problems_of(outcome: dict[str, Any], num_prompts: int) -> list[str]:
 
 
 def compare_with_peace(job: Job, reference: str) -> list[str]:
-    """What differs between a release and one that a run makes anew from the same pool, without kills or scores."""
+    """What differs between a release and one that a fresh run makes from the same pool, without kills or scores."""
     quiet = Job(job.folder, {**job.config, "workspace": f"s3://{BUCKET}/quiet", "name": "quiet"}, job.environment)
     columns = ["prompt_id", "candidate_id", "grape_score", "input_ids"]
     tables = []

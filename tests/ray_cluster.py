@@ -87,7 +87,7 @@ class RayCluster:
     def start_worker(self, num_cpus: int, seconds: float = 120) -> subprocess.Popen[bytes]:
         """A further node that has joined.
 
-        With a temporary folder of its own: in the head's, each node would unpack a job's working dir anew, under the
+        With a temporary folder of its own: in the head's, each node would unpack a job's working dir again, under the
         feet of the other's processes.
         """
         scratch = f"--temp-dir={self.scratch}-{len(self.nodes)}"

@@ -49,8 +49,8 @@ def write_part(
 ) -> FileEntry:
     """Write one data file of a version, whole or not at all; in any process, one call for each index.
 
-    The bytes depend on the rows and the schema alone, not on how the rows are cut into batches. Rows that a task
-    tried again writes anew replace the same file. Raises UserError where the storage may not be written.
+    The bytes depend on the rows and the schema alone, not on how the rows are cut into batches. A task that
+    is tried again replaces the same file. Raises UserError where the storage may not be written.
     """
     path = f"data/part-{index:05d}.parquet"
     rows = tokens = loss_tokens = 0

@@ -79,7 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def assert_same(again: dict[tuple[str, str], dict[str, Any]], whole: Whole) -> None:
-    """Rows scored anew agree within the tolerance; so do the winners, where no other was as good."""
+    """Rows scored again agree within the tolerance; so do the winners, where no other was as good."""
     undisturbed = whole.released
     unclear = {
         key for key, row in undisturbed.items() if row["grape_margin"] is not None and row["grape_margin"] <= 1e-4
