@@ -13,6 +13,7 @@ from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.storage.storage import Storage
 from tests import tiny_models
+from tests.flows.test_deployments import Service
 from tests.flows.test_job_on_s3 import on_s3
 from tests.jobs import tiny_job
 from tests.ray_cluster import free_port
@@ -29,7 +30,7 @@ def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, s3_url: str, s3_serve
         on_s3(job, s3_url, 3)
         job.config["notify"] = {}
         job.config["storage"] = {"endpoint_url": s3_server.endpoint}
-        job.environment = {
+        job.environment |= {
             "GRAPE_WEBHOOK_SECRET": CANARIES[0],
             "GRAPE_WEBHOOK": f"http://127.0.0.1:{free_port()}/{CANARIES[1]}",  # nobody listens: that is reported
             "AWS_SESSION_TOKEN": "",
@@ -37,6 +38,7 @@ def test_no_secret_is_in_what_a_run_leaves(tmp_path: Path, s3_url: str, s3_serve
             "PREFECT_LOGGING_LEVEL": "DEBUG",
             "PREFECT_LOGGING_TO_API_ENABLED": "true",
         }
+        Service(job)
         done = job.grape("run", str(job.config_path))
         assert done.returncode == 0, done.stderr[-3000:]
         assert "the run's end was not reported" in done.stderr
