@@ -335,7 +335,9 @@ STAGES: tuple[Stage, ...] = ("sft", "rl")
 
 
 def _refuse_trainer_keys(job: SftJob | RlJob, settings: type[SftSettings] | type[RlSettings]) -> None:
-    foreign = sorted(job.model_fields_set & set(settings.model_fields))
+    """Values that differ from the default count: a config that was written out whole holds every key."""
+    defaults = settings()
+    foreign = [key for key in sorted(settings.model_fields) if getattr(job, key) != getattr(defaults, key)]
     if job.kind != "builtin" and foreign:
         raise ValueError(f"'{foreign[0]}' is for the built-in trainer and has no effect on a {job.kind}: remove it")
 
@@ -364,9 +366,9 @@ class TrainConfig(Model):
             jobs["rl"] = self.rl
         return jobs
 
-    def as_given(self) -> dict[str, Any]:
-        """The section as the user wrote it, without defaults: what names its run."""
-        dumped = {stage: job.model_dump(mode="json", exclude_unset=True) for stage, job in self.jobs.items()}
+    def without_defaults(self) -> dict[str, Any]:
+        """The section without values that are the default: what names its run, however the config was written out."""
+        dumped = {stage: job.model_dump(mode="json", exclude_defaults=True) for stage, job in self.jobs.items()}
         return {"sft": dumped.get("sft"), "rl": dumped.get("rl")}
 
 

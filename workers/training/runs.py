@@ -47,7 +47,7 @@ class Deployments(Protocol):
 
 def run_id_of(release: Release, config: TrainConfig, key: str | None) -> str:
     """Name of the run of a request; equal requests have equal names."""
-    request = [release.reference, config.as_given(), key]
+    request = [release.reference, config.without_defaults(), key]
     return hashlib.sha256(orjson.dumps(request, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 

@@ -367,6 +367,19 @@ def test_a_section_holds_the_jobs_keys_and_the_trainers() -> None:
     assert (job.resources.gpus, job.own_settings().learning_rate, job.own_settings().batch_size) == (2, 2e-5, 32)
 
 
+def test_a_section_that_was_written_out_whole_is_the_same_request() -> None:
+    given = TrainConfig(sft={"command": ["a"], "resources": {"gpus": 2}})
+    again = TrainConfig.model_validate(given.model_dump(mode="json"))
+    assert (
+        again.without_defaults()
+        == given.without_defaults()
+        == {
+            "sft": {"command": ["a"], "resources": {"gpus": 2}},
+            "rl": None,
+        }
+    )
+
+
 def _until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
