@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grape_service.config.schema import Config
-from grape_service.prepare.counts import summarise_map
+from grape_service.prepare.counts import PartitionCounts, ShardCounts, summarise_map
 from grape_service.prepare.finish import finish_prepare
 from grape_service.prepare.map import Renders, map_piece
 from grape_service.prepare.plan import PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import read_partition
+from grape_service.prepare.shards import shard_paths
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.messages import response_messages
 from grape_service.storage.storage import Storage
@@ -83,8 +83,20 @@ def prepare(config: Config, storage: Storage, renderer: Renders | None = None) -
 
 def all_rows(storage: Storage, prepared: Prepared) -> pa.Table:
     """The rows of all shards, in order."""
-    tables = [table for name in sorted(prepared.partitions) for table in read_partition(storage, prepared, name)]
-    return pa.concat_tables(tables)
+    paths = [path for name in sorted(prepared.partitions) for path in shard_paths(prepared, name)]
+    return pa.concat_tables([read_shard(storage, path) for path in paths])
+
+
+def read_shard(storage: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+    """A shard's rows."""
+    with storage.open(path) as file:
+        return pq.read_table(file, columns=columns)
+
+
+def partition_shards(storage: Storage, prepared: Prepared, partition: str) -> list[tuple[str, ShardCounts]]:
+    """(path, counts) of each shard of a partition, in order."""
+    counts = PartitionCounts.from_json(storage.read_json(f"{prepared.folder}/partitions/{partition}.json"))
+    return list(zip(shard_paths(prepared, partition), counts.shards, strict=True))
 
 
 def all_rejects(storage: Storage, plan: PreparePlan) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from grape_service.config.methods import SelectConfig
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.messages import shown_content
+from grape_service.rows.partitions import partition_of
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.score.store import ScoreStore
 from grape_service.select.grape import grape_scores
@@ -208,6 +209,14 @@ def examples_of_kinds(
     add_token_texts(prompts.values(), token_bytes)
     found = [(kind, row[2]) for kind in EXAMPLE_KINDS for row in chosen.get(kind, []) if row[2] in prompts]
     return [{**prompts[prompt_id], "kind": kind} for kind, prompt_id in found]
+
+
+def chosen_by_partition(chosen: dict[str, list[list[Any]]], num_partitions: int) -> dict[str, list[str]]:
+    """Ids of the prompts in `chosen` (see `examples_of_kinds`) by partition, each once."""
+    wanted: dict[str, list[str]] = {}
+    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
+        wanted.setdefault(partition_of(prompt_id, num_partitions), []).append(prompt_id)
+    return wanted
 
 
 def add_token_texts(prompts: Iterable[dict[str, Any]], token_bytes: TokenBytes | None) -> None:

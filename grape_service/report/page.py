@@ -22,6 +22,7 @@ from grape_service.report.examples import (
     MAX_CANDIDATES,
     MAX_TEXT,
     TokenBytes,
+    chosen_by_partition,
     examples_of_kinds,
     read_examples,
     reason_of,
@@ -29,7 +30,6 @@ from grape_service.report.examples import (
 )
 from grape_service.report.notices import share, warnings_of
 from grape_service.report.sums import MAX_SOURCES
-from grape_service.rows.partitions import partition_of
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -319,11 +319,8 @@ def examples_of(release: Release) -> list[dict[str, Any]]:
     if not select or pool is None:
         return []
     chosen = select["examples"]
-    wanted: dict[str, list[str]] = {}
-    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
-        wanted.setdefault(partition_of(prompt_id, pool.num_partitions), []).append(prompt_id)
     prompts: dict[str, dict[str, Any]] = {}
-    for partition, ids in wanted.items():
+    for partition, ids in chosen_by_partition(chosen, pool.num_partitions).items():
         shards, final = shard_paths(pool.prepared, partition), release_rows(release, ids)
         prompts |= read_examples(pool.workspace, partition, shards, pool.store, ids, pool.select, None, final=final)
     try:

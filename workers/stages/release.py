@@ -21,10 +21,9 @@ from grape_service.release.manifest import FileEntry, ManifestFields
 from grape_service.release.rows import final_batches
 from grape_service.release.tags import move_tag, read_tag
 from grape_service.release.writer import find_identical, publish, write_part
-from grape_service.report.examples import examples_of_kinds, read_examples
+from grape_service.report.examples import chosen_by_partition, examples_of_kinds, read_examples
 from grape_service.report.page import facts_of_fields, render_page
 from grape_service.rows.columns import RELEASE_FORMAT, release_schema
-from grape_service.rows.partitions import partition_of
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks
@@ -109,17 +108,22 @@ def report_statistics(kept: Kept, weighed: Weighed) -> dict[str, Any]:
 def report_examples(run: Run, prepared: Prepared, kept: Kept, weighed: Weighed) -> list[dict[str, Any]]:
     """The report's examples: a few prompts with all candidates, token by token."""
     store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
-    wanted: dict[str, list[str]] = {}
-    for prompt_id in kept.statistics.examples.prompt_ids():
-        wanted.setdefault(partition_of(prompt_id, prepared.num_partitions), []).append(prompt_id)
+    chosen = kept.statistics.examples.chosen
     arguments = [
         (run.workspace, p, shard_paths(prepared, p), store, ids, run.config.select, weighed.paths.get(p))
-        for p, ids in wanted.items()
+        for p, ids in chosen_by_partition(chosen, prepared.num_partitions).items()
     ]
+    return read_all_examples(run, arguments, chosen)
+
+
+def read_all_examples(
+    run: Run, arguments: list[tuple[Any, ...]], chosen: dict[str, list[list[Any]]]
+) -> list[dict[str, Any]]:
+    """`read_examples` of each partition as Ray tasks, in the order of `chosen`."""
     prompts: dict[str, dict[str, Any]] = {}
     for found in run_tasks(read_examples, arguments, run.config.workers):
         prompts.update(found)
-    return examples_of_kinds(prompts, kept.statistics.examples.chosen, run.target_renderer.token_bytes)
+    return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
 
 
 @dataclass(frozen=True)

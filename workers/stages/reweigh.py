@@ -10,17 +10,16 @@ from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
 from grape_service.release.load import Release
 from grape_service.release.rows import other_fields_of, write_kept_rows
-from grape_service.report.examples import examples_of_kinds, read_examples
+from grape_service.report.examples import chosen_by_partition
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
-from grape_service.rows.partitions import partition_of
 from grape_service.select.partition import SelectCounts
 from workers.cluster.tasks import run_tasks
 from workers.outcome import Outcome, release_outcome
 from workers.provenance import common_parents, policies_used
 from workers.run import Run
 from workers.stages.prepare import check_compatibility
-from workers.stages.release import Columns, check_failed_share, publish_rows, report_statistics
+from workers.stages.release import Columns, check_failed_share, publish_rows, read_all_examples, report_statistics
 from workers.stages.select import Kept
 from workers.stages.weigh import PolicyScores, Weighed
 
@@ -114,19 +113,14 @@ def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[dict[str
     lost have no score under this target."""
     chosen: dict[str, list[list[Any]]] = (_old_report(release).get("select") or {}).get("examples") or {}
     num_partitions = 2 ** (len(next(iter(weighed.paths))) - 1)
-    wanted: dict[str, list[str]] = {}
-    for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
-        wanted.setdefault(partition_of(prompt_id, num_partitions), []).append(prompt_id)
+    wanted = chosen_by_partition(chosen, num_partitions)
     select = SelectConfig.model_validate(release.manifest.config.get("select") or {})
     arguments = [
         (run.workspace, partition, [path], None, wanted[partition], select, path)
         for partition, path in weighed.paths.items()
         if partition in wanted
     ]
-    prompts: dict[str, dict[str, Any]] = {}
-    for found in run_tasks(read_examples, arguments, run.config.workers):
-        prompts.update(found)
-    return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
+    return read_all_examples(run, arguments, chosen)
 
 
 def _extra_names(release: Release) -> set[str]:

@@ -11,14 +11,22 @@ import zstandard
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.pool.lines import BOM
-from grape_service.prepare.shards import partition_shards, read_shard, shard_paths
+from grape_service.prepare.shards import shard_paths
 from grape_service.render.renderer import Renderer
 from grape_service.rows.columns import LOSS_TOKEN, SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.partitions import partition_of
 from grape_service.rows.ragged import list_offsets_and_values
 from grape_service.storage.storage import Storage
-from tests.prepared_pools import all_rejects, all_rows, make_config, prepare, write_jsonl
+from tests.prepared_pools import (
+    all_rejects,
+    all_rows,
+    make_config,
+    partition_shards,
+    prepare,
+    read_shard,
+    write_jsonl,
+)
 from tests.tiny_models import make_tokenizer
 
 ROWS = [
