@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich import filesize
 
+from grape_service.cli.last_folder import folder_or_last
 from grape_service.cli.output import (
     EndpointOption,
     JsonOption,
@@ -16,8 +17,18 @@ from grape_service.cli.output import (
     say,
     storage_options,
 )
+from grape_service.cli.report_commands import compare
 from grape_service.errors import UserError
 
+OptionalPathArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="The output.path of configs, or <output.path>/<name> for one dataset; default: GRAPE_DATASETS, or the "
+        "one that was used last.",
+        metavar="[PATH]",
+        show_default=False,
+    ),
+]
 PathArgument = Annotated[
     str, typer.Argument(help="The output.path of configs, or <output.path>/<name> for one dataset.", metavar="PATH")
 ]
@@ -31,13 +42,15 @@ def register(app: typer.Typer) -> None:
 
 
 @datasets.command("list", epilog="Example: grape datasets list s3://team/datasets")
-def list_versions(path: PathArgument, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
+def list_versions(
+    path: OptionalPathArgument = None, endpoint: EndpointOption = None, as_json: JsonOption = False
+) -> None:
     """Every version of every dataset in a folder, with its tags."""
     from grape_service.release.catalog import list_datasets, read_catalog
     from grape_service.release.tags import list_tags
     from grape_service.storage.storage import Storage
 
-    storage = Storage(path, storage_options(endpoint))
+    storage = Storage(folder_or_last(path, "grape datasets list"), storage_options(endpoint))
     names = list_datasets(storage)
     if not names and storage.folders("versions"):
         folder, _, name = storage.root.rpartition("/")
@@ -152,19 +165,9 @@ def verify(reference: ReferenceArgument, endpoint: EndpointOption = None, as_jso
         raise UserError(f"{release.reference} is not what its manifest says: {len(problems)} problems")
 
 
-@datasets.command(
-    epilog="Example: grape datasets diff s3://team/datasets/math-sft@v0002 s3://team/datasets/math-sft@v0003"
-)
-def diff(
-    old: ReferenceArgument, new: ReferenceArgument, endpoint: EndpointOption = None, as_json: JsonOption = False
-) -> None:
-    """Two versions side by side: rows added and removed, choices that changed, scores and weights that moved."""
-    from grape_service.release.diff import diff as compare
-    from grape_service.release.diff import render_text
-    from grape_service.release.load import load
-
-    found = compare(load(old, storage_options(endpoint)), load(new, storage_options(endpoint)))
-    print_json(found.to_json()) if as_json else say(render_text(found))
+datasets.command(
+    "diff", epilog="Example: grape datasets diff s3://team/datasets/math-sft@v0002 s3://team/datasets/math-sft@v0003"
+)(compare)
 
 
 @datasets.command(epilog="Example: grape datasets gc s3://team/datasets --keep-days 30 --delete")

@@ -10,6 +10,7 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
+from grape_service.cli.completion import complete_reference
 from grape_service.cli.output import (
     EndpointOption,
     JsonOption,
@@ -56,13 +57,13 @@ def report(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A dataset version.", metavar="A")],
-    second: Annotated[str, typer.Argument(help="Another one of the same pool.", metavar="B")],
+    first: Annotated[str, typer.Argument(help="A dataset version.", metavar="A", autocompletion=complete_reference)],
+    second: Annotated[str, typer.Argument(help="Another one.", metavar="B", autocompletion=complete_reference)],
     out: OutOption = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare what two versions chose: agreement of winners, rank correlation, where they differ most."""
+    """Two versions side by side: rows, choices, scores and weights that differ, rankings, where they differ most."""
     from grape_service.release.compare import compare as compare_releases
     from grape_service.release.load import load
 
@@ -73,10 +74,11 @@ def compare(
 
         out.write_text(render_comparison(found))
     if as_json:
-        print_json(found)
+        print_json({key: value for key, value in found.items() if key != "text"})
         return
-    prompts, ranking = found["prompts"], found["ranking"]
-    say(f"{prompts['both']:,} prompts are in both, {found['same_choice']:,} with the same choice")
+    ranking = found["ranking"]
+    say(found["text"])
+    say("")
     if found["agreement"] is not None:
         say(f"agreement of winners: {found['agreement']:.1%}")
     if ranking is None:

@@ -11,60 +11,36 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.release.candidates import ScoredPool, open_scored_pool
+from grape_service.release.diff import diff, render_text
 from grape_service.release.load import Release
 from grape_service.select.grape import order_within_prompts, places_within_groups
 
 MOST_DIFFERENT = 20
+MOVES = 12
 BINS = 20
 
 
 def compare(first: Release, second: Release) -> dict[str, Any]:
-    """What `grape compare` tells: agreement of the kept rows and, where both workspaces still have the scores, of
-    the ranking within prompts: `rank_correlation` (mean Spearman's rho over prompts), its histogram, the
-    prompts where the choice of the other costs most, in score, and the absolute differences of the candidates'
-    scores, on average and at most."""
-    found: dict[str, Any] = {"first": first.reference, "second": second.reference, **kept_rows(first, second)}
+    """What `grape compare` tells: the rows and choices that differ (`diff`, whose figures are here too), and, where
+    both workspaces still have the scores, how alike the rankings within prompts are: `rank_correlation` (mean
+    Spearman's rho over prompts), its histogram, the prompts where the choice of the other costs most, in score, and
+    the absolute differences of the candidates' scores, on average and at most."""
+    rows = diff(first, second)
+    both = rows.prompts_common
     pools = open_scored_pool(first), open_scored_pool(second)
-    found["ranking"] = ranking(*pools) if all(pool and pool.store for pool in pools) else None
-    found["settings"] = differences(first.manifest.config, second.manifest.config)
-    found["settings"] += differences(_policies(first), _policies(second), "policies.")
-    return found
-
-
-def kept_rows(first: Release, second: Release) -> dict[str, Any]:
-    """How many prompts both have, and for how many of those they kept the same candidates."""
-    columns = ["prompt_id", "candidate_id", "source"]
-    tables = [release.dataset.to_table(columns=columns) for release in (first, second)]
-    prompts = [pc.unique(table["prompt_id"]) for table in tables]
-    shared = pc.is_in(prompts[0], value_set=prompts[1])
-    both = prompts[0].filter(shared)
-    joined = [table.filter(pc.is_in(table["prompt_id"], value_set=both)) for table in tables]
-    only = joined[0].join(joined[1], ["prompt_id", "candidate_id"], join_type="left anti")
-    other = joined[1].join(joined[0], ["prompt_id", "candidate_id"], join_type="left anti")
-    changed = pc.unique(pa.chunked_array([*only["prompt_id"].chunks, *other["prompt_id"].chunks], type=pa.string()))
+    settings = differences(first.manifest.config, second.manifest.config)
     return {
-        "prompts": {"first": len(prompts[0]), "second": len(prompts[1]), "both": len(both)},
-        "same_choice": len(both) - len(changed),
-        "agreement": (len(both) - len(changed)) / len(both) if len(both) else None,
-        "sources": _source_counts(tables),
-        "moves": _moves(only, other),
+        **rows.to_json(),
+        "first": first.reference,
+        "second": second.reference,
+        "prompts": {"first": rows.prompts_a, "second": rows.prompts_b, "both": both},
+        "same_choice": rows.same_choice,
+        "agreement": rows.same_choice / both if both else None,
+        "moves": rows.source_changes[:MOVES],
+        "ranking": ranking(*pools) if all(pool and pool.store for pool in pools) else None,
+        "settings": settings + differences(_policies(first), _policies(second), "policies."),
+        "text": render_text(rows),
     }
-
-
-def _source_counts(tables: list[pa.Table]) -> dict[str, list[int]]:
-    counted: dict[str, list[int]] = {}
-    for place, table in enumerate(tables):
-        for item in pc.value_counts(pc.fill_null(table["source"], "(none)")).to_pylist():
-            counted.setdefault(item["values"], [0, 0])[place] = item["counts"]
-    return dict(sorted(counted.items(), key=lambda item: (-sum(item[1]), item[0])))
-
-
-def _moves(only: pa.Table, other: pa.Table, most: int = 12) -> list[dict[str, Any]]:
-    """From which source to which the choice went, most often first."""
-    pairs = only.join(other.select(["prompt_id", "source"]), "prompt_id", right_suffix="_other")
-    counts = pairs.group_by(["source", "source_other"]).aggregate([([], "count_all")]).to_pylist()
-    moves = [{"from": row["source"], "to": row["source_other"], "prompts": row["count_all"]} for row in counts]
-    return sorted(moves, key=lambda move: (-move["prompts"], str(move["from"]), str(move["to"])))[:most]
 
 
 def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from grape_service.errors import UserError
 from grape_service.release.load import Release
+from grape_service.rows.columns import NO_SOURCE
 
 ROWS_PER_BUCKET = 250_000
 MAX_BUCKETS = 512
@@ -72,15 +73,31 @@ class Diff:
     rows_removed: int
     rows_common: int
     tokens_changed: int  # rows in both whose token ids differ
+    prompts_a: int
+    prompts_b: int
     prompts_added: int
     prompts_removed: int
-    prompts_changed: int  # in both, with other candidates
+    prompts_changed: int  # in both, where b keeps a candidate in the place of one of a
+    prompts_more: int  # in both, where b keeps all of a's candidates and more
+    prompts_fewer: int  # in both, where b keeps some of a's candidates and no other
+    sources: dict[str, list[int]]  # rows of a and of b by source, most first
     source_changes: list[dict[str, Any]]  # {from, to, prompts}, most frequent first
     scores: Shift
     weights: Shift  # mean loss weight of a row, over tokens with loss
     examples: list[ChangedChoice] = field(default_factory=list)
     columns_added: list[str] = field(default_factory=list)
     columns_removed: list[str] = field(default_factory=list)
+
+    @property
+    def prompts_common(self) -> int:
+        """Prompts in both."""
+        return self.prompts_a - self.prompts_removed
+
+    @property
+    def same_choice(self) -> int:
+        """Prompts in both where neither keeps a candidate in the place of another: a smaller `keep` is no other
+        choice."""
+        return self.prompts_common - self.prompts_changed
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
@@ -93,9 +110,14 @@ class _Totals:
     removed: int = 0
     common: int = 0
     tokens_changed: int = 0
+    prompts_a: int = 0
+    prompts_b: int = 0
     prompts_added: int = 0
     prompts_removed: int = 0
     prompts_changed: int = 0
+    prompts_more: int = 0
+    prompts_fewer: int = 0
+    kept: dict[str, list[int]] = field(default_factory=dict)
     sources: Counter[tuple[str | None, str | None]] = field(default_factory=Counter)
     examples: list[ChangedChoice] = field(default_factory=list)
     scores: list[npt.NDArray[np.float64]] = field(default_factory=list)
@@ -127,9 +149,14 @@ def diff(a: Release, b: Release, max_examples: int = 20) -> Diff:
         rows_removed=totals.removed,
         rows_common=totals.common,
         tokens_changed=totals.tokens_changed,
+        prompts_a=totals.prompts_a,
+        prompts_b=totals.prompts_b,
         prompts_added=totals.prompts_added,
         prompts_removed=totals.prompts_removed,
         prompts_changed=totals.prompts_changed,
+        prompts_more=totals.prompts_more,
+        prompts_fewer=totals.prompts_fewer,
+        sources=dict(sorted(totals.kept.items(), key=lambda item: (-sum(item[1]), item[0]))),
         source_changes=sources,
         scores=_shift(totals.scores),
         weights=_shift(totals.weights),
@@ -148,8 +175,13 @@ def render_text(found: Diff) -> str:
         f"rows     +{found.rows_added:,} added, -{found.rows_removed:,} removed, {found.rows_common:,} in both"
         + (f", {found.tokens_changed:,} of them with other tokens" if found.tokens_changed else ""),
         f"prompts  +{found.prompts_added:,} added, -{found.prompts_removed:,} removed, "
-        f"{found.prompts_changed:,} with another choice",
+        f"{found.prompts_changed:,} with another choice, {found.same_choice:,} with the same",
     ]
+    if found.prompts_more or found.prompts_fewer:
+        lines.append(
+            f"keep     {found.prompts_more:,} prompts keep more candidates in b, {found.prompts_fewer:,} fewer: "
+            "no other choice"
+        )
     if found.columns_added or found.columns_removed:
         names = [f"+{_shown(name)}" for name in found.columns_added] + [
             f"-{_shown(name)}" for name in found.columns_removed
@@ -257,11 +289,20 @@ def _compare(a: pa.Table, b: pa.Table, totals: _Totals, max_examples: int) -> No
     prompts_a, prompts_b = (pc.unique(table["prompt_id"]) for table in (a, b))
     in_both = pc.is_in(prompts_a, value_set=prompts_b)
     num_both = int(pc.sum(in_both).as_py() or 0)
+    totals.prompts_a += len(prompts_a)
+    totals.prompts_b += len(prompts_b)
     totals.prompts_removed += len(prompts_a) - num_both
     totals.prompts_added += len(prompts_b) - num_both
     both = prompts_a.filter(in_both)
-    flagged = pc.unique(pa.chunked_array([*removed["prompt_id"].chunks, *added["prompt_id"].chunks], pa.string()))
-    totals.prompts_changed += int(pc.sum(pc.is_in(flagged, value_set=both)).as_py() or 0)
+    lost, gained = (pc.unique(table["prompt_id"]) for table in (removed, added))
+    lost, gained = (prompts.filter(pc.is_in(prompts, value_set=both)) for prompts in (lost, gained))
+    num_changed = int(pc.sum(pc.is_in(lost, value_set=gained)).as_py() or 0)
+    totals.prompts_changed += num_changed
+    totals.prompts_more += len(gained) - num_changed
+    totals.prompts_fewer += len(lost) - num_changed
+    for side, table in enumerate((a, b)):
+        for item in pc.value_counts(pc.fill_null(table["source"], NO_SOURCE)).to_pylist():
+            totals.kept.setdefault(item["values"], [0, 0])[side] += item["counts"]
     _compare_choices(removed, added, totals, max_examples)
 
 

@@ -86,6 +86,25 @@ def test_a_version_against_itself_and_against_nothing(tmp_path) -> None:
     assert (diff(one, none).rows_removed, diff(none, one).rows_added) == (80, 80)
 
 
+def test_another_keep_is_no_other_choice(tmp_path) -> None:
+    """a keeps one candidate a prompt, b two: of 10 prompts 6 keep a's and one more, 4 two others."""
+    storage = Storage(str(tmp_path))
+    a = changed(rows(0, 10), candidate_id=["c0"] * 10)
+    best = changed(rows(0, 10), candidate_id=["c0"] * 6 + ["c1"] * 4)
+    second = changed(rows(0, 10), candidate_id=["c2"] * 10)
+    publish_version(storage, parts=[a])
+    publish_version(storage, parts=[best, second])
+    one, two = load(f"{tmp_path}/math-sft@v0001"), load(f"{tmp_path}/math-sft@v0002")
+    wider, narrower = diff(one, two), diff(two, one)
+    assert (wider.prompts_changed, wider.prompts_more, wider.prompts_fewer, wider.same_choice) == (4, 6, 0, 6)
+    assert (narrower.prompts_changed, narrower.prompts_more, narrower.prompts_fewer) == (4, 0, 6)
+    assert (wider.rows_added, wider.rows_removed, wider.prompts_common) == (14, 4, 10)
+    assert sum(change["prompts"] for change in wider.source_changes) == 4
+    assert sum(count[1] for count in wider.sources.values()) == 20
+    assert "4 with another choice, 6 with the same" in render_text(wider)
+    assert "6 prompts keep more candidates in b, 0 fewer" in render_text(wider)
+
+
 def test_hostile_names_are_shown_on_one_line(tmp_path) -> None:
     storage = Storage(str(tmp_path))
     evil = "p\n\x1b[31mred" + "x" * 100
