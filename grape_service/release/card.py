@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
 
 import yaml
 
+from grape_service.display import visible
 from grape_service.release.manifest import Manifest
 
 _READERS = """
@@ -50,7 +52,7 @@ def render_card(manifest: Manifest) -> str:
             "",
             "| column | type |",
             "|---|---|",
-            *[f"| `{_cell(column.name)}` | `{_cell(column.type)}` |" for column in manifest.columns],
+            *[f"| {_code(column.name)} | {_code(column.type)} |" for column in manifest.columns],
             "",
             *_sources(manifest),
             "Everything that this was made from is in `manifest.json`; the report is in `report.html`.",
@@ -63,13 +65,11 @@ def _how_it_was_made(manifest: Manifest) -> list[str]:
     select = manifest.config.get("select") or {}
     lines = ["## How it was made", ""]
     if select:
-        lines.append(
-            f"Selected by `{_cell(select.get('method', ''))}`, {_cell(select.get('keep', ''))} kept per prompt."
-        )
+        lines.append(f"Selected by {_code(select.get('method', ''))}, {_cell(select.get('keep', ''))} kept per prompt.")
     for policy in manifest.parents.policies:
-        lines.append(f"- {_cell(policy.role)}: `{_cell(policy.model)}` `{_cell(policy.revision or policy.policy_id)}`")
+        lines.append(f"- {_cell(policy.role)}: {_code(policy.model)} {_code(policy.revision or policy.policy_id)}")
     if manifest.parents.release:
-        lines.append(f"- weighed from `{_cell(manifest.parents.release)}`")
+        lines.append(f"- weighed from {_code(manifest.parents.release)}")
     return [*lines, ""]
 
 
@@ -99,7 +99,20 @@ def _size_category(rows: int) -> str:
     return next((name for bound, name in bounds if rows < bound), "10M<n<100M" if rows < 10**8 else "n>100M")
 
 
+def _code(value: Any) -> str:
+    """Text as a code span, in which markup is text: nothing but the fence and a table's '|' needs care."""
+    text = visible(_line(value)).replace("|", "\\|")
+    if not text:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())[:200]
+
+
 def _cell(value: Any) -> str:
     """Text that stays in its table cell and is not taken for markup."""
-    text = " ".join(str(value).split())[:200]
-    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;")
+    return html.escape(visible(_line(value))).replace("|", "&#124;").replace("`", "&#96;")

@@ -31,6 +31,16 @@ UNFINISHED, VERSION, SCORES, PREPARED, RUN, CHECKS, TEMPORARY = (
     "findings of checks",
     "temporary files",
 )
+_WORDS = (
+    (UNFINISHED, "1 unfinished version", "{count} unfinished versions"),
+    (VERSION, "1 old version", "{count} old versions"),
+    (SCORES, "scores of 1 policy", "scores of {count} policies"),
+    (PREPARED, "shards of 1 pool", "shards of {count} pools"),
+    (RUN, "1 run", "{count} runs"),
+    (CHECKS, "findings of 1 run", "findings of {count} runs"),
+    (TEMPORARY, "temporary files", "temporary files"),
+)
+"""How kinds are counted in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,7 @@ def render_text(garbage: list[Garbage], dry_run: bool) -> str:
     """What goes, as a table, with the sum."""
     if not garbage:
         return "nothing to collect"
-    num_files, size = sum(item.num_files for item in garbage), _size(sum(item.num_bytes for item in garbage))
-    total = f"{len(garbage)} things, {num_files:,} files, {size}"
+    total = f"{_counted(garbage)}, {_size(sum(item.num_bytes for item in garbage))}"
     widths = [max(len(text) for text in column) for column in zip(*map(_cells, garbage), strict=True)]
     lines = [
         "  ".join([kind.ljust(widths[0]), size.rjust(widths[1]), path.ljust(widths[2]), reason])
@@ -110,6 +119,16 @@ def render_text(garbage: list[Garbage], dry_run: bool) -> str:
     ]
     end = "would be deleted; run again with --delete" if dry_run else "deleted"
     return "\n".join([*lines, f"{total} {end}"])
+
+
+def _counted(garbage: list[Garbage]) -> str:
+    """'2 old versions, scores of 3 policies and 5 runs'."""
+    words = []
+    for kind, one, many in _WORDS:
+        count = sum(item.kind == kind for item in garbage)
+        if count:
+            words.append(one if count == 1 else many.format(count=f"{count:,}"))
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _cells(item: Garbage) -> tuple[str, str, str, str]:

@@ -48,10 +48,15 @@ def read_tag(storage: Storage, name: str, tag: str) -> Tag | None:
 
 def list_tags(storage: Storage, name: str) -> list[Tag]:
     """Every tag of a dataset, sorted by name."""
+    found = [_read(storage, name, tag)[0] for tag in list_tag_names(storage, name)]
+    return [tag for tag in found if tag is not None]
+
+
+def list_tag_names(storage: Storage, name: str) -> list[str]:
+    """Names of a dataset's tags, sorted; none of them is read."""
     folder = f"{check_name(name)}/tags"
     names = [info.path.removeprefix(f"{folder}/").removesuffix(".json") for info in storage.list(folder)]
-    found = [_read(storage, name, tag)[0] for tag in sorted(names) if "/" not in tag]
-    return [tag for tag in found if tag is not None]
+    return sorted(name for name in names if "/" not in name)
 
 
 def move_tag(

@@ -127,22 +127,35 @@ class LocalFiles:
         return True
 
     def swap(self, full: str, data: bytes, etag: str) -> bool:
-        folder, name = os.path.split(full)
         try:
-            with self._sentences(full, "lock"):
-                lock = open(os.path.join(folder, f"{TEMPORARY}lock-{name}"), "wb")  # noqa: SIM115
-        except FileNotFoundError:
-            return False
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
+            with self._locked(full):
                 if self.read_with_etag(full)[1] != etag:
                     return False
-            except FileNotFoundError:
-                return False
-            with self.open_write(full) as file:
-                file.write(data)
+                with self.open_write(full) as file:
+                    file.write(data)
+        except FileNotFoundError:
+            return False
         return True
+
+    @contextlib.contextmanager
+    def _locked(self, full: str) -> Iterator[None]:
+        """Inside the block, nobody else swaps this file. The lock file is gone after it, so a lock counts only while
+        its file is still the one of that name. Raises FileNotFoundError where there is no such folder."""
+        folder, name = os.path.split(full)
+        path = os.path.join(folder, f"{TEMPORARY}lock-{name}")
+        while True:
+            with self._sentences(full, "lock"):
+                lock = open(path, "wb")  # noqa: SIM115
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _is_still(lock, path):
+                    continue
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                return
 
     def _file_info(self, full: str, found: os.stat_result) -> FileInfo:
         return FileInfo(
@@ -171,6 +184,13 @@ class LocalFiles:
             if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.EOPNOTSUPP):
                 raise UserError(f"cannot {doing} {full}: {error.strerror}") from error
             raise
+
+
+def _is_still(file: IO[bytes], path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

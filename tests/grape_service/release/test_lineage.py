@@ -6,7 +6,7 @@ import yaml
 
 from grape_service.release.lineage import lineage_tree
 from grape_service.release.load import load
-from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile
+from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile, columns_of
 from grape_service.storage.storage import Storage, json_bytes
 from tests.grape_service.release.made_up import publish_version, rows
 
@@ -87,3 +87,22 @@ def test_the_card_escapes_what_comes_from_outside(tmp_path) -> None:
     assert "`loss_weights` are PEAR weights" in body
     assert "no longer a sample from its behavior policy" in body
     assert "without the weights" in body
+
+
+def test_code_in_the_card_is_read_as_it_is(tmp_path) -> None:
+    """No entities inside code spans; a name cannot end its span or its table cell."""
+    import pyarrow as pa
+    from markdown_it import MarkdownIt
+
+    from grape_service.release.card import render_card
+
+    storage = Storage(str(tmp_path))
+    version = publish_version(storage, parts=[rows(0, 3)])
+    odd = "a`b``<img src=x>|c\x1b"
+    columns = [*columns_of(pa.schema([(odd, pa.list_(pa.int32()))])), *version.manifest.columns]
+    card = render_card(version.manifest.model_copy(update={"columns": columns}))
+    assert "`list<struct<role: string, content: string>>`" in card
+    page = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
+    assert "<code>a`b``&lt;img src=x&gt;|c&lt;U+001B&gt;</code>" in page
+    assert "<code>list&lt;int32&gt;</code>" in page
+    assert "<img" not in page

@@ -69,6 +69,27 @@ def test_conditional_writes(any_storage: Storage) -> None:
     assert [info.path for info in any_storage.list()] == ["new.json", "tag.json"]
 
 
+def test_swaps_lose_no_update_and_leave_no_lock(tmp_path: Path) -> None:
+    """The lock file goes after each swap: whoever waited for it must not take the old one for the lock."""
+    storage = Storage(str(tmp_path))
+    storage.create_if_absent("count", b"0")
+
+    def add() -> None:
+        for _ in range(20):
+            while True:
+                data, etag = storage.read_with_etag("count")
+                if storage.compare_and_swap("count", str(int(data) + 1).encode(), etag):
+                    break
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.read("count") == b"120"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
 def test_one_of_many_threads_wins(any_storage: Storage) -> None:
     any_storage.create_if_absent("swap", b"start")
     etag = any_storage.read_with_etag("swap")[1]
