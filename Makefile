@@ -7,7 +7,7 @@ else
 VENV ?= .venv
 endif
 
-.PHONY: help quickstart check test test-vllm lint install install-test install-vllm clean
+.PHONY: help quickstart check test test-vllm lint docs install install-test install-vllm clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -88,6 +88,9 @@ lint: .venv/.ready-lint ## ruff, mypy and the import order
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	.venv/bin/lint-imports --no-cache >/dev/null || .venv/bin/lint-imports --no-cache
+
+docs: .venv/.ready ## docs/config.md, from the models of the config
+	.venv/bin/grape schema --markdown >docs/config.md
 
 clean: ## remove what the quickstart made
 	rm -rf examples/quickstart/out

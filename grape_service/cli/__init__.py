@@ -20,7 +20,9 @@ ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind._
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
     from grape_service.cli.app import app
+    from grape_service.cli.completion import rejoin_words
 
+    rejoin_words()
     try:
         status = app(prog_name="grape", standalone_mode=False)
     except UserError as error:

@@ -14,6 +14,7 @@ from grape_service.cli import (
     plan_commands,
     report_commands,
     run_commands,
+    schema_commands,
     train_commands,
 )
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     name="grape",
     help="Decide what a language model learns from: score a pool, select with GRAPE, weigh with PEAR, release.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -49,3 +50,4 @@ plan_commands.register(app)
 cluster_commands.register(app)
 train_commands.register(app)
 report_commands.register(app)
+schema_commands.register(app)

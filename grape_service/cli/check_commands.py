@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table
+from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table
 from grape_service.errors import UserError
 
 
@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: grape check config.yaml")(check)
 
 
-def check(config: ConfigArgument, as_json: JsonOption = False) -> None:
+def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
     from grape_service.estimate.preflight import check as findings_of
     from workers.engines.choose import load_engine
@@ -27,7 +27,7 @@ def check(config: ConfigArgument, as_json: JsonOption = False) -> None:
             engines[folder] = load_engine(policy, folder)
         return engines[folder].score(batch, temperature)
 
-    findings = list(findings_of(config_of(config), score))
+    findings = list(findings_of(config_of(config, sets), score))
     for engine in engines.values():
         engine.close()
     if as_json:

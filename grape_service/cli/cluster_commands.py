@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table, say
 from grape_service.errors import UserError
 from grape_service.progress.reporter import duration
 
@@ -39,13 +39,14 @@ def submit(
         typer.Option("--env", help="Name of a variable of this environment that the job gets. Not for secrets."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")] = False,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a config as one job of a Ray cluster, show its log, end with its exit status."""
     from workers.cluster import submit
     from workers.cluster.jobs import job_server
 
-    settings = config_of(config)
+    settings = config_of(config, sets)
     missing = [name for name in env or [] if name not in os.environ]
     if missing:
         raise UserError(f"--env {missing[0]}: this environment has no such variable")

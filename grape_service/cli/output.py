@@ -17,13 +17,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grape_service.cli.completion import complete_reference
 from grape_service.config.loading import load_config
 from grape_service.config.schema import Config
 from grape_service.display import visible
 
 ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 ReferenceArgument = Annotated[
-    str, typer.Argument(help="A dataset version: <output.path>/<name>@<tag or version>.", metavar="REF")
+    str,
+    typer.Argument(
+        help="A dataset version: <output.path>/<name>@<tag or version>.",
+        metavar="REF",
+        autocompletion=complete_reference,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Override a key of the config, such as select.keep=2; may be repeated.", metavar="KEY=VALUE"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 EndpointOption = Annotated[
@@ -76,9 +88,9 @@ def storage_options(endpoint: str | None) -> dict[str, Any]:
     return {"endpoint_url": endpoint} if endpoint else {}
 
 
-def config_of(path: str) -> Config:
-    """The config of a command."""
-    return load_config(path)
+def config_of(path: str, overrides: Sequence[str] | None = None) -> Config:
+    """The config of a command, with what `--set` says."""
+    return load_config(path, overrides or ())
 
 
 def prefect_is_configured() -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from grape_service.cli.output import ConfigArgument, JsonOption, config_of, print_json, print_table, say
+from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table, say
 from grape_service.progress.reporter import duration
 
 
@@ -27,12 +27,13 @@ def plan(
     ] = None,
     price: Annotated[float | None, typer.Option("--price", min=0, help="Price of a GPU hour.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Count the whole pool instead of a sample.")] = False,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count the pool's tokens and estimate what scoring it takes. Starts no engine."""
     from grape_service.estimate.plan import make_plan
 
-    made = make_plan(config_of(config), replicas, device, tokens_per_second, price, exact)
+    made = make_plan(config_of(config, sets), replicas, device, tokens_per_second, price, exact)
     if as_json:
         print_json(made.to_json())
         return

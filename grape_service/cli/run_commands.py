@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from grape_service.cli.last_folder import remember
 from grape_service.cli.output import (
     ConfigArgument,
     JsonOption,
     ReferenceArgument,
+    SetOption,
     config_of,
     prefect_is_configured,
     print_json,
@@ -41,18 +43,21 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: grape weigh s3://team/datasets/math-sft@v0003 --config weights.yaml")(weigh)
 
 
-def run(config: ConfigArgument, force: ForceOption = False, as_json: JsonOption = False) -> None:
+def run(
+    config: ConfigArgument, force: ForceOption = False, sets: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Do the whole job: prepare, score, select, weigh, release (and train, if the config says so)."""
-    outcome = run_until(config, until="release", force=force)
+    outcome = run_until(config, until="release", force=force, sets=sets)
+    remember(outcome.reference.rpartition("/")[0])
     if as_json:
         print_json(outcome.to_json())
         return
     show_outcome(outcome)
 
 
-def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
+def score(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Prepare the pool and score what has no score yet under the target policy."""
-    outcome = run_until(config, until="score")
+    outcome = run_until(config, until="score", sets=sets)
     if as_json:
         print_json(outcome.to_json())
         return
@@ -62,9 +67,9 @@ def score(config: ConfigArgument, as_json: JsonOption = False) -> None:
     )
 
 
-def select(config: ConfigArgument, as_json: JsonOption = False) -> None:
+def select(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Prepare, score and select; nothing is released."""
-    outcome = run_until(config, until="select")
+    outcome = run_until(config, until="select", sets=sets)
     if as_json:
         print_json(outcome.to_json())
         return
@@ -78,10 +83,11 @@ def weigh(
     reference: ReferenceArgument,
     config: Annotated[str, typer.Option("--config", help="The config with target, behavior and weights.")],
     force: ForceOption = False,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a new version with PEAR weights from the rows of an existing release, scoring only what is missing."""
-    settings = config_of(config)
+    settings = config_of(config, sets)
     with prefect_or_direct() as with_prefect:
         if with_prefect:
             from flows.weigh import weigh_release
@@ -98,9 +104,14 @@ def weigh(
     say(f"release   {outcome.reference}")
 
 
-def run_until(config_path: str, until: Literal["score", "select", "release"], force: bool = False) -> Any:
+def run_until(
+    config_path: str,
+    until: Literal["score", "select", "release"],
+    force: bool = False,
+    sets: list[str] | None = None,
+) -> Any:
     """Run the job up to a stage in this process, as a Prefect flow where a Prefect API is configured."""
-    config = config_of(config_path)
+    config = config_of(config_path, sets)
     with prefect_or_direct() as with_prefect:
         if with_prefect:
             from flows.curate import curate

@@ -12,6 +12,7 @@ from grape_service.cli.output import (
     EndpointOption,
     JsonOption,
     ReferenceArgument,
+    SetOption,
     config_of,
     print_json,
     quiet_prefect,
@@ -35,12 +36,13 @@ def train(
     ] = None,
     status: Annotated[bool, typer.Option("--status", help="Show where the run is, and start nothing.")] = False,
     cancel: Annotated[bool, typer.Option("--cancel", help="End the run, which another process follows.")] = False,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start the SFT job on a release, then the RL job on its checkpoint; the run is recorded beside the release."""
     from workers.stages import train as runs
 
-    settings = config_of(config)
+    settings = config_of(config, sets)
     if settings.train is None:
         raise UserError(f"{config} has no train section: add train: {{sft: {{...}}}}")
     ray_address, options = settings.workers.ray_address, settings.storage

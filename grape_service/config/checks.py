@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from grape_service.config.base import Model
 
@@ -32,6 +33,15 @@ class Check(Model):
         if value is False:  # YAML reads a bare off as false
             return {"action": "off"}
         return {"action": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        keys = dict(schema)
+        schema.clear()
+        schema.update(anyOf=[{"enum": ["off", "warn", "fail", False]}, keys])
+        return reference
 
 
 class ExactDuplicates(Check):

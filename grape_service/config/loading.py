@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from grape_service.config.schema import Config
 from grape_service.errors import UserError
 
 
-def load_config(path: str | Path) -> Config:
-    """The config in a YAML file. Raises UserError that names the file and the key."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `overrides` such as 'select.keep=2' put over it.
+
+    Raises UserError that names the file and the key."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -32,7 +35,42 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no config: it should start with 'name:'")
-    return parse_config(values, str(path))
+    for override in overrides:
+        apply_override(values, override)
+    where = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
+    return parse_config(values, where)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put 'key=value' into the values of a config: dots lead into sections, numbers into lists, the value is YAML.
+
+    Raises UserError for what is no such pair, or leads nowhere."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override} is not key=value: write --set select.keep=2")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--set {key}: '{text}' is not a YAML value: {getattr(error, 'problem', error)}") from None
+    place: Any = values
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(place, list):
+            if not part.isdecimal() or int(part) >= len(place):
+                section = ".".join(parts[:depth])
+                raise UserError(f"--set {key}: '{section}' is a list of {len(place)}: count its items from 0")
+            step: Any = int(part)
+        elif isinstance(place, dict):
+            step = part
+        else:
+            section = ".".join(parts[:depth])
+            raise UserError(f"--set {key}: '{section}' is the value {place!r} and has no keys: set '{section}' itself")
+        if last:
+            place[step] = value
+        elif isinstance(place, dict) and place.get(step) is None:
+            place[step] = {}
+        place = place[step]
 
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> Config:

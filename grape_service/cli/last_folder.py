@@ -1,0 +1,40 @@
+"""The folder of datasets that was used last, for commands that are given none."""
+
+from __future__ import annotations
+
+import os
+
+from grape_service.errors import UserError, best_effort
+from grape_service.models.files import cache_folder
+from grape_service.storage.storage import normal_url
+
+VARIABLE = "GRAPE_DATASETS"
+
+
+def folder_or_last(path: str | None, command: str) -> str:
+    """The folder that a command is given, or that GRAPE_DATASETS names, or that was used last.
+
+    Raises UserError that says how to name one."""
+    if path:
+        remember(path)
+        return path
+    known = os.environ.get(VARIABLE) or _last()
+    if not known:
+        raise UserError(
+            f"no folder of datasets was used yet: write {command} PATH, or set {VARIABLE}=s3://team/datasets"
+        )
+    return known
+
+
+def remember(path: str) -> None:
+    """This folder is the one that was used last."""
+    with best_effort("remember the folder of datasets"):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        (cache_folder() / "last-datasets").write_text(normal_url(path), encoding="utf-8")
+
+
+def _last() -> str | None:
+    try:
+        return (cache_folder() / "last-datasets").read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
