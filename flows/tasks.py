@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-TIMEOUT_SECONDS = float(os.environ.get("GRAPE_FLOW_TIMEOUT_SECONDS") or 0) or None
+from workers.time_limit import limit_seconds
+
+TIMEOUT_SECONDS = limit_seconds()
 """A flow that takes longer fails; its scores are kept. Deployments set it in their environment."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])

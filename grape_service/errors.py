@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
 
+_USER = re.compile(r"(?<=://)(?:[^/\s@'\"]+|[^/\s@'\":]+:(?!\d{1,5}(?:/|$))[^\s@'\"]*)@")
+_QUERY = re.compile(r"(://[^\s'\"?]*\?)[^\s'\"]*=[^\s'\"]*")
+
+
+def without_url_secrets(text: str) -> str:
+    """A text in which no URL has a user, a password or the values of a query."""
+    return _QUERY.sub(r"\1***", _USER.sub("***@", text)) if "://" in text else text
+
 
 class UserError(ValueError):
     """A user error: something that the user can correct. Its text is one plain sentence that names the file, row or
-    key and says what would be right. The CLI prints it and exits with status 2."""
+    key and says what would be right. The CLI prints it and exits with status 2. URLs in it lose their secrets."""
+
+    def __init__(self, text: object = ""):
+        super().__init__(without_url_secrets(str(text)))
 
 
 class StageError(RuntimeError):
-    """A stage failed although its input was fine. The CLI prints it and exits with status 1."""
+    """A stage failed although its input was fine. The CLI prints it and exits with status 1. URLs in it lose their
+    secrets."""
+
+    def __init__(self, text: object = ""):
+        super().__init__(without_url_secrets(str(text)))
 
 
 @contextlib.contextmanager

@@ -143,20 +143,22 @@ def failed(error: BaseException, run_name: str, seconds: float) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def notify_when_done(config: Config) -> Iterator[list[dict[str, Any]]]:
+def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[dict[str, Any]]]:
     """Notifies config.notify at the end of the block: the block appends its outcome; an exception is a failure.
 
-    A run that was stopped by a person or by Prefect notifies nobody.
+    `name`: of the dataset, where it is not the config's. A run that was stopped by a person or by Prefect notifies
+    nobody.
     """
     started = time.monotonic()
+    name = name or config.name
     outcomes: list[dict[str, Any]] = []
     try:
         yield outcomes
     except Exception as error:
-        notify(config.notify, failed(error, config.name, time.monotonic() - started))
+        notify(config.notify, failed(error, name, time.monotonic() - started))
         raise
     if outcomes:
-        notify(config.notify, completed(outcomes[-1], config.name))
+        notify(config.notify, completed(outcomes[-1], name))
 
 
 # Trainers behind a webhook

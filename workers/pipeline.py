@@ -26,6 +26,7 @@ from workers.stages.score import score
 from workers.stages.select import select
 from workers.stages.train import checked_jobs, train
 from workers.stages.weigh import score_behavior, weigh
+from workers.time_limit import time_limit
 
 Until = Literal["score", "select", "release"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -43,6 +44,11 @@ def unwatched(config: Config, name: str, run_id: str = "") -> contextlib.Abstrac
     return contextlib.nullcontext()
 
 
+def limit_of(as_stage: AsStage) -> contextlib.AbstractContextManager[None]:
+    """The run's time limit, which Prefect keeps for the stages of a flow."""
+    return time_limit() if as_stage is directly else contextlib.nullcontext()
+
+
 def run_pipeline(
     config: Config,
     until: Until = "release",
@@ -56,7 +62,7 @@ def run_pipeline(
     `as_stage(name, function)` wraps each stage, `watch(config, name, run_id)` surrounds the run, `train` trains on
     the release. Raises UserError for a user error, StageError for a stage that failed.
     """
-    with notify_when_done(config) as done:
+    with notify_when_done(config) as done, limit_of(as_stage):
         if config.train is not None:
             checked_jobs(config.train, config.workers.ray_address)
         if runs_elsewhere(config):
@@ -114,7 +120,23 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
 def reweigh(
     reference: str, config: Config, force: bool = False, as_stage: AsStage = directly, watch: Watch = unwatched
 ) -> Outcome:
-    """Make a new version with weights from the rows of an existing release, scoring only what is missing."""
+    """Make a new version with weights from the rows of an existing release, scoring only what is missing.
+
+    Like `run_pipeline` it runs at workers.ray_address and notifies. Raises UserError, StageError.
+    """
+    name = parse_reference(reference).name
+    with notify_when_done(config, name) as done, limit_of(as_stage):
+        if runs_elsewhere(config):
+            with watch(config, name):
+                outcome = as_stage("submit", run_as_job)(config, "weigh", force, reference)
+        else:
+            outcome = reweigh_stages(reference, config, force, as_stage, watch)
+        done.append(outcome.to_json())
+    return outcome
+
+
+def reweigh_stages(reference: str, config: Config, force: bool, as_stage: AsStage, watch: Watch) -> Outcome:
+    """The stages of `reweigh`, on a private Ray or on the cluster that this process is a job of."""
     old = load(reference, config.storage)
     with (
         new_run(config, parse_reference(reference)) as run,

@@ -20,7 +20,7 @@ def evaluation_items(files: list[str], options: dict[str, Any]) -> Iterator[str]
         try:
             if name.endswith(".parquet"):
                 with storage.open(name) as file:
-                    for row in pq.read_table(file).to_pylist():
+                    for row in pq.read_table(file, page_checksum_verification=True).to_pylist():
                         yield from _strings(row)
                 continue
             data = storage.read(name)

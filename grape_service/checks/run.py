@@ -101,7 +101,10 @@ def shared_digests(storage: Storage, paths: list[str], bucket: int, buckets: int
     wanted = (pc.field("digest") >= pa.scalar(low, pa.uint64())) & (
         pc.field("digest") <= pa.scalar(high - 1, pa.uint64())
     )
-    tables = [pq.read_table(storage.full(path), filesystem=storage.arrow, filters=wanted) for path in paths]
+    tables = [
+        pq.read_table(storage.full(path), filesystem=storage.arrow, filters=wanted, page_checksum_verification=True)
+        for path in paths
+    ]
     table = pa.concat_tables(tables)
     prompts = table.group_by("digest").aggregate([("prompt_id", "count_distinct")])
     shared = prompts.filter(pc.greater(prompts["prompt_id_count_distinct"], 1))

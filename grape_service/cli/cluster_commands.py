@@ -52,7 +52,7 @@ def submit(
         raise UserError(f"--env {missing[0]}: this environment has no such variable")
     environment = {name: os.environ[name] for name in env or []}
     with job_server(address) as server:
-        arguments = ("--force",) if force else ()
+        arguments = (submit.CONFIG_NAME, *(["--force"] if force else []))
         job = submit.submit(settings, server, arguments, not installed, environment)
         if detach:
             print_json({"job": job.job_id, "address": address}) if as_json else say(job.job_id)

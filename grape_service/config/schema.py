@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -126,6 +127,24 @@ class WorkersConfig(Model):
     """Tasks at the same time on a private Ray; null: the machine's cores."""
     reuse: Literal["compatible", "exact"] = "compatible"
     """Whether scores of another engine version are used (checked by canary rows)."""
+
+    @field_validator("ray_address")
+    @classmethod
+    def _jobs_api(cls, address: str) -> str:
+        return address if address == "auto" else jobs_address(address)
+
+
+def jobs_address(address: str) -> str:
+    """The address of a Ray head's Jobs API, as it is. Raises ValueError, without the address where it may be secret."""
+    parts = urlsplit(address.strip())
+    if "@" in parts.netloc:
+        raise ValueError("an address of Ray holds no user or password: the token is in the file RAY_AUTH_TOKEN_PATH")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        shown = address if "://" not in address or not parts.query else f"{parts.scheme}://{parts.netloc}"
+        raise ValueError(
+            f"'{shown}' is no address of Ray's Jobs API: write http://head:8265, or auto for a private Ray"
+        )
+    return address.strip().rstrip("/")
 
 
 class NotifyConfig(Model):

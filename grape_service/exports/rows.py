@@ -23,7 +23,7 @@ TOKEN_COLUMNS = ("input_ids", "loss_mask", "labels", "target_logprobs", "behavio
 def batches(release: Release, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The release's rows with those columns, a few hundred at a time, in order."""
     for file in release.manifest.files:
-        with release.open_file(file.path) as parquet:
+        with release.open_checked(file) as parquet:
             yield from parquet.iter_batches(BATCH_ROWS, columns=list(columns))
 
 
@@ -76,7 +76,7 @@ def write_parquet(release: Release, storage: Storage, columns: Sequence[str]) ->
 
     for number, file in enumerate(release.manifest.files):
         name = f"data/part-{number:05d}.parquet"
-        with release.open_file(file.path) as parquet:
+        with release.open_checked(file) as parquet:
             batches = kept_columns(parquet.iter_batches(BATCH_ROWS, columns=read))
             rows += storage_parquet.write_parquet(storage, name, schema, batches).num_rows
         names.append(name)

@@ -78,7 +78,7 @@ class SegmentReader:
                 self.num_lines += 1
 
     def _parquet_rows(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | Rejection]]:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         groups = range(self.segment.start, parquet.num_row_groups if self.segment.end is None else self.segment.end)
         kinds = {column.name: arrow_kind(column.type) for column in parquet.schema_arrow}
         self.column_kinds = {name: kind for name, kind in kinds.items() if kind is not None}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import orjson
 
@@ -63,19 +63,49 @@ class Replay:
     def __init__(self, write: Callable[[str], None]):
         self.write = write
         self.begun = ""  # a line whose end has not come yet
+        self.stages: set[str] = set()  # that have begun and not ended
 
     def __call__(self, text: str) -> None:
         *lines, self.begun = (self.begun + text).split("\n")
         for line in lines:
-            if line.startswith(MARK):
-                self._step(*orjson.loads(line.removeprefix(MARK)))
-            else:
-                self.write(f"{line}\n")
+            self._line(line)
 
-    def _step(self, step: str, *arguments: Any) -> None:
-        if step == "expect":
-            ahead, token_rate = arguments
-            reporter().expect([Ahead(*item) for item in ahead], token_rate)
+    def _line(self, line: str) -> None:
+        """Other processes write into the same log: a line may begin or end with their words, or be torn."""
+        before, mark, rest = line.partition(MARK)
+        if not mark:
+            self.write(f"{line}\n")
             return
-        steps = {name: getattr(reporter(), name) for name in ("started", "begin", "advance", "end", "event")}
-        steps[step](*arguments)
+        while mark:
+            after = self._step(rest)
+            if after is not None:
+                for words in (before, after):
+                    self.write(f"{words}\n" if words.strip() else "")
+                return
+            _, mark, rest = rest.partition(MARK)
+        if before:
+            self.write(f"{line}\n")
+
+    def _step(self, text: str) -> str | None:
+        """Replay the step that a text begins with, and give what comes after it; None where there is none: one that is
+        torn, or of a stage whose beginning was."""
+        try:
+            step, end = json.JSONDecoder().raw_decode(text)
+            match step:
+                case ["started" | "event", str(value)]:
+                    getattr(reporter(), step[0])(value)
+                case ["expect", list(ahead), int() | float() | None as token_rate]:
+                    reporter().expect([Ahead(*item) for item in ahead], token_rate)
+                case ["begin", str(stage), int(total), str(unit)]:
+                    self.stages.add(stage)
+                    reporter().begin(stage, total, unit)
+                case ["advance", str(stage), int(amount)] if stage in self.stages:
+                    reporter().advance(stage, amount)
+                case ["end", str(stage)] if stage in self.stages:
+                    self.stages.discard(stage)
+                    reporter().end(stage)
+                case _:
+                    return None
+        except (json.JSONDecodeError, RecursionError, TypeError):
+            return None
+        return text[end:]

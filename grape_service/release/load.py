@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,13 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from grape_service.errors import UserError
-from grape_service.release.manifest import Column, Manifest, columns_of, read_manifest
+from grape_service.release.manifest import Column, FileEntry, Manifest, columns_of, read_manifest
 from grape_service.release.reference import Reference, parse_reference, version_folder
 from grape_service.release.tags import list_tags, read_tag
+from grape_service.storage.parquet import open_checked, open_parquet
 from grape_service.storage.storage import Storage
+
+_READERS = 4
 
 if TYPE_CHECKING:
     import datasets
@@ -73,7 +77,9 @@ class Release:
         paths = [self.storage.full(f"{self.folder}/{entry.path}") for entry in self.manifest.files]
         if not paths:
             return pads.dataset(self.schema.empty_table())
-        return pads.dataset(paths, schema=self.schema, format="parquet", filesystem=self.storage.arrow)
+        scan = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+        format = pads.ParquetFileFormat(default_fragment_scan_options=scan)
+        return pads.dataset(paths, schema=self.schema, format=format, filesystem=self.storage.arrow)
 
     def batches(
         self, columns: list[str] | None = None, filter: pads.Expression | None = None, batch_rows: int = 4096
@@ -92,11 +98,35 @@ class Release:
     def open_file(self, path: str) -> pq.ParquetFile:
         """One data file, by its path in the manifest. Raises UserError if it is missing or not Parquet."""
         try:
-            return pq.ParquetFile(self.storage.full(f"{self.folder}/{path}"), filesystem=self.storage.arrow)
+            return open_parquet(self.storage, f"{self.folder}/{path}")
         except FileNotFoundError as error:
             raise UserError(f"{self.path}/{path} is missing: see `grape datasets verify {self.reference}`") from error
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}/{path} is not readable Parquet ({_one_line(error)}): restore it") from error
+
+    def open_checked(self, entry: FileEntry) -> pq.ParquetFile:
+        """A data file whose bytes are those that the manifest names; held in memory while it is open. Raises
+        UserError if they are not."""
+        return open_checked(self.storage, f"{self.folder}/{entry.path}", entry.sha256)
+
+    def check_files(self) -> None:
+        """Compare the sha256 of every data file with the manifest's. Raises UserError naming the first that differs."""
+
+        def check(entry: FileEntry) -> None:
+            path = f"{self.folder}/{entry.path}"
+            try:
+                found = self.storage.sha256(path)
+            except FileNotFoundError:
+                raise UserError(f"{self.path}/{entry.path} is missing: restore it, or make another version") from None
+            if found != entry.sha256:
+                raise UserError(
+                    f"{self.path}/{entry.path} is not the file that its manifest names (sha256 {found[:16]}…, "
+                    f"not {entry.sha256[:16]}…): restore it, or make another version"
+                )
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(check, self.manifest.files):
+                pass
 
     def to_hf(self, streaming: bool = False, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """The rows as a Hugging Face dataset; `streaming` reads them as they are used. `options` go to load_dataset."""
@@ -117,16 +147,22 @@ class Release:
         return [tag.name for tag in list_tags(self.storage, self.name) if tag.version == self.version]
 
 
-def load(reference: str | Reference, storage_options: dict[str, Any] | None = None) -> Release:
+def load(
+    reference: str | Reference, storage_options: dict[str, Any] | None = None, check_files: bool = False
+) -> Release:
     """Open a release: `load("s3://team/datasets/math-sft@v0003")`; without '@' it is @latest.
 
-    `storage_options`: those of s3fs, without secrets, which come from the environment. Raises UserError.
+    `storage_options`: those of s3fs, without secrets, which come from the environment. `check_files` reads every data
+    file once and compares its digest with the manifest's. Raises UserError.
     """
     if isinstance(reference, str):
         reference = parse_reference(reference)
     storage = reference.storage(storage_options)
     version = resolve_version(storage, reference.name, reference.version_or_tag)
-    return Release(storage, read_manifest(storage, reference.name, version))
+    release = Release(storage, read_manifest(storage, reference.name, version))
+    if check_files:
+        release.check_files()
+    return release
 
 
 def resolve_version(storage: Storage, name: str, version_or_tag: str) -> str:

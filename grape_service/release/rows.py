@@ -22,7 +22,7 @@ from grape_service.rows.ragged import (
     segment_sums,
 )
 from grape_service.select.partition import KEPT_COLUMNS
-from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
+from grape_service.storage.parquet import array_of, open_checked, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.partition import PEAR, UNIFORM
 
@@ -133,13 +133,15 @@ BATCH_ROWS = 4096
 def write_kept_rows(
     output: Storage,
     part_path: str,
+    sha256: str,
     workspace: Storage,
     kept_path: str,
     other_fields: list[pa.Field],
     turn_end_id: int | None,
     keep_scores: bool,
 ) -> tuple[int, npt.NDArray[np.int64]]:
-    """Write a data file of a release as a kept file; the number of rows, and the ids of their tokens with loss.
+    """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, and
+    the ids of their tokens with loss.
 
     `turn_end_id` is the target's: a token with loss that has this id and ends a span is a turn end. The target's
     log-probabilities are taken over when `keep_scores`, or null, to be scored again.
@@ -150,7 +152,7 @@ def write_kept_rows(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal rows, used
-        with open_parquet(output, part_path) as file:
+        with open_checked(output, part_path, sha256) as file:
             for batch in file.iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
                 rows += table.num_rows

@@ -98,5 +98,5 @@ def release_schema(message_fields: list[str], other_columns: list[pa.Field]) -> 
 OUR_COLUMNS = frozenset(SHARD.names) | frozenset(release_schema([], []).names)
 """Names that a pool's other column may not have; it gets the prefix pool_."""
 
-RELEASE_FORMAT = 1
+RELEASE_FORMAT = 2
 """Raised when the same rows come to be written as other bytes."""

@@ -108,12 +108,22 @@ class LocalFiles:
         with contextlib.suppress(FileNotFoundError), self._sentences(full, "delete"):
             shutil.rmtree(full)
 
-    def delete_unfinished(self, full: str, older_than: float) -> int:
-        """Delete what killed writers left below a folder more than `older_than` seconds ago; bytes freed."""
-        old = [info for info in self.list(full, temporary=True) if time.time() - info.modified > older_than]
-        for info in old:
+    def now(self) -> float:
+        """The clock that dates files here, which on a network file system is not this machine's."""
+        try:
+            with _whole_file(os.path.join(self.base, "clock")) as (file, _):
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:  # not writable: a dry run needs no more
+            return time.time()
+
+    def unfinished(self, full: str, before: float) -> FileInfos:
+        """What killed writers left below a folder before a moment of its clock."""
+        return [info for info in self.list(full, temporary=True) if info.modified < before]
+
+    def delete_unfinished(self, found: FileInfos) -> None:
+        """Delete what `unfinished` found."""
+        for info in found:
             self.delete(os.path.join(self.base, info.path))
-        return sum(info.size for info in old)
 
     def create_if_absent(self, full: str, data: bytes) -> bool:
         with self._sentences(full, "write"), _whole_file(full) as (file, temporary):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from grape_service.errors import StageError
+from grape_service.errors import StageError, UserError
 from grape_service.storage.storage import Storage
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -57,6 +58,7 @@ def open_writer(file: object, schema: pa.Schema) -> pq.ParquetWriter:
         store_schema=True,
         data_page_version="1.0",
         version="2.6",
+        write_page_checksum=True,
     )
 
 
@@ -131,7 +133,26 @@ def _lengths(array: pa.Array) -> np.ndarray:
 
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
     """A Parquet file for reading. Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
-    return pq.ParquetFile(storage.full(path), filesystem=storage.arrow)
+    return pq.ParquetFile(storage.full(path), filesystem=storage.arrow, page_checksum_verification=True)
+
+
+def open_checked(storage: Storage, path: str, sha256: str) -> pq.ParquetFile:
+    """A Parquet file whose bytes have that digest: read once, whole, and held while the file is open.
+
+    Raises UserError naming a file that is missing, has other contents or is not Parquet."""
+    try:
+        data = storage.read(path)
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise UserError(
+                f"{storage.url(path)} is not the file that its manifest names (sha256 {found[:16]}…, "
+                f"not {sha256[:16]}…): restore it, or make another version"
+            )
+        return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{storage.url(path)} is missing: restore it, or make another version") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{storage.url(path)} is not readable Parquet ({error}): make another version") from error
 
 
 def read_tables(

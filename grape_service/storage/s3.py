@@ -6,13 +6,16 @@ Every request, those that pyarrow makes through this file system included, goes 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import io
 import os
 import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import IO, Any
 
@@ -56,6 +59,8 @@ class RetryingS3(s3fs.S3FileSystem):
             try:
                 await self.set_session()
                 client = await self.get_s3(kwargs.get("Bucket"))
+                if method == "delete_objects":
+                    client.meta.events.register_first("before-call.s3.DeleteObjects", _add_md5, unique_id="grape-md5")
                 call = getattr(client, method)
                 answer = await call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
                 self._outage = (0.0, 0.0)
@@ -201,7 +206,7 @@ class UploadFile(io.RawIOBase):
 
 
 class S3Files:
-    """Files below `base`, "bucket/folder"; every path taken is a full one. What files.LocalFiles is for a folder."""
+    """Files below `base`, "bucket/folder"; every path taken is a full one. What local.LocalFiles is for a folder."""
 
     def __init__(self, base: str, options: dict[str, Any]):
         self.base = base
@@ -275,18 +280,53 @@ class S3Files:
             for failed in answer.get("Errors", []):
                 raise UserError(f"cannot delete s3://{bucket}/{failed.get('Key')}: {failed.get('Message')}")
 
-    def delete_unfinished(self, full: str, older_than: float) -> int:
-        """Abort uploads below a folder that began more than `older_than` seconds ago; bytes freed."""
+    def now(self) -> float:
+        """The server's clock, to the second."""
+        bucket, prefix = _bucket_and_key(self.base)
+        answer = self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
+        date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        try:
+            return parsedate_to_datetime(date).timestamp()
+        except (TypeError, ValueError):  # a server that tells no time
+            return time.time()
+
+    def unfinished(self, full: str, before: float) -> FileInfos:
+        """Uploads below a folder that began before a moment of the server's clock; `etag` is an upload's id."""
         bucket, prefix = _bucket_and_key(full)
-        freed = 0
-        answer = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/" if prefix else "")
-        for upload in answer.get("Uploads", []):
-            target = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            if time.time() - upload["Initiated"].timestamp() > older_than:
-                with contextlib.suppress(FileNotFoundError):
-                    freed += sum(part["Size"] for part in self.fs.call_s3("list_parts", **target).get("Parts", []))
-                    self.fs.call_s3("abort_multipart_upload", **target)
-        return freed
+        found: FileInfos = []
+        more: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        while True:
+            page = self.fs.call_s3("list_multipart_uploads", **more)
+            for upload in page.get("Uploads", []):
+                began = upload["Initiated"].timestamp()
+                if began < before:
+                    path = f"{bucket}/{upload['Key']}"[len(self.base) :].lstrip("/")
+                    size = self._bytes_of_upload(bucket, upload["Key"], upload["UploadId"])
+                    found.append(FileInfo(path, size, upload["UploadId"], began))
+            marks = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
+            if not page.get("IsTruncated") or not marks["KeyMarker"]:
+                return found
+            more |= {name: mark for name, mark in marks.items() if mark}
+
+    def _bytes_of_upload(self, bucket: str, key: str, upload_id: str) -> int:
+        target: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+        size = 0
+        while True:
+            try:
+                page = self.fs.call_s3("list_parts", **target)
+            except FileNotFoundError:  # it has ended meanwhile
+                return size
+            size += sum(part["Size"] for part in page.get("Parts", []))
+            if not page.get("IsTruncated"):
+                return size
+            target["PartNumberMarker"] = page["NextPartNumberMarker"]
+
+    def delete_unfinished(self, found: FileInfos) -> None:
+        """Abort what `unfinished` found."""
+        for upload in found:
+            bucket, key = _bucket_and_key(f"{self.base}/{upload.path}")
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.etag)
 
     def create_if_absent(self, full: str, data: bytes) -> bool:
         return self._put_if(full, data, {"IfNoneMatch": "*"})
@@ -315,6 +355,13 @@ class S3Files:
     def _file_info(self, full: str, size: int, entry: dict[str, Any]) -> FileInfo:
         path = full[len(self.base) :].lstrip("/")
         return FileInfo(path, int(size), str(entry.get("ETag", "")).strip('"'), entry["LastModified"].timestamp())
+
+
+def _add_md5(params: dict[str, Any], **_: Any) -> None:
+    """Content-MD5, which botocore no longer sends and many servers want for this one request."""
+    body = params["body"]
+    digest = hashlib.md5(body.encode() if isinstance(body, str) else body, usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _bucket_and_key(full: str) -> tuple[str, str]:

@@ -157,11 +157,21 @@ class Storage:
         """Delete everything below a folder; no error if it is not there."""
         self._files.delete_folder(self.full(prefix.rstrip("/")))
 
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that dates the files here: the server's, not this machine's."""
+        seconds: float = self._files.now()
+        return seconds
+
+    def unfinished(self, prefix: str = "", older_than: float = 86_400) -> FileInfos:
+        """What killed writers left, begun more than `older_than` seconds ago: temporary files, parts of uploads."""
+        found: FileInfos = self._files.unfinished(self.full(prefix.rstrip("/")), self.now() - older_than)
+        return found
+
     def delete_unfinished(self, prefix: str = "", older_than: float = 86_400) -> int:
-        """Delete what killed writers left: temporary files, parts of uploads; those begun more than
-        `older_than` seconds ago. Returns the bytes freed."""
-        freed: int = self._files.delete_unfinished(self.full(prefix.rstrip("/")), older_than)
-        return freed
+        """Delete what `unfinished` finds. Returns the bytes freed."""
+        found = self.unfinished(prefix, older_than)
+        self._files.delete_unfinished(found)
+        return sum(info.size for info in found)
 
     def create_if_absent(self, path: str, data: bytes) -> bool:
         """Write a file unless one of that name exists; False if it does. Atomic among any number of writers.

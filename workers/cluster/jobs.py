@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grape_service.config.schema import jobs_address
 from grape_service.errors import StageError, UserError
 from workers.cluster.private import private_ray
 
@@ -153,6 +154,10 @@ def job_server(address: str) -> Iterator[JobServer]:
     if address == "auto" and os.environ.get(IN_CLUSTER):
         address = _address_of_own_cluster()
     if address != "auto":
+        try:
+            address = jobs_address(address)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         yield JobServer(_client(address), address, None)
         return
     with private_ray() as url:

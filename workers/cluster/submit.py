@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,16 @@ from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.log_lines import PROGRESS, Replay
 from grape_service.progress.reporter import reporter
+from grape_service.release.reference import parse_reference
 from workers.cluster.jobs import JobRequest, JobServer, job_server
 from workers.cluster.ray import IN_CLUSTER
 from workers.outcome import Outcome
 
 POLL_SECONDS = 1.0
 PACKAGES = ("grape_service", "workers", "flows")
-Until = Literal["score", "select", "release"]
-COMMANDS: dict[Until, str] = {"score": "score", "select": "select", "release": "run"}
-"""The command that does the job up to a stage."""
+What = Literal["score", "select", "release", "weigh"]
+COMMANDS: dict[What, str] = {"score": "score", "select": "select", "release": "run", "weigh": "weigh"}
+"""The command that does the job up to a stage, or weighs a release again."""
 CONFIG_NAME = "config.yaml"
 STOPPED_STATUS = 130
 LOST_SECONDS = 120.0
@@ -48,12 +49,12 @@ class Submitted:
 def submit(
     config: Config,
     server: JobServer,
-    arguments: tuple[str, ...] = (),
+    arguments: tuple[str, ...] = (CONFIG_NAME,),
     with_code: bool = True,
     environment: Mapping[str, str] | None = None,
     command: str = "run",
 ) -> Submitted:
-    """Start `grape run` of a config as a job; it keeps running when this process ends.
+    """Start a `grape` command on a config, which `arguments` call CONFIG_NAME, as a job that outlives this process.
 
     `with_code` packs this checkout's packages; otherwise the cluster has them installed. `environment` can be read
     by whoever may look at the cluster's jobs: secrets belong into the cluster's own environment.
@@ -63,7 +64,7 @@ def submit(
         server.submit(
             JobRequest(
                 id=job_id,
-                command=[server.python, "-m", "grape_service.cli", command, CONFIG_NAME, "--json", *arguments],
+                command=[server.python, "-m", "grape_service.cli", command, *arguments, "--json"],
                 environment={IN_CLUSTER: "1", "PYTHONUNBUFFERED": "1", **(environment or {})},
                 num_cpus=0,
                 working_dir=folder,
@@ -79,7 +80,7 @@ def packed(config: Config, with_code: bool) -> Iterator[str]:
     try:
         (folder / CONFIG_NAME).write_text(yaml.safe_dump(for_cluster(config), sort_keys=False))
         if with_code:
-            root = Path(__file__).resolve().parent.parent
+            root = Path(__file__).resolve().parents[2]
             for package in PACKAGES:
                 ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
                 shutil.copytree(root / package, folder / package, ignore=ignored)
@@ -109,6 +110,10 @@ def for_cluster(config: Config) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_reference(reference: str) -> str:
+    return str(parse_reference(reference)) if reference else ""
 
 
 def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -> int:
@@ -168,15 +173,18 @@ def runs_elsewhere(config: Config) -> bool:
     return config.workers.ray_address != "auto" and not os.environ.get(IN_CLUSTER)
 
 
-def run_as_job(config: Config, until: Until = "release", force: bool = False) -> Outcome:
+def run_as_job(config: Config, what: What = "release", force: bool = False, reference: str = "") -> Outcome:
     """Run a config as one job at its workers.ray_address; its progress is shown as if it ran here.
+
+    `what`: the stage it ends at, or `weigh` of the release at `reference`.
 
     The job is stopped when this process is interrupted. Raises UserError or StageError as the job ended.
     """
     quiet = config.model_copy(update={"notify": None})  # whoever submits tells the webhook
     with job_server(config.workers.ray_address) as server:
-        arguments = ("--force",) if force else ()
-        job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[until])
+        arguments = (_absolute_reference(reference), "--config", CONFIG_NAME) if what == "weigh" else (CONFIG_NAME,)
+        arguments = (*arguments, "--force") if force else arguments
+        job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[what])
         reporter().event(f"job {job.job_id} on {job.address}")
         try:
             status = follow(server, job.job_id, Replay(write_error))
@@ -187,8 +195,10 @@ def run_as_job(config: Config, until: Until = "release", force: bool = False) ->
         log = server.log(job.job_id)
     if status == 0:
         value = outcome_in(log)
-        assert value is not None, "a run that succeeded prints its object last"
-        return Outcome(**value, storage_options=config.storage)
+        if value is None:
+            raise StageError(f"the log of the job {job.job_id}, which succeeded, does not end with what it made")
+        known = {field.name for field in fields(Outcome)}
+        return Outcome(**{key: item for key, item in value.items() if key in known}, storage_options=config.storage)
     reason = next((line for line in reversed(log.splitlines()) if line.startswith("error: ")), "")
     sentence = reason.removeprefix("error: ") or f"the job {job.job_id} ended with status {status}"
     raise (UserError if status == 2 else StageError)(sentence)

@@ -41,7 +41,9 @@ def load_kept(run: Run, release: Release) -> Kept:
         paths[partition] = f"{run.folder}/kept/{partition}.parquet"
         part = f"{release.folder}/{entry.path}"
         turn_end = run.target_renderer.turn_end_id
-        arguments.append((release.storage, part, run.workspace, paths[partition], other, turn_end, same_target))
+        arguments.append(
+            (release.storage, part, entry.sha256, run.workspace, paths[partition], other, turn_end, same_target)
+        )
     with run.stage("load kept rows"):
         done = run_tasks(write_kept_rows, arguments, run.config.workers)
     used = np.unique(np.concatenate([ids for _, ids in done]))

@@ -25,7 +25,8 @@ class ReleaseDataset(Dataset):
         self.truncation = config.get("truncation", "error")
         names = pq.read_schema(files[0]).names
         weights = "loss_weights" if "loss_weights" in names else "loss_mask"
-        tables = [pq.read_table(file, columns=["input_ids", weights]) for file in files]
+        columns = ["input_ids", weights]
+        tables = [pq.read_table(file, columns=columns, page_checksum_verification=True) for file in files]
         table = pa.concat_tables(tables)
         self.rows = table if max_samples is None or max_samples < 0 else table.slice(0, max_samples)
 

@@ -75,3 +75,26 @@ def test_steps_arrive_however_the_log_is_cut(
             ("end", "score target"),
         ]
         assert "".join(written) == "a line of a library\n{\n}\n"
+
+
+STEP = ("advance", "weigh", 5)
+TORN: list[tuple[str, list[tuple[object, ...]], str]] = [
+    ('@grape ["begin", "sc', [], ""),
+    ('@grape ["advance", "never begun", 5]', [], ""),
+    ('@grape ["advance", "weigh", "many"]', [], ""),
+    ('@grape ["frobnicate", 1]', [], ""),
+    ("@grape {}", [], ""),
+    ('@grape ["advance", "we@grape ["advance", "weigh", 5]', [STEP], ""),
+    ('words@grape ["advance", "weigh", 5]more', [STEP], "words\nmore\n"),
+    ("words about @grape lines", [], "words about @grape lines\n"),
+]
+
+
+@pytest.mark.parametrize(("line", "told", "words"), TORN)
+def test_a_torn_line_is_left_out(line: str, told: list[tuple[object, ...]], words: str, steps: Steps) -> None:
+    written: list[str] = []
+    replay = Replay(written.append)
+    replay('@grape ["begin", "weigh", 9, "files"]\n')
+    replay(f"{line}\n" + '@grape ["end", "weigh"]\nlast\n')
+    assert steps.told == [("begin", "weigh", 9, "files"), *told, ("end", "weigh")]
+    assert "".join(written) == f"{words}last\n"

@@ -89,6 +89,14 @@ def test_a_job_on_a_cluster_of_two_nodes(whole: Whole, cluster: RayCluster) -> N
     assert not again["is_new"]
     assert again["scored"] == 0
 
+    # `grape weigh` goes there too.
+    job.config |= {"behavior": job.config["target"], "weights": {"method": "pear"}}
+    done = job.grape("weigh", outcome["reference"], "--config", str(job.config_path), "--json", timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weighed = orjson.loads(done.stdout)
+    assert (weighed["version"], weighed["rows"], weighed["scored"]) == ("v0002", 30, 0)
+    assert f"on {cluster.address}" in done.stderr
+
 
 def test_detached_stopped_and_failed_jobs(tmp_path: Path, model: str, cluster: RayCluster) -> None:
     with tiny_job(tmp_path, model, pool_rows(2)) as job:

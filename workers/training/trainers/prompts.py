@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grape_service.config.training import RlSettings
@@ -61,12 +62,18 @@ def rl_prompts(release: Release, settings: RlSettings, options: dict[str, Any]) 
 def release_rows(release: Release) -> Iterator[dict[str, Any]]:
     """Prompts of a release: what comes before the response, that is up to the last turn of the user."""
     columns = [name for name in release.schema.names if name not in _TOKEN_COLUMNS]
-    for batch in release.dataset.to_batches(columns=columns, batch_size=1024):
-        for row in batch.to_pylist():
-            messages = [{k: v for k, v in message.items() if v is not None} for message in row.pop("messages")]
-            last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-            if last is not None:
-                yield {"messages": messages[: last + 1], "row": row}
+    for entry in release.manifest.files:
+        with release.open_checked(entry) as file:
+            for batch in file.iter_batches(1024, columns=columns):
+                yield from _prompts_of(batch)
+
+
+def _prompts_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    for row in batch.to_pylist():
+        messages = [{k: v for k, v in message.items() if v is not None} for message in row.pop("messages")]
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is not None:
+            yield {"messages": messages[: last + 1], "row": row}
 
 
 def pool_rows(path: str, column: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -88,7 +95,7 @@ def pool_rows(path: str, column: str, options: dict[str, Any]) -> Iterator[dict[
 
 def _file_rows(raw: Any, format: str) -> Iterator[dict[str, Any] | Rejection]:
     if format == ".parquet":
-        for batch in pq.ParquetFile(raw).iter_batches(1024):
+        for batch in pq.ParquetFile(raw, page_checksum_verification=True).iter_batches(1024):
             yield from batch.to_pylist()
         return
     stream = decompressed(raw, format)

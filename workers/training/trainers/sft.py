@@ -52,6 +52,7 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     rows_path = output.folder / f"rows-{digest}.arrow"
     with session.one_process_first():
         if not rows_path.exists():
+            release.check_files()
             write_local_rows(release.dataset, rows_path, settings.eval_share)
     rows = LocalRows(rows_path)
     fits = rows.lengths <= (settings.max_length or rows.lengths.max(initial=0))
