@@ -16,6 +16,7 @@ from grape_service.cli.output import (
     print_table,
     say,
     storage_options,
+    write_error_line,
 )
 from grape_service.cli.report_commands import compare
 from grape_service.errors import UserError
@@ -55,6 +56,8 @@ def list_versions(
     if not names and storage.folders("versions"):
         folder, _, name = storage.root.rpartition("/")
         storage, names = Storage(folder, storage_options(endpoint)), [name]
+    if not names:
+        raise UserError(f"there is no dataset in {storage.root}: give the output.path of your configs")
     found: list[dict[str, Any]] = []
     for name in names:
         tags: dict[str, list[str]] = {}
@@ -75,9 +78,6 @@ def list_versions(
             )
     if as_json:
         print_json({"path": storage.root, "versions": found})
-        return
-    if not found:
-        say(f"no dataset versions in {storage.root}")
         return
     rows = [
         [
@@ -162,7 +162,8 @@ def verify(reference: ReferenceArgument, endpoint: EndpointOption = None, as_jso
     else:
         say(render_text(release, problems))
     if problems:
-        raise UserError(f"{release.reference} is not what its manifest says: {len(problems)} problems")
+        number = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise UserError(f"{release.reference} is not what its manifest says: {number}")
 
 
 datasets.command(
@@ -191,7 +192,7 @@ def gc(
     options = storage_options(endpoint)
     output = Storage(path, options)
     place = Storage(workspace or f"{output.root}/.grape", options)
-    found = collect(output, place, keep_days, keep_versions, dry_run=not delete)
+    found = collect(output, place, keep_days, keep_versions, dry_run=not delete, say=write_error_line)
     if as_json:
         print_json({"dry_run": not delete, "garbage": [item.to_json() for item in found]})
         return

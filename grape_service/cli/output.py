@@ -83,6 +83,11 @@ def say(text: str) -> None:
     console().print(Text(text), soft_wrap=True)
 
 
+def write_error_line(line: str) -> None:
+    """A line on standard error."""
+    print(visible(line), file=sys.stderr)
+
+
 def storage_options(endpoint: str | None) -> dict[str, Any]:
     """Storage options of commands that take no config."""
     return {"endpoint_url": endpoint} if endpoint else {}

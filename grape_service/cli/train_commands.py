@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from grape_service.cli.output import (
     print_json,
     quiet_prefect,
     say,
+    write_error_line,
 )
 from grape_service.config.training import TrainConfig
 from grape_service.errors import UserError
@@ -74,11 +74,6 @@ def show_training(record: dict[str, Any]) -> None:
         if state.get("log"):
             say(f"  log     {state['log']}")
     say(f"training  {record['id']}, {record['state']}")
-
-
-def write_error_line(line: str) -> None:
-    """A line on standard error."""
-    print(line, file=sys.stderr)
 
 
 def export(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 
+from grape_service.display import visible
 from grape_service.errors import UserError
 from grape_service.release.catalog import list_datasets, read_catalog, remove_from_catalog
 from grape_service.release.claim import ABANDONED, BURNED, CLAIM, PUBLISHED, STALE_SECONDS
@@ -43,6 +44,18 @@ _WORDS = (
 """How kinds are counted in a sentence."""
 
 
+_MEANING = {
+    UNFINISHED: "versions that were never finished, which nobody can read",
+    VERSION: "old versions, whose rows can then no longer be loaded",
+    SCORES: "scores, which a run that needs them has to make again",
+    PREPARED: "shards, which a run that needs them has to prepare again",
+    RUN: "folders of runs: configs, failures and what lay between the stages",
+    CHECKS: "findings of data checks",
+    TEMPORARY: "temporary files and unfinished uploads of writers that were killed",
+}
+"""What goes with each kind."""
+
+
 @dataclass(frozen=True)
 class Garbage:
     """One thing that can go."""
@@ -66,6 +79,7 @@ def collect(
     dry_run: bool = True,
     stale_seconds: float = STALE_SECONDS,
     now: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Garbage]:
     """Find, and unless `dry_run` delete, what nobody needs:
 
@@ -76,19 +90,25 @@ def collect(
       `keep_days` and no tagged one was made from;
     - temporary files and parts of uploads that killed writers left, older than a day.
 
-    While a run has a heartbeat in the workspace, only unfinished versions and temporary files go. Raises UserError
-    where a manifest cannot be read: then nobody knows what it needs.
+    While a run has a heartbeat in the workspace, only unfinished versions and temporary files go, which `say` is told.
+    Times are those of the stores' own clocks, and `now` is for both. Raises UserError where there is no dataset, so
+    that nothing would be in use, and where a manifest cannot be read: then nobody knows what it needs.
     """
     assert keep_days >= 0
     assert keep_versions >= 0
-    now = time.time() if now is None else now
-    alive = _alive_runs(workspace, now, stale_seconds) if workspace else set()
+    names = _datasets_in(output)
+    output_now = output.now() if now is None else now
+    workspace_now = workspace.now() if workspace and now is None else output_now
+    alive = _alive_runs(workspace, workspace_now, stale_seconds) if workspace else set()
+    if alive:
+        runs = ", ".join(sorted(alive))
+        say(f"a run is under way ({runs}): old versions, scores, shards and runs stay until it has ended")
     garbage: list[Garbage] = []
     kept: list[tuple[Manifest, bool]] = []  # and whether it has a tag
     old: list[tuple[str, str, Garbage]] = []
-    for name in list_datasets(output):
-        garbage += _unfinished(output, name, now, stale_seconds, dry_run)
-    manifests = {name: _manifests(output, name) for name in list_datasets(output)}
+    for name in names:
+        garbage += _unfinished(output, name, output_now, stale_seconds, dry_run)
+    manifests = {name: _manifests(output, name) for name in names}
     if not alive:
         old = _old_versions(output, manifests, keep_versions)
     going = {(name, version) for name, version, _ in old}
@@ -97,42 +117,28 @@ def collect(
         kept += [(m, version in tagged) for version, m in versions.items() if (name, version) not in going]
     garbage += [item for name, version, item in old if dry_run or _delete_version(output, name, version)]
     if workspace is not None and not alive:
-        unused = _workspace_garbage(workspace, kept, now - keep_days * DAY)
-        garbage += unused if dry_run else _delete_unused(workspace, unused, now, stale_seconds)
-    if not dry_run:
-        for storage in {storage.root: storage for storage in (output, workspace) if storage}.values():
-            freed = storage.delete_unfinished(older_than=DAY)
-            if freed:
-                garbage.append(Garbage(TEMPORARY, storage.root, 0, freed, "left by a writer that was killed"))
-    return garbage
+        unused = _workspace_garbage(workspace, kept, workspace_now - keep_days * DAY)
+        garbage += unused if dry_run else _delete_unused(workspace, unused, workspace_now, stale_seconds)
+    return [*garbage, *_left_by_writers(output, workspace, dry_run)]
 
 
 def render_text(garbage: list[Garbage], dry_run: bool) -> str:
-    """What goes, as a table, with the sum."""
+    """What goes, in words: what it is, why, and what is lost with it."""
     if not garbage:
-        return "nothing to collect"
-    total = f"{_counted(garbage)}, {_size(sum(item.num_bytes for item in garbage))}"
-    widths = [max(len(text) for text in column) for column in zip(*map(_cells, garbage), strict=True)]
-    lines = [
-        "  ".join([kind.ljust(widths[0]), size.rjust(widths[1]), path.ljust(widths[2]), reason])
-        for kind, size, path, reason in map(_cells, garbage)
-    ]
-    end = "would be deleted; run again with --delete" if dry_run else "deleted"
-    return "\n".join([*lines, f"{total} {end}"])
+        return "nothing to delete: everything here is in use, young, or has a tag"
+    verb = "would delete" if dry_run else "deleted"
+    lines = []
+    for kind, meaning in _MEANING.items():
+        items = [item for item in garbage if item.kind == kind]
+        lines += [f"{verb} {meaning}:"] if items else []
+        lines += [f"  {visible(item.path)}: {_amount(item.num_files, item.num_bytes)}; {item.reason}" for item in items]
+    total = _amount(sum(item.num_files for item in garbage), sum(item.num_bytes for item in garbage))
+    end = "would be deleted, and nothing has been: run again with --delete" if dry_run else "deleted"
+    return "\n".join([*lines, f"{total} in all {end}"])
 
 
-def _counted(garbage: list[Garbage]) -> str:
-    """'2 old versions, scores of 3 policies and 5 runs'."""
-    words = []
-    for kind, one, many in _WORDS:
-        count = sum(item.kind == kind for item in garbage)
-        if count:
-            words.append(one if count == 1 else many.format(count=f"{count:,}"))
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _cells(item: Garbage) -> tuple[str, str, str, str]:
-    return item.kind, _size(item.num_bytes), item.path, item.reason
+def _amount(num_files: int, num_bytes: int) -> str:
+    return f"{num_files:,} file{'' if num_files == 1 else 's'}, {_size(num_bytes)}"
 
 
 def _size(count: float) -> str:
@@ -141,6 +147,31 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def _datasets_in(output: Storage) -> list[str]:
+    """Names of the datasets. Raises UserError where there is none: then every score in the workspace would go."""
+    names = list_datasets(output)
+    if names:
+        return names
+    if output.folders("versions"):
+        folder = output.root.rpartition("/")[0]
+        raise UserError(
+            f"{output.root} is one dataset, and datasets share scores: give the folder of all of them, {folder}"
+        )
+    raise UserError(f"there is no dataset in {output.root}: give the output.path of your configs")
+
+
+def _left_by_writers(output: Storage, workspace: Storage | None, dry_run: bool) -> list[Garbage]:
+    garbage = []
+    inside = workspace is not None and f"{workspace.root}/".startswith(f"{output.root}/")
+    for storage in [output] if inside or workspace is None else [output, workspace]:
+        found = storage.unfinished(older_than=DAY)
+        if found:
+            garbage.append(_garbage(TEMPORARY, storage, "", found, "begun more than a day ago"))
+        if not dry_run:
+            storage.delete_unfinished(found)
+    return garbage
 
 
 # Versions
@@ -173,17 +204,18 @@ def _unfinished(output: Storage, name: str, now: float, stale_seconds: float, dr
 
 
 def _read_claim(output: Storage, folder: str, now: float) -> tuple[dict[str, Any], str | None, float]:
-    """A claim, its etag, and how long ago it was renewed; a folder without one is as old as its newest file."""
+    """A claim, its etag, and how long ago it was renewed, by the store's clock and not the writer's; a folder without
+    one is as old as its newest file."""
     try:
         data, etag = output.read_with_etag(f"{folder}/{CLAIM}")
-        claim = orjson.loads(data)
-        if isinstance(claim, dict):
-            return claim, etag, now - float(claim.get("heartbeat", 0))
-        return {}, etag, now - output.info(f"{folder}/{CLAIM}").modified
+        age = now - output.info(f"{folder}/{CLAIM}").modified
     except FileNotFoundError:
         return {}, None, now - max((info.modified for info in output.list(folder)), default=0.0)
-    except (ValueError, TypeError):
-        return {}, etag, now - output.info(f"{folder}/{CLAIM}").modified
+    try:
+        claim = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        claim = {}
+    return claim if isinstance(claim, dict) else {}, etag, age
 
 
 def _burn(output: Storage, folder: str, claim: dict[str, Any], etag: str | None) -> bool:
@@ -221,8 +253,9 @@ def _old_versions(
         if parent in candidates:
             candidates.discard(parent)
             waiting.append(manifests[parent[0]][parent[1]])
+    reason = f"no tag, and not among the {keep_versions} newest of its dataset"
     return [
-        (name, version, _garbage(VERSION, output, folder, output.list(folder), "untagged and beyond those to keep"))
+        (name, version, _garbage(VERSION, output, folder, output.list(folder), reason))
         for name, version in sorted(candidates)
         for folder in [version_folder(name, version)]
     ]
@@ -244,7 +277,7 @@ def _delete_version(output: Storage, name: str, version: str) -> bool:
     with it the version. The claim stays, so the number is never given again.
     """
     folder = version_folder(name, version)
-    claim, etag, _ = _read_claim(output, folder, time.time())
+    claim, etag, _ = _read_claim(output, folder, 0.0)
     if not output.compare_and_swap(f"{folder}/{CLAIM}", json_bytes({**claim, "state": BURNED}), etag):
         return False
     if any(tag.version == version for tag in list_tags(output, name)):

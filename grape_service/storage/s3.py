@@ -40,6 +40,7 @@ RETRY_SECONDS = 60.0
 PART_BYTES = 16 * 2**20
 PARTS_IN_FLIGHT = 2
 MAX_PARTS = 10_000
+UPLOADS_A_PAGE = 1000
 
 
 class RetryingS3(s3fs.S3FileSystem):
@@ -294,7 +295,8 @@ class S3Files:
         """Uploads below a folder that began before a moment of the server's clock; `etag` is an upload's id."""
         bucket, prefix = _bucket_and_key(full)
         found: FileInfos = []
-        more: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+        more: dict[str, Any] = {"Bucket": bucket, "MaxUploads": UPLOADS_A_PAGE}
+        more["Prefix"] = f"{prefix}/" if prefix else ""
         while True:
             page = self.fs.call_s3("list_multipart_uploads", **more)
             for upload in page.get("Uploads", []):
@@ -304,9 +306,10 @@ class S3Files:
                     size = self._bytes_of_upload(bucket, upload["Key"], upload["UploadId"])
                     found.append(FileInfo(path, size, upload["UploadId"], began))
             marks = {"KeyMarker": page.get("NextKeyMarker"), "UploadIdMarker": page.get("NextUploadIdMarker")}
-            if not page.get("IsTruncated") or not marks["KeyMarker"]:
+            marks = {name: mark for name, mark in marks.items() if mark}  # some servers go by the second one alone
+            if not page.get("IsTruncated") or not marks:
                 return found
-            more |= {name: mark for name, mark in marks.items() if mark}
+            more |= marks
 
     def _bytes_of_upload(self, bucket: str, key: str, upload_id: str) -> int:
         target: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": upload_id}

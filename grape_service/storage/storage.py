@@ -167,11 +167,9 @@ class Storage:
         found: FileInfos = self._files.unfinished(self.full(prefix.rstrip("/")), self.now() - older_than)
         return found
 
-    def delete_unfinished(self, prefix: str = "", older_than: float = 86_400) -> int:
-        """Delete what `unfinished` finds. Returns the bytes freed."""
-        found = self.unfinished(prefix, older_than)
+    def delete_unfinished(self, found: FileInfos) -> None:
+        """Delete what `unfinished` found."""
         self._files.delete_unfinished(found)
-        return sum(info.size for info in found)
 
     def create_if_absent(self, path: str, data: bytes) -> bool:
         """Write a file unless one of that name exists; False if it does. Atomic among any number of writers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -123,3 +124,51 @@ def test_an_unreadable_manifest_stops_gc(tmp_path) -> None:
     with pytest.raises(UserError, match=r"v0001/manifest\.json is not JSON"):
         collect(storage, None, keep_versions=0, dry_run=False)
     assert storage.exists("math-sft/versions/v0002/manifest.json")
+
+
+def test_a_folder_without_datasets_is_refused(tmp_path) -> None:
+    """With the wrong folder every score of the workspace would be unused."""
+    workspace = Storage(str(tmp_path / "work"))
+    workspace.write("scores/p/b/1.parquet", b"x")
+    with pytest.raises(UserError, match="there is no dataset in"):
+        collect(Storage(str(tmp_path / "nowhere")), workspace, keep_days=0, dry_run=False, now=time.time() + DAY)
+    assert workspace.exists("scores/p/b/1.parquet")
+    publish_small(Storage(str(tmp_path)))
+    with pytest.raises(UserError, match=f"is one dataset.*give the folder of all of them, {tmp_path}"):
+        collect(Storage(str(tmp_path / "math-sft")), workspace)
+
+
+def test_a_claim_is_as_old_as_the_store_says(any_storage: Storage) -> None:
+    """The writer's clock is a day behind, and this machine's does not matter."""
+    path = "math-sft/versions/v0001/claim.json"
+    any_storage.write_json(path, {"writer": "w", "state": "writing", "heartbeat": time.time() - DAY})
+    any_storage.write("math-sft/versions/v0001/data/part-00000.parquet", b"x")
+    assert collect(any_storage, None) == []
+    found = collect(any_storage, None, now=any_storage.now() + 2 * 3600)
+    assert kinds(found) == {UNFINISHED: ["v0001"]}
+    assert "no sign of life for 2.0 hours" in found[0].reason
+
+
+def test_gc_says_in_words_what_goes(tmp_path) -> None:
+    storage, workspace = Storage(str(tmp_path)), Storage(str(tmp_path / ".grape"))
+    publish_small(storage)
+    publish_small(storage)
+    workspace.write("scores/p/b/1.parquet", b"x")
+    left = tmp_path / "math-sft" / ".tmp-killed"
+    left.write_bytes(b"xyz")
+    os.utime(left, (time.time() - 2 * DAY,) * 2)
+    found = collect(storage, workspace, keep_days=0, keep_versions=1, now=time.time() + 2)
+    text = render_text(found, dry_run=True)
+    assert "would delete old versions, whose rows can then no longer be loaded:" in text
+    assert f"  {tmp_path}/math-sft/versions/v0001: 5 files" in text
+    assert "no tag, and not among the 1 newest of its dataset" in text
+    assert "would delete scores, which a run that needs them has to make again:" in text
+    assert "would delete temporary files and unfinished uploads of writers that were killed:" in text
+    assert text.endswith("would be deleted, and nothing has been: run again with --delete")
+    assert left.exists()
+    assert collect(storage, workspace, keep_days=0, keep_versions=1, dry_run=False, now=time.time() + 2) == found
+    assert not left.exists()
+    workspace.write_json("runs/r-1/heartbeat.json", {})
+    told: list[str] = []
+    collect(storage, workspace, say=told.append)
+    assert told == ["a run is under way (r-1): old versions, scores, shards and runs stay until it has ended"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
+import re
 import threading
 from collections.abc import Iterator
 
@@ -30,6 +33,15 @@ class Moody(http.server.BaseHTTPRequestHandler):
         self.objects[self.path] = data
         return self._fail("500 InternalError") if mood == "lost" else self._answer(200, b"")
 
+    def do_POST(self) -> None:
+        """DeleteObjects, as servers answer that insist on Content-MD5."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-MD5") != base64.b64encode(hashlib.md5(body).digest()).decode():
+            return self._fail("400 MissingContentMD5")
+        for key in re.findall(rb"<Key>(.*?)</Key>", body):
+            del self.objects[f"/bucket/{key.decode()}"]
+        return self._answer(200, b"<DeleteResult></DeleteResult>")
+
     def do_GET(self) -> None:
         mood = self._mood()
         if mood == "cut":
@@ -42,6 +54,13 @@ class Moody(http.server.BaseHTTPRequestHandler):
             return None
         if mood:
             return self._fail(mood)
+        if "list-type" in self.path:
+            names = [path.removeprefix("/bucket/") for path in self.objects]
+            entry = (
+                "<Contents><Key>{}</Key><LastModified>2024-01-01T00:00:00.000Z</LastModified><Size>1</Size></Contents>"
+            )
+            listed = "".join(entry.format(name) for name in names)
+            return self._answer(200, f"<ListBucketResult>{listed}</ListBucketResult>".encode())
         if self.path not in self.objects:
             return self._fail("404 NoSuchKey")
         return self._answer(200, self.objects[self.path])
@@ -129,3 +148,11 @@ def test_an_answer_that_breaks_off_is_read_again(storage: Storage) -> None:
     storage.write("a", b"whole")
     Moody.moods = ["cut", "cut"]
     assert storage.read("a") == b"whole"
+
+
+def test_many_objects_are_deleted_with_content_md5(storage: Storage) -> None:
+    for number in range(3):
+        storage.write(f"folder/{number}", b"x")
+    assert len(Moody.objects) == 3
+    storage.delete_folder("folder")
+    assert Moody.objects == {}

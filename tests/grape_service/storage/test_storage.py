@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from grape_service.errors import StageError, UserError
+from grape_service.storage import s3
 from grape_service.storage.storage import Storage, check_writable, refuse_secrets
 from tests.seaweed import BUCKET, SeaweedServer
 
@@ -128,7 +129,7 @@ def test_a_write_that_fails_leaves_nothing(any_storage: Storage, size: int) -> N
             file.writelines(iter_then_fail(size))
     assert any_storage.read("kept.bin") == b"before"
     assert [info.path for info in any_storage.list()] == ["kept.bin"]
-    assert any_storage.delete_unfinished(older_than=-1) == 0
+    assert any_storage.unfinished(older_than=-2) == []
 
 
 def test_what_killed_writers_left_is_deleted(any_storage: Storage) -> None:
@@ -140,9 +141,29 @@ def test_what_killed_writers_left_is_deleted(any_storage: Storage) -> None:
     done = subprocess.run([sys.executable, "-c", script, any_storage.root], env=_environment(), timeout=60)
     assert done.returncode == -9
     assert any_storage.list() == []
-    assert any_storage.delete_unfinished(older_than=3600) == 0
-    assert any_storage.delete_unfinished(older_than=-1) >= 16 * 2**20
-    assert any_storage.delete_unfinished(older_than=-1) == 0
+    assert any_storage.unfinished(older_than=3600) == []
+    found = any_storage.unfinished(older_than=-2)
+    assert sum(info.size for info in found) >= 16 * 2**20
+    any_storage.delete_unfinished(found)
+    assert any_storage.unfinished(older_than=-2) == []
+
+
+def test_unfinished_uploads_beyond_the_first_page(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "UPLOADS_A_PAGE", 2)
+    storage = Storage(s3_url)
+    bucket, _, prefix = storage.full().partition("/")
+    for number in range(5):
+        storage.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/half-{number % 3}.bin")
+    found = storage.unfinished(older_than=-2)
+    assert sorted(info.path for info in found) == [f"half-{number}.bin" for number in (0, 0, 1, 1, 2)]
+    storage.delete_unfinished(found)
+    assert storage.unfinished(older_than=-2) == []
+
+
+def test_the_clock_is_the_store_s(any_storage: Storage) -> None:
+    any_storage.write("now.txt", b"")
+    assert abs(any_storage.now() - any_storage.info("now.txt").modified) < 3
+    assert any_storage.list() == [any_storage.info("now.txt")]
 
 
 def test_listings_longer_than_a_page(any_storage: Storage) -> None:
