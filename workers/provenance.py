@@ -41,7 +41,7 @@ def policy_use(run: Run, role: str, policy: PolicyConfig, temperature: float = 1
         weights_digest=files.weights_digest,
         adapter=policy.adapter,
         dtype=policy.dtype,
-        quantization=policy.quantization,
+        quantization=policy.quantization or files.quantization,
         engine=f"{engine['engine']} {engine['version']} on {engine['device']}" if engine else None,
         **({"temperature": temperature} if temperature != 1.0 else {}),
     )

@@ -17,6 +17,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.errors import best_effort
 from grape_service.models.files import ModelFiles, policy_id, resolve_model
+from grape_service.models.weights import check_policy
 from grape_service.progress.reporter import reporter
 from grape_service.release.manifest import without_secrets
 from grape_service.release.reference import Reference
@@ -63,6 +64,24 @@ class Run:
     def files_of(self, policy: PolicyConfig) -> ModelFiles:
         """The files of a policy's model on this machine."""
         return self.target_files if policy == self.config.target else resolve_model(policy, self.config.storage)
+
+    def check_models(self) -> None:
+        """Raises UserError for a policy whose files are not a whole model, before anything is scored."""
+        config = self.config
+        for policy in [config.target, *(config.behavior.policies() if config.behavior else [])]:
+            files = self.files_of(policy)
+            is_target = policy == config.target
+            renderer = (
+                self.target_renderer
+                if is_target
+                else Renderer.load(files.folder, policy, config.render, own_template=True)
+            )
+            has_weights = config.weights is not None
+            found = check_policy(
+                policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights
+            )
+            if found.unchecked:
+                self.event(f"the weights of {policy.model} are not checked by name: {found.unchecked}")
 
     def event(self, text: str) -> None:
         """Something worth telling: shown, and kept for the manifest."""

@@ -31,6 +31,8 @@ class PolicyConfig(Model):
     """GPUs of one node that one replica takes."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for models you trust."""
+    allow_pickle: bool = False
+    """Read weights from pickle files (.bin), which can run code. Only for models you trust."""
     engine_args: dict[str, Any] = {}
     """Passed to the engine as they are."""
 

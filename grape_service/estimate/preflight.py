@@ -15,6 +15,7 @@ from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
+from grape_service.models.weights import check_policy
 from grape_service.pool.sample import sample_candidates
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
@@ -107,8 +108,15 @@ def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str
     files = resolve_model(policy, config.storage)
     own = name != "target"
     renderers[name] = Renderer.load(files.folder, policy, config.render, own_template=own)
-    mode = renderers[name].mode
-    return "ok", f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {mode} mode"
+    renderer = renderers[name]
+    has_weights = config.weights is not None
+    found = check_policy(
+        policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, scan_values=True
+    )
+    detail = f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {renderer.mode} mode"
+    if found.unchecked:
+        return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
+    return "ok", f"{detail}{', quantised: ' + files.quantization if files.quantization else ''}"
 
 
 def _tokens(renderer: Renderer, rendered: list[Rendered | Rejection]) -> Finding:

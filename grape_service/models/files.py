@@ -23,6 +23,8 @@ import orjson
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
+from grape_service.models.headers import is_pickle, weight_file_names
+from grape_service.models.weights import quantization_of, refuse_architecture
 from grape_service.storage.storage import Storage
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -48,6 +50,7 @@ class ModelFiles:
     num_parameters: int  # from the safetensors headers; of other formats a guess from their size
     architecture: str  # such as LlamaForCausalLM
     has_chat_template: bool
+    quantization: str | None  # what its own config.json says of quantised weights, such as fp8
 
 
 def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None = None) -> ModelFiles:
@@ -59,9 +62,11 @@ def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None =
     patterns = [*HUB_PATTERNS, "*.py"] if policy.trust_remote_code else HUB_PATTERNS
     folder, revision = _local_folder(policy.model, policy.revision, "model", patterns, storage_options or {})
     config = _read_config(folder, policy.model)
+    refuse_architecture(config, policy.model)
     weights = weight_files(folder)
     if not weights:
-        raise UserError(f"model '{policy.model}' has no weight files: its folder needs .safetensors or .bin files")
+        raise UserError(f"model '{policy.model}' has no weight files: its folder needs .safetensors files")
+    _refuse_pickle(weight_file_names(folder) or [weights[0].name], "model", policy.model, policy.allow_pickle)
     adapter_folder = adapter_digest = None
     if policy.adapter is not None:
         adapter_folder, _ = _local_folder(policy.adapter, None, "adapter", HUB_PATTERNS, storage_options or {})
@@ -69,6 +74,8 @@ def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None =
             raise UserError(f"adapter '{policy.adapter}' is not a LoRA folder: it has no adapter_config.json")
         if not weight_files(adapter_folder):
             raise UserError(f"adapter '{policy.adapter}' has no weight files: it needs adapter_model.safetensors")
+        names = [path.name for path in weight_files(adapter_folder)]
+        _refuse_pickle(names, "adapter", policy.adapter, policy.allow_pickle)
         adapter_digest = _digest(
             files_digest(weight_files(adapter_folder)),
             hashlib.sha256((adapter_folder / "adapter_config.json").read_bytes()).hexdigest(),
@@ -84,6 +91,7 @@ def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None =
         num_parameters=sum(_num_parameters(path) for path in weights),
         architecture=(config.get("architectures") or ["unknown"])[0],
         has_chat_template=_has_chat_template(folder),
+        quantization=quantization_of(config),
     )
 
 
@@ -252,6 +260,14 @@ def _num_parameters(path: Path) -> int:
         (length,) = struct.unpack("<Q", file.read(8))
         header = orjson.loads(file.read(length))
     return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _refuse_pickle(names: list[str], what: str, name: str, allowed: bool) -> None:
+    if is_pickle(names[0]) and not allowed:
+        raise UserError(
+            f"{what} '{name}' has its weights in {names[0]}, a pickle file, which can run code when it is read: "
+            "convert it to safetensors, or set allow_pickle: true for it if you trust it"
+        )
 
 
 # Digests

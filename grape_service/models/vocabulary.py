@@ -32,6 +32,14 @@ class Vocabulary:
         """Added tokens, special or not, by id."""
         return self._added
 
+    def has(self, id_: int) -> bool:
+        """Whether an id is a token."""
+        return bool(0 <= id_ < self.size and self._known[id_])
+
+    def text_of(self, id_: int) -> str:
+        """How the tokenizer writes an id."""
+        return self._added.get(id_) or str(self._backend.id_to_token(id_))
+
     def knows(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
         """Which of the ids are tokens [N]."""
         inside = (ids >= 0) & (ids < self.size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from grape_service.errors import StageError
+from grape_service.errors import StageError, UserError
 from grape_service.rows.ragged import TokenBatch
 from grape_service.storage.storage import Storage, json_bytes
 from workers.engines.base import Engine
@@ -39,6 +39,10 @@ def check_canary(engine: Engine, folder: str, workspace: Storage, policy_id: str
     """
     batch = canary_rows(folder)
     scores = engine.score(batch)
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"model '{engine.description.model}': its logits are not finite: try another dtype, such as float32"
+        )
     mine = {**asdict(engine.description), "logprobs": [float(value) for value in scores]}
     path = f"scores/{policy_id}/canary.json"
     if workspace.create_if_absent(path, json_bytes(mine)):

@@ -7,6 +7,7 @@ import logging
 import os
 
 from grape_service.config.policy import PolicyConfig
+from grape_service.models.weights import check_weights
 from workers.engines.base import Engine
 
 ENGINE_CLASS = "GRAPE_ENGINE_CLASS"
@@ -28,16 +29,20 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
 
 
 def load_engine(policy: PolicyConfig, folder: str) -> Engine:
-    """The policy's engine on this process's device; `policy.adapter` is a local folder."""
+    """The policy's engine on this process's device; `policy.adapter` is a local folder.
+
+    Raises UserError where the files are not the whole model, or more than that.
+    """
     if given := os.environ.get(ENGINE_CLASS):
         module, _, name = given.partition(":")
         engine: Engine = getattr(importlib.import_module(module), name)(policy, folder)
         return engine
+    is_wrapped = bool(check_weights(folder, policy).renames)
     if engine_name(policy, folder) == "vllm":
         from workers.engines.vllm.engine import VllmEngine
 
-        vllm: Engine = VllmEngine(policy, folder)
+        vllm: Engine = VllmEngine(policy, folder, is_wrapped=is_wrapped)
         return vllm
     from workers.engines.transformers.engine import TransformersEngine
 
-    return TransformersEngine(policy, folder)
+    return TransformersEngine(policy, folder, is_wrapped=is_wrapped)

@@ -31,6 +31,7 @@ def prepare(run: Run) -> Prepared:
     """Pool -> shards of whole prompts. An unchanged pool under unchanged settings is not read again."""
     config, workspace = run.config, run.workspace
     with run.stage("prepare"):
+        run.check_models()
         plan = plan_prepare(config, run.target_renderer.digest(), workspace)
         prepared = load_prepared(plan, workspace)
         look_ahead(run, plan.pool_bytes, prepared)

@@ -31,6 +31,7 @@ def load_kept(run: Run, release: Release) -> Kept:
     """
     if run.config.weights is None:
         raise UserError("the config has no weights: add 'weights: {method: pear}' and a behavior to weigh a release")
+    run.check_models()
     target_id = run.policy_id(run.config.target)
     same_target = any(p.role == "target" and p.policy_id == target_id for p in release.manifest.parents.policies)
     other = other_fields_of(release.schema)

@@ -126,10 +126,10 @@ def test_an_s3_folder_is_downloaded_once_for_each_state(tmp_path: Path, s3_url: 
     assert files_of(storage.root).folder == files.folder
     assert marker.exists()
 
-    storage.write("config.json", b'{"architectures": ["Other"]}')
+    storage.write("config.json", b'{"architectures": ["OtherForCausalLM"]}')
     changed = files_of(storage.root)
     assert changed.folder != files.folder
-    assert changed.architecture == "Other"
+    assert changed.architecture == "OtherForCausalLM"
     assert not [path for path in (cache_folder() / "models").iterdir() if path.name.startswith(".tmp-")]
 
 

@@ -3,50 +3,101 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
+from grape_service.models.headers import file_headers
+from grape_service.models.weights import WRAPPERS, quiet_transformers
 from grape_service.rows.ragged import Int64s
+
+UNWRAP = {rf"(^|\.)(?:(?:{'|'.join(sorted(WRAPPERS))})\.)+": r"\1"}
+"""Takes the parts that wrappers put into names out of them while transformers loads."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_model(policy: PolicyConfig, folder: str, device: torch.device) -> PreTrainedModel:
-    """The policy's model in eval mode on `device`, its adapter put in. Raises UserError if it cannot be loaded."""
-    had_progress_bar = is_progress_bar_enabled()
-    disable_progress_bar()
+def load_model(policy: PolicyConfig, folder: str, device: torch.device, is_wrapped: bool = False) -> PreTrainedModel:
+    """The policy's model in eval mode on `device`, its adapter put in.
+
+    `is_wrapped`: what wrappers put into the names of weights is taken out.
+
+    Raises UserError if it cannot be loaded, or is not all that the files hold.
+    """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[policy.dtype], trust_remote_code=policy.trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError, KeyError) as error:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[policy.dtype],
+                trust_remote_code=policy.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=None if policy.allow_pickle else True,
+                key_mapping=UNWRAP if is_wrapped else None,
+                output_loading_info=True,
+            )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model '{policy.model}' cannot be loaded by transformers: {reason}") from error
-    finally:
-        if had_progress_bar:
-            enable_progress_bar()
+    _refuse_other_weights(info, policy)
+    _refuse_not_finite(model, policy)
     if policy.adapter is not None:
         model = _with_adapter(model, policy.adapter, policy.dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
+def _refuse_other_weights(info: dict[str, Any], policy: PolicyConfig) -> None:
+    """Nothing is scored with weights that were drawn at random: what the files' headers promised has to have come."""
+    for key, what in (
+        ("missing_keys", "lack"),
+        ("unexpected_keys", "hold besides"),
+        ("mismatched_keys", "disagree on"),
+    ):
+        names = sorted(str(name) for name in info[key])
+        if names:
+            raise UserError(f"model '{policy.model}': its files {what} {names[0]}, so that they are not this model's")
+
+
+def _refuse_not_finite(model: torch.nn.Module, policy: PolicyConfig) -> None:
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise UserError(f"model '{policy.model}': {name} holds values that are not finite (NaN or infinity)")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the device or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
+
+
 def _with_adapter(model: Any, adapter: str, dtype: str) -> Any:
     """The model with its LoRA layers put in; in float32 they are merged, elsewhere that would round the weights."""
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError:
         raise UserError(f"adapter '{adapter}' needs the package peft: pip install peft") from None
     config = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
         raise UserError(f"adapter '{adapter}' is a {config.peft_type} adapter: only LoRA folders are scored")
     adapted = PeftModel.from_pretrained(model, adapter)
+    file = Path(adapter, "adapter_model.safetensors")
+    stored = set(file_headers(file)) if file.is_file() else set()
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for names, what in ((wanted - stored, "lacks"), (stored - wanted - set(adapted.state_dict()), "holds besides")):
+        if names and stored:
+            raise UserError(
+                f"adapter '{adapter}' {what} {min(names)}: give the adapter of this base model, with the settings of its "
+                "own adapter_config.json"
+            )
     return adapted.merge_and_unload() if dtype == "float32" else adapted.get_base_model()
 
 

@@ -23,7 +23,7 @@ from grape_service.errors import UserError
 from grape_service.rows.ragged import Int64s, TokenBatch
 from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.transformers import packed_attention
-from workers.engines.transformers.causal_model import CausalModel, LengthDependentRope, load_model
+from workers.engines.transformers.causal_model import CausalModel, LengthDependentRope, is_out_of_memory, load_model
 from workers.engines.transformers.packing import PackedBatch, pack
 
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -31,6 +31,8 @@ LOGITS_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 ENGINE_ARGS = ("max_batch_tokens", "logits_chunk_rows", "device")
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+PROBE_PREFIX = 24
+"""Tokens that the rows of a probe have in common."""
 HIDDEN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative difference of hidden states, packed against plain, up to which a model takes packed batches."""
 
@@ -44,6 +46,7 @@ class TransformersEngine:
         folder: str,
         max_batch_tokens: int | None = None,
         logits_chunk_rows: int | None = None,
+        is_wrapped: bool = False,
     ):
         """`folder` is the model's local folder; policy.adapter is a local folder too.
 
@@ -59,7 +62,7 @@ class TransformersEngine:
         self.max_batch_tokens = int(max_batch_tokens or args.get("max_batch_tokens") or MAX_BATCH_TOKENS[kind])
         self.logits_chunk_rows = int(logits_chunk_rows or args.get("logits_chunk_rows") or LOGITS_CHUNK_ROWS[kind])
         self._policy = policy
-        self._model = CausalModel(load_model(policy, folder, device))
+        self._model = CausalModel(load_model(policy, folder, device, is_wrapped))
         self._rope = LengthDependentRope(self._model.base)
         self.why_padded = self._try_packing()
         self._description = EngineDescription(
@@ -98,7 +101,7 @@ class TransformersEngine:
                     scores[packed.loss_index] = self._score_packed(packed, temperature)
                     computed += packed.num_tokens
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         else:
@@ -183,7 +186,7 @@ class TransformersEngine:
             if not why and not difference <= HIDDEN_TOLERANCE[got.dtype]:
                 why = f"packed and plain hidden states differ by {difference:.1e}"
         except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            if expected is None or _is_out_of_memory(error):
+            if expected is None or is_out_of_memory(error):
                 raise
             why = f"its forward does not take a packed batch ({type(error).__name__}: {error})"
         finally:
@@ -200,6 +203,9 @@ class TransformersEngine:
             states.append(self._model.hidden_states(row)[0])
         expected = self._model.model(input_ids=row, use_cache=False).logits[0].float()
         logits = self._model.logits(states[-1]).float()
+        if not bool(torch.isfinite(expected).all()):
+            raise UserError(f"model '{self._policy.model}': its logits are not finite: try dtype: bfloat16 or float32")
+        self._refuse_if_not_causal(states)
         tolerance = HIDDEN_TOLERANCE[states[-1].dtype] * float(expected.abs().max())
         if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=0, atol=tolerance):
             raise UserError(
@@ -207,6 +213,15 @@ class TransformersEngine:
                 "base model's hidden states alone; score it with engine: vllm"
             )
         return torch.cat([state[:-1] for state in states])
+
+    def _refuse_if_not_causal(self, states: list[torch.Tensor]) -> None:
+        """Rows with the same beginning have the same states there, whatever follows."""
+        first, other = states[0][:PROBE_PREFIX].float(), states[1][:PROBE_PREFIX].float()
+        if float((first - other).norm()) > HIDDEN_TOLERANCE[states[0].dtype] * float(first.norm()):
+            raise UserError(
+                f"model '{self._policy.model}': {type(self._model.model).__name__} lets later tokens change earlier "
+                "ones, so it is no causal language model: give one that is"
+            )
 
 
 def _why_not_packed(config: Any, layout: packed_attention.Layout) -> str | None:
@@ -226,7 +241,7 @@ def _why_not_packed(config: Any, layout: packed_attention.Layout) -> str | None:
 def _probe(vocab_size: int) -> TokenBatch:
     """A few rows with loss everywhere, some with a common beginning, of tokens chosen at random once and for all."""
     random = np.random.default_rng(0)
-    prefix = random.integers(0, vocab_size, 24).tolist()
+    prefix = random.integers(0, vocab_size, PROBE_PREFIX).tolist()
     rows = [prefix + random.integers(0, vocab_size, length).tolist() for length in (9, 1, 5, 9)]
     rows.append(random.integers(0, vocab_size, 12).tolist())
     return TokenBatch.from_rows([(row, [False] + [True] * (len(row) - 1)) for row in rows])
@@ -252,10 +267,3 @@ def _without_bad_rows(scores: npt.NDArray[np.float32], batch: TokenBatch) -> npt
         rows = np.repeat(np.arange(len(batch)), lens)
         scores[np.isin(rows, rows[bad])] = np.nan
     return scores
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text

@@ -102,15 +102,19 @@ class _Job:
 class VllmEngine:
     """Scores sequences under one policy with vLLM; see `workers.engines.base.Engine`."""
 
-    def __init__(self, policy: PolicyConfig, folder: str, max_batch_tokens: int | None = None) -> None:
+    def __init__(
+        self, policy: PolicyConfig, folder: str, max_batch_tokens: int | None = None, is_wrapped: bool = False
+    ) -> None:
         """Starts the engine with the model in `folder`.
 
-        `max_batch_tokens` is the number of tokens of one step. Raises UserError for an adapter or a setting
+        `max_batch_tokens` is the number of tokens of one step; `is_wrapped` says that wrappers put parts of their own
+        into the names of the weights, which are taken out. Raises UserError for an adapter or a setting
         that vLLM cannot take, OutOfMemory if not even an empty engine fits.
         """
         self._policy = policy
         self._folder = folder
         self._max_batch_tokens = max_batch_tokens
+        self._is_wrapped = is_wrapped
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self._waiting: deque[tuple[_Job, int, bool]] = deque()  # job, row, whether the prefix cache may be read
@@ -249,6 +253,7 @@ class VllmEngine:
             **given,
         }
         adapter = self._policy.adapter
+        head_options["is_wrapped"] = self._is_wrapped
         why_not = head.why_no_head(architecture) if wanted else "engine_args.scoring_head is off"
         if why_not is None:
             try:
@@ -256,9 +261,16 @@ class VllmEngine:
             except Exception as error:
                 if isinstance(error, UserError) or _out_of_memory(error):
                     raise
+                if head.NOT_FINITE in str(error):  # said by a worker process
+                    raise UserError(f"model '{self._policy.model}': its files hold {head.NOT_FINITE}") from None
                 why_not = f"the scoring head did not start ({error})"
                 head.free_device()
         if why_not is not None:
+            if self._is_wrapped:
+                raise UserError(
+                    f"model '{self._policy.model}': the names of its weights have parts of a wrapper in them (such as "
+                    "_orig_mod.), which vLLM's own loader does not take: save it unwrapped, or use engine: transformers"
+                )
             log.warning(
                 "scoring %s through prompt_logprobs because %s; %s", self._policy.model, why_not, PROMPT_LOGPROBS_COST
             )

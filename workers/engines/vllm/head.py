@@ -12,7 +12,7 @@ and scales included), in chunks over all requests of a step, and keeps only log-
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -32,6 +32,8 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from grape_service.errors import UserError
+from grape_service.models.weights import unwrapped
 from workers.engines.token_logprobs import token_logprobs
 from workers.engines.transformers.lora_merge import load_adapter
 
@@ -44,6 +46,8 @@ TASK = "token_embed"
 
 HEAD_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """How large the logits of one chunk of rows may be, by device."""
+
+NOT_FINITE = "values that are not finite (NaN or infinity)"
 
 VERSION: str = vllm.__version__
 
@@ -73,6 +77,7 @@ def scoring_class(architecture: str) -> type[nn.Module]:
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             self._adapter: str | None = vllm_config.additional_config.get("grape_adapter")
+            self._is_wrapped = bool(vllm_config.additional_config.get("grape_is_wrapped"))
             self.pooler = ScoringPooler(
                 self.compute_logits,
                 vocab=vllm_config.model_config.get_vocab_size(),
@@ -81,12 +86,23 @@ def scoring_class(architecture: str) -> type[nn.Module]:
             )
 
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+            if self._is_wrapped:
+                weights = ((unwrapped(name), weight) for name, weight in weights)
+            weights = finite_weights(weights)
             if self._adapter is not None:
                 weights = load_adapter(self._adapter).merged(weights)
             return super().load_weights(weights)
 
     ScoringModel.__name__ = ScoringModel.__qualname__ = SCORING + architecture
     return ScoringModel
+
+
+def finite_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights as they are. Raises UserError for one with values that are not finite."""
+    for name, weight in weights:
+        if weight.is_floating_point() and weight.element_size() > 1 and not bool(torch.isfinite(weight).all()):
+            raise UserError(f"the model's files hold {name} with {NOT_FINITE}")
+        yield name, weight
 
 
 class ScoringPooler(Pooler):
