@@ -136,6 +136,8 @@ def count_table(outcome: Outcome) -> list[dict[str, Any]]:
     rows.append(("filtered", pool.get("filtered"), "pool.where"))
     reasons = sorted(pool.get("rejected_by_reason", {}).items(), key=lambda item: -item[1])
     rows += [("rejected", count, reason) for reason, count in reasons]
+    intended = sorted(pool.get("left_out_by_reason", {}).items(), key=lambda item: -item[1])
+    rows += [("left out", count, reason) for reason, count in intended]
     rows += [
         ("scored now", outcome.scored, ""),
         ("reused", outcome.reused, ""),

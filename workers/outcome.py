@@ -45,9 +45,11 @@ class Outcome:
         """The run in one line."""
         unchanged = "" if self.is_new else "; nothing changed, so this is the existing version"
         what = " released" if self.reference else ""
+        number = self.counts.get("pool", {}).get("left_out", 0)
+        left_out = f"{number:,} left out as duplicate, truncated or too long, " if number else ""
         return (
             f"{counted(self.rows, 'row')} of {counted(self.prompts, 'prompt')}{what}, "
-            f"{counted(self.rejected, 'pool row')} rejected, {self.failed:,} failed; "
+            f"{counted(self.rejected, 'pool row')} rejected, {left_out}{self.failed:,} failed; "
             f"{counted(self.scored, 'row')} scored, {self.reused:,} reused; {self.seconds:.1f} s{unchanged}"
         )
 

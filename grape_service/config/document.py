@@ -73,6 +73,8 @@ class _Page:
         """A value's type in words."""
         if "$ref" in value:
             return self.link(value["$ref"].rpartition("/")[2], place)
+        if "oneOf" in value:
+            value = {"anyOf": value["oneOf"]}
         if "anyOf" in value:
             return " or ".join(self.kind(part, place) for part in value["anyOf"] if part.get("type") != "null") + (
                 " or null" if any(part.get("type") == "null" for part in value["anyOf"]) else ""
@@ -99,7 +101,7 @@ _WORDS = {"string": "text", "integer": "whole number", "number": "number", "bool
 
 def _models_in(value: dict[str, Any]) -> list[str]:
     found = [value["$ref"].rpartition("/")[2]] if "$ref" in value else []
-    parts = [*value.get("anyOf", []), value.get("items"), value.get("additionalProperties")]
+    parts = [*value.get("anyOf", []), *value.get("oneOf", []), value.get("items"), value.get("additionalProperties")]
     for part in parts:
         found += _models_in(part) if isinstance(part, dict) else []
     return list(dict.fromkeys(found))

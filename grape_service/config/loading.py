@@ -28,10 +28,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the config file '{path}' cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
+        if isinstance(error, yaml.constructor.ConstructorError):
+            raise UserError(f"{path}{place}: {error.problem}") from None
         raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no config: it should start with 'name:'")
@@ -71,6 +73,23 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         elif isinstance(place, dict) and place.get(step) is None:
             place[step] = {}
         place = place[step]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is there twice is a mistake: PyYAML would take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is there twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> Config:

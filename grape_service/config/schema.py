@@ -7,10 +7,10 @@ names the nearest known key. Importing this module imports neither torch nor Ray
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from grape_service.config.base import Model
 from grape_service.config.checks import ChecksConfig
@@ -47,27 +47,84 @@ class Filter(Model):
         return self
 
 
-class PoolConfig(Model):
-    """Where the candidates are and which of them are looked at."""
+Shape = Literal["auto", "response", "responses", "columns", "messages"]
+Columns = dict[str, str | list[str]]
+
+
+def _known_columns(columns: Columns) -> Columns:
+    unknown = sorted(set(columns) - set(POOL_COLUMNS))
+    if unknown:
+        raise ValueError(f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}")
+    for ours, theirs in columns.items():
+        if isinstance(theirs, list) and (ours != "responses" or len(theirs) < 1):
+            raise ValueError(f"'{ours}' is one column's name; a list of names is for responses that have a column each")
+    return columns
+
+
+class PoolGroup(Model):
+    """Files of a pool that are read alike."""
 
     path: str
     """File, folder or glob: local, s3://, or anything that fsspec opens."""
-    columns: dict[str, str] = {}
-    """Our column names to the pool's, only where they differ."""
+    columns: Columns = {}
+    """Our column names to these files'; goes over pool.columns."""
+    source: str | None = None
+    """The source of every row of these files."""
+    where: list[Filter] = []
+    """Filters for these files, after those of pool.where."""
+    shape: Shape = "auto"
+    """What a row of these files is; auto: what pool.shape says."""
+
+    _columns = field_validator("columns")(_known_columns)
+
+
+def _one_or_groups(path: Any) -> str:
+    return "list[PoolGroup]" if isinstance(path, list) else "str"
+
+
+class PoolConfig(Model):
+    """Where the candidates are and which of them are looked at."""
+
+    path: Annotated[
+        Annotated[str, Tag("str")] | Annotated[Annotated[list[PoolGroup], Field(min_length=1)], Tag("list[PoolGroup]")],
+        Discriminator(_one_or_groups),
+    ]
+    """File, folder or glob: local, s3://, or anything that fsspec opens; or a list of groups of files that differ, each
+    with its path, columns, source and where."""
+    columns: Columns = {}
+    """Our column names to the pool's, only where they differ; a.b reaches into objects."""
+    shape: Shape = "auto"
+    """What a row is: a prompt with a response, with a list of responses, with responses in several columns, or messages
+    that end with the response; auto finds it and `grape check` says which."""
     where: list[Filter] = []
     """Filters before scoring; ranks, margins and num_candidates count what is left."""
     max_reject_share: float = Field(0.1, ge=0, le=1)
-    """The run stops when more than this share of the pool's rows cannot be used."""
+    """The run stops when more than this share of the pool's rows is damaged or unusable; duplicates, truncated and too
+    long rows are counted apart."""
     truncated: Literal["reject", "keep"] = "reject"
     """What happens to responses with finish_reason 'length'."""
 
-    @field_validator("columns")
-    @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = sorted(set(columns) - set(POOL_COLUMNS))
-        if unknown:
-            raise ValueError(f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}")
-        return columns
+    _columns = field_validator("columns")(_known_columns)
+
+    @property
+    def groups(self) -> list[PoolGroup]:
+        """The groups of files, each with what holds for all of them filled in."""
+        given = [PoolGroup(path=self.path)] if isinstance(self.path, str) else self.path
+        return [
+            group.model_copy(
+                update={
+                    "columns": {**self.columns, **group.columns},
+                    "where": [*self.where, *group.where],
+                    "shape": self.shape if group.shape == "auto" else group.shape,
+                }
+            )
+            for group in given
+        ]
+
+    @property
+    def address(self) -> str:
+        """The pool in a sentence: its path, or those of its groups."""
+        return self.path if isinstance(self.path, str) else ", ".join(group.path for group in self.path)
 
 
 POOL_COLUMNS = (
@@ -82,6 +139,7 @@ POOL_COLUMNS = (
     "sampling",
     "finish_reason",
     "tools",
+    "system_prompt",
 )
 """The pool columns that have a meaning to us; every other column is carried along."""
 

@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from grape_service.config.schema import Config
-from grape_service.pool.candidates import Accepted, Filtered, Normaliser
+from grape_service.pool.candidates import Accepted, Filtered
+from grape_service.pool.file_candidates import FileCandidates
 from grape_service.pool.files import PoolFile
-from grape_service.pool.reader import Segment, SegmentReader
+from grape_service.pool.reader import Segment
 from grape_service.prepare.plan import sized_segments
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 
@@ -113,13 +114,13 @@ def _count(
     file: PoolFile, segment: Segment, config: Config, renderer: Renders, prompts: set[str]
 ) -> tuple[int, int, int, int, int]:
     """(rows, tokens, tokens with loss, rejected, filtered) of a part; adds its prompts."""
-    normaliser = Normaliser(config)
+    candidates = FileCandidates(config, file, segment)
     rows = tokens = loss = rejected = filtered = 0
-    reader = SegmentReader(file, segment, config.storage).rows()
+    reader = candidates.rows()
     while batch := list(itertools.islice(reader, BATCH_ROWS)):
         accepted: list[Candidate] = []
         for _, row in batch:
-            for item in [row] if isinstance(row, Rejection) else normaliser.candidates(row):
+            for item in [row] if isinstance(row, Rejection) else candidates.normaliser.candidates(row):
                 if isinstance(item, Accepted):
                     accepted.append(item.candidate)
                 elif isinstance(item, Filtered):

@@ -8,6 +8,7 @@ commutative and associative with "null" as its bottom and "json", mixed types, a
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -107,7 +108,7 @@ def arrow_kind(data_type: pa.DataType) -> str | None:
     """The kind of a Parquet column whose type JSON lacks, or None for one that JSON has."""
     if pa.types.is_dictionary(data_type):
         return arrow_kind(data_type.value_type)
-    if pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type) or pa.types.is_fixed_size_binary(data_type):
+    if is_bytes(data_type):
         return "binary"
     if pa.types.is_timestamp(data_type):
         return f"timestamp[{data_type.unit}]" + (f" {data_type.tz}" if data_type.tz else "")
@@ -135,12 +136,28 @@ def _arrow_type_of_name(kind: str) -> pa.DataType:
     return pa.date32()
 
 
+def is_bytes(data_type: pa.DataType) -> bool:
+    """Whether values of a type are bytes: binary, and text whose writer did not say that it is text."""
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(is_kind(data_type) for is_kind in kinds)
+
+
+def as_text(column: pa.Array) -> list[str | None]:
+    """A column of bytes as text. Raises UnicodeDecodeError where it is not UTF-8."""
+    return [None if value is None else value.decode() for value in _plain_encoding(column).to_pylist()]
+
+
 def as_json_values(column: pa.Array) -> list[Any]:
-    """A Parquet column's values as JSON values; what JSON lacks as text."""
+    """A Parquet column's values as JSON values; what JSON lacks as text, and JSON text as what it says."""
+    column = _plain_encoding(column)
     data_type = column.type
-    if pa.types.is_dictionary(data_type):
-        column = column.dictionary_decode()
-        data_type = column.type
+    parse = _json_parser(data_type)
+    if parse is not None:
+        return [None if value is None else parse(_plain(value)) for value in column.to_pylist()]
+    if isinstance(data_type, pa.UuidType):
+        return [None if value is None else str(value) for value in column.to_pylist()]
+    if isinstance(data_type, pa.BaseExtensionType):
+        return as_json_values(column.storage)
     kind = arrow_kind(data_type)
     if kind == "binary":
         return [None if value is None else base64.b64encode(value).decode() for value in column.to_pylist()]
@@ -151,14 +168,68 @@ def as_json_values(column: pa.Array) -> list[Any]:
     if pa.types.is_float16(data_type) or pa.types.is_duration(data_type):
         return pc.cast(column, pa.float32() if pa.types.is_float16(data_type) else pa.int64()).to_pylist()
     values = column.to_pylist()
-    return values if not pa.types.is_nested(data_type) else [_plain(value) for value in values]
+    return values if _is_json_scalar(data_type) else [_plain(value) for value in values]
+
+
+def _plain_encoding(column: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        return column.dictionary_decode()
+    return pc.run_end_decode(column) if pa.types.is_run_end_encoded(column.type) else column
+
+
+def _is_json_scalar(data_type: pa.DataType) -> bool:
+    kinds = (
+        pa.types.is_null,
+        pa.types.is_boolean,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+    )
+    return any(is_kind(data_type) for is_kind in kinds)
+
+
+def _json_parser(data_type: pa.DataType) -> Callable[[Any], Any] | None:
+    """What makes JSON values of a type's values where it holds Arrow's JSON type (datasets' Json), at any depth."""
+    if isinstance(data_type, pa.JsonType):
+        return _parsed
+    if isinstance(data_type, pa.BaseExtensionType):
+        return _json_parser(data_type.storage_type)
+    if pa.types.is_dictionary(data_type):
+        return _json_parser(data_type.value_type)
+    if pa.types.is_struct(data_type):
+        fields = {field.name: parse for field in data_type if (parse := _json_parser(field.type)) is not None}
+        return (lambda value: _with_parsed(value, fields)) if fields else None
+    if pa.types.is_nested(data_type) and hasattr(data_type, "value_type") and not pa.types.is_map(data_type):
+        parse = _json_parser(data_type.value_type)
+        return (lambda value: [None if one is None else parse(one) for one in value]) if parse is not None else None
+    return None
+
+
+def _with_parsed(value: dict[str, Any], fields: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    parsed = {name: parse(value[name]) for name, parse in fields.items() if value[name] is not None}
+    return {**value, **parsed}
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return orjson.loads(text)
+    except (TypeError, orjson.JSONDecodeError):  # not made by Arrow, which checks nothing
+        return text
 
 
 def _plain(value: Any) -> Any:
+    """A value of a nested column as JSON: bytes that are text as text, others as base64; a map as an object."""
     if isinstance(value, list | tuple):
+        if value and all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value):
+            return {name: _plain(field) for name, field in value}
         return [_plain(element) for element in value]
     if isinstance(value, dict):
         return {name: _plain(field) for name, field in value.items()}
     if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
     return value if value is None or isinstance(value, str | int | float) else str(value)

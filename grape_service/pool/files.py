@@ -1,10 +1,8 @@
-"""Finds the files of a pool, wherever fsspec reaches, and opens them."""
+"""The files of a pool, wherever fsspec reaches, opened and decompressed."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +10,15 @@ from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import fsspec
-import zstandard
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from grape_service.errors import UserError
 from grape_service.storage.storage import Storage, refuse_secrets
 
-FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
-NOT_DATA = (".md", ".txt", ".lock", ".crc")
-"""Files of a pool's folder that are passed over: its card, notes, check sums."""
-MAGIC = frozenset("*?[")
+FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+FolderColumns = tuple[tuple[str, str | int | None], ...]
+"""Columns that the names of a file's folders give, with their values."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,9 @@ class PoolFile:
     """The store's etag, or the modification time of a local file."""
     digest: str | None = None
     """sha256 of the content, for local files."""
+    group: int = 0
+    """Index in the config's pool.groups."""
+    folders: FolderColumns = ()
 
     @property
     def format(self) -> str:
@@ -65,62 +65,24 @@ def pool_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractF
         raise UserError(f"pool.path '{url}' cannot be opened: {error}") from error
 
 
-def list_pool_files(
-    url: str, options: dict[str, Any], known: Iterable[PoolFile] = (), with_digests: bool = True
-) -> list[PoolFile]:
-    """The files of a pool: one file, all data files below a folder, or those that match a glob; sorted by address.
-
-    With digests, the content of local files is read, but for `known` ones that have not changed. Names that
-    begin with '.' or '_' are passed over in folders. Raises UserError where there is nothing, or a file of an
-    unknown format.
-    """
-    fs, path = pool_filesystem(url, options)
-    entries = _entries(fs, path, url)
-    if not entries:
-        raise UserError(f"pool.path '{url}' has no file that ends with one of {', '.join(FORMATS)}")
-    files = sorted((_pool_file(fs, entry) for entry in entries), key=lambda file: file.url)
-    for file in files:
-        format_of(file.url)
-    if not (with_digests and _is_local(fs)):
-        return files
-    digests = {replace(file, digest=None): file.digest for file in known}
+def with_digests(files: list[PoolFile], known: Iterable[PoolFile] = ()) -> list[PoolFile]:
+    """The same with digests of local files: their content is read, but for `known` ones that have not changed."""
+    digests = {(file.url, file.size, file.version): file.digest for file in known}
+    local = [file for file in files if "://" not in file.url]
     with ThreadPoolExecutor(4, thread_name_prefix="digests") as threads:
-        return list(threads.map(lambda file: _with_digest(file, digests.get(file)), files))
+        named = threads.map(lambda file: _with_digest(file, digests.get((file.url, file.size, file.version))), local)
+        by_url = {file.url: file for file in named}
+    return [by_url.get(file.url, file) for file in files]
 
 
-def _entries(fs: fsspec.AbstractFileSystem, path: str, url: str) -> list[dict[str, Any]]:
-    if MAGIC & set(path) and not fs.exists(path):
-        found = fs.glob(path, detail=True)
-        return [entry for entry in found.values() if entry["type"] == "file"]
-    try:
-        info = fs.info(path)
-    except FileNotFoundError:
-        raise UserError(f"pool.path '{url}' does not exist") from None
-    if info["type"] == "file":
-        return [info]
-    found = fs.find(path, detail=True)
-    base = len(path.rstrip("/"))
-    return [entry for name, entry in found.items() if entry["type"] == "file" and _is_data(name[base:])]
-
-
-def _is_data(relative: str) -> bool:
-    parts = relative.strip("/").split("/")
-    if any(part.startswith((".", "_")) for part in parts):
-        return False
-    return not parts[-1].lower().endswith(NOT_DATA) and not parts[-1].upper().startswith("LICENSE")
-
-
-def _pool_file(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> PoolFile:
-    url = entry["name"] if _is_local(fs) else fs.unstrip_protocol(entry["name"])
-    return PoolFile(url, int(entry.get("size") or 0), _version(fs, entry))
-
-
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether a file system is this machine's."""
     return "file" in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,))
 
 
-def _version(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> str:
-    if _is_local(fs):
+def version_of(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> str:
+    """What tells whether a file changed: the store's etag, the modification time of a local file."""
+    if is_local(fs):
         return f"{os.stat(entry['name']).st_mtime_ns:x}"
     for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated"):
         if entry.get(key):
@@ -143,17 +105,17 @@ def open_pool_file(file: PoolFile, options: dict[str, Any]) -> IO[bytes]:
     fs, path = pool_filesystem(file.url, options)
     try:
         entry = fs.info(path)
-        if int(entry.get("size") or 0) != file.size or _version(fs, entry) != file.version:
+        if int(entry.get("size") or 0) != file.size or version_of(fs, entry) != file.version:
             raise UserError(f"the pool file '{file.url}' changed while the run was reading it: start the run again")
-        return fs.open(path, "rb", **({} if _is_local(fs) else {"block_size": 8 * 2**20}))
+        return fs.open(path, "rb", **({} if is_local(fs) else {"block_size": 8 * 2**20}))
     except FileNotFoundError:
         raise UserError(f"the pool file '{file.url}' is gone: start the run again without it") from None
 
 
 def decompressed(file: IO[bytes], format: str) -> Any:
-    """The content of a .gz or .zst file as a stream; others as they are."""
-    if format.endswith(".gz"):
-        return gzip.open(file)
-    if format.endswith(".zst"):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return file
+    """The content of a .gz or .zst file as a stream; others as they are. A file that ends in the middle of what it
+    holds raises OSError when that is reached."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(format[format.rfind(".") :])
+    if codec is None:
+        return file
+    return pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)

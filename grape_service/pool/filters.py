@@ -13,7 +13,20 @@ MISSING = object()
 
 def passes(row: dict[str, Any], filters: Iterable[Filter]) -> bool:
     """Whether a row satisfies every condition; a row without the column satisfies none."""
-    return all(_passes(row.get(condition.column, MISSING), condition) for condition in filters)
+    return all(_passes(value_at(row, condition.column), condition) for condition in filters)
+
+
+def value_at(row: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of a field in an object where there is no such column: a.b. MISSING where it is not."""
+    value = row.get(column, MISSING)
+    if value is not MISSING or "." not in column:
+        return value
+    value = row
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return MISSING
+        value = value[name]
+    return value
 
 
 def _passes(value: Any, condition: Filter) -> bool:

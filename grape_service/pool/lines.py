@@ -16,6 +16,29 @@ MAX_ROW_BYTES = 256 * 2**20
 """A longer row is rejected: it would not fit the memory of a task."""
 TOO_LONG = Rejection("row is too long to read", f"more than {MAX_ROW_BYTES // 2**20} MiB in one row")
 BOM = codecs.BOM_UTF8
+MAX_INTEGER = 2.0**63
+SHOWN_CHARACTERS = 200
+"""Of a rejected row, for `grape rejects`."""
+
+
+def is_document(head: bytes, is_jsonl: bool) -> bool:
+    """Whether a file that begins with `head` is a JSON array or one object over several lines, and not a row a line.
+
+    The name alone does not tell: JSON Lines are often called .json, and an array sometimes .jsonl.
+    """
+    text = head.removeprefix(BOM).lstrip()
+    if text[:1] == b"[":
+        return True
+    if is_jsonl or not text:
+        return False
+    return not any(_is_object(line) for line in text.split(b"\n", 2)[:2])
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def split_lines(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[list[bytes | None]]:
@@ -76,7 +99,12 @@ def parse_line(line: bytes | None) -> dict[str, Any] | Rejection | None:
         if not line.strip():
             return None
         return _parse_slowly(line)
-    return value if isinstance(value, dict) else _not_an_object(value)
+    if not isinstance(value, dict):
+        return _not_an_object(value, line)
+    for field in value.values():
+        if type(field) is float and abs(field) >= MAX_INTEGER:  # an integer with more digits than orjson keeps
+            return _parse_slowly(line)
+    return value
 
 
 def _parse_slowly(line: bytes) -> dict[str, Any] | Rejection:
@@ -84,16 +112,16 @@ def _parse_slowly(line: bytes) -> dict[str, Any] | Rejection:
     try:
         value = json.loads(line.decode(), parse_int=_json_integer)
     except UnicodeDecodeError as error:
-        return Rejection("not UTF-8", f"byte {error.start} of the line")
+        return Rejection("not UTF-8", f"byte {error.start} of the line", beginning(line))
     except (ValueError, RecursionError) as error:
-        return Rejection("broken JSON", str(error)[:200])
+        return Rejection("broken JSON", str(error)[:200], beginning(line))
     return checked_row(value)
 
 
 def checked_row(value: Any) -> dict[str, Any] | Rejection:
     """A parsed value, if it is an object and all its text is UTF-8."""
     if not isinstance(value, dict):
-        return _not_an_object(value)
+        return _not_an_object(value, json.dumps(value)[:SHOWN_CHARACTERS].encode())
     try:
         orjson.dumps(value)
     except TypeError as error:
@@ -101,14 +129,21 @@ def checked_row(value: Any) -> dict[str, Any] | Rejection:
     return value
 
 
-def _json_integer(digits: str) -> int | float:
-    """Integers beyond 64 bits become floats, as orjson reads them."""
+def _json_integer(digits: str) -> int | str:
+    """Integers beyond 64 bits become text, so that as ids they keep every digit."""
     number = int(digits)
-    return number if -(2**63) <= number < 2**64 else float(number)
+    return number if -(2**63) <= number < 2**64 else digits
 
 
-def _not_an_object(value: Any) -> Rejection:
-    return Rejection("row is not an object", f"it is a JSON {_json_type(value)}")
+def _not_an_object(value: Any, text: bytes) -> Rejection:
+    return Rejection("row is not an object", f"it is a JSON {_json_type(value)}", beginning(text))
+
+
+def beginning(text: bytes | str) -> str:
+    """The first characters of a row, to be shown."""
+    if isinstance(text, bytes):
+        text = text[: 4 * SHOWN_CHARACTERS].decode(errors="replace")
+    return text[:SHOWN_CHARACTERS]
 
 
 def _json_type(value: Any) -> str:
@@ -123,7 +158,7 @@ class BrokenDocument(ValueError):
 
 
 def json_elements(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejection]:
-    """Elements of a JSON array, or the one object that a .json file holds; streaming.
+    """Elements of a JSON array, or the objects one after the other that a .json file holds; streaming.
 
     Raises BrokenDocument where the text stops being JSON: what follows cannot be told apart.
     """
@@ -142,6 +177,8 @@ def json_elements(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejection]:
         after = _after_space(text, place + 1) if has_comma else place
         if in_array and not has_comma and text[after : after + 1] == "]":
             _only_space(text[after + 1 :], decoder, file)
+            return
+        if not in_array and ended and after == len(text):
             return
         try:
             value, stop = parser.raw_decode(text, after)
@@ -163,9 +200,6 @@ def json_elements(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejection]:
         yield checked_row(value)
         count += 1
         place = stop
-        if not in_array:
-            _only_space(text[place:], decoder, file)
-            return
 
 
 def _after_space(text: str, place: int) -> int:

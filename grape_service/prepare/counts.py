@@ -11,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from grape_service.config.schema import Config
-from grape_service.errors import UserError
+from grape_service.pool.candidates import TOO_LONG, TRUNCATED
 from grape_service.pool.column_types import Kind, join_columns
-from grape_service.pool.filters import nearest
+from grape_service.prepare.groups import GroupCounts, check_columns
 from grape_service.prepare.plan import PreparePlan
 from grape_service.rows.columns import OUR_COLUMNS
 
 MAX_NAMED_SOURCES = 4096
+SAME_CONTENT = "duplicate candidate"
+INTENDED = frozenset({SAME_CONTENT, TRUNCATED, TOO_LONG})
+"""Reasons for which rows are left out on purpose: they say nothing against the pool."""
 
 
 @dataclass
@@ -52,6 +55,13 @@ class Rejects:
         for reason, rows in other.by_reason.items():
             self.count(reason, other.examples[reason], rows)
 
+    def of(self, reasons: Iterable[str]) -> Rejects:
+        """Those with one of some reasons."""
+        wanted = [reason for reason in self.by_reason if reason in set(reasons)]
+        return Rejects(
+            {reason: self.by_reason[reason] for reason in wanted}, {reason: self.examples[reason] for reason in wanted}
+        )
+
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         return cls(value["by_reason"], {reason: Example(**example) for reason, example in value["examples"].items()})
@@ -74,21 +84,18 @@ class PieceCounts:
     num_reject_files: int = 0
     segment_lines: list[int] = field(default_factory=list)
     """Places of each segment: lines of a .jsonl, rows of others."""
-    num_parsed: int = 0
-    """Rows that could be read, before anything is asked of them."""
-    filter_columns: dict[str, int] = field(default_factory=dict)
-    """Candidates that have the column, for each that pool.where names."""
-    columns: list[str] = field(default_factory=list)
-    """The pool's column names, the first some hundred of them."""
+    groups: dict[int, GroupCounts] = field(default_factory=dict)
+    """By index in the config's pool.groups."""
     other_columns: dict[str, Kind] = field(default_factory=dict)
     message_fields: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "groups": {str(index): asdict(group) for index, group in self.groups.items()}}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(**value)
+        groups = {int(index): GroupCounts(**group) for index, group in value["groups"].items()}
+        return cls(**{**value, "groups": groups})
 
 
 @dataclass
@@ -113,6 +120,8 @@ class PartitionCounts:
     max_tokens: int = 0
     """Tokens of the longest row."""
     truncated: int = 0
+    prompt_sizes: dict[str, int] = field(default_factory=dict)
+    """Prompts by their number of candidates."""
     duplicates: Rejects = field(default_factory=Rejects)
     """Rows that reduce left out: duplicates, and ids that name two things."""
     piece_rejects: Rejects = field(default_factory=Rejects)
@@ -161,19 +170,10 @@ def union_of_ids(packed: Iterable[str]) -> str:
     return base64.b64encode(union.tobytes()).decode()
 
 
-def add_counts(into: dict[str, int], counts: dict[str, int]) -> None:
-    """Key by key sum."""
-    for name, number in counts.items():
-        into[name] = into.get(name, 0) + number
-
-
 def largest(counts: dict[str, int], most: int = MAX_NAMED_SOURCES) -> dict[str, int]:
     """The `most` largest counts, by name."""
     names = sorted(counts, key=lambda name: (-counts[name], name))[:most]
     return {name: counts[name] for name in sorted(names)}
-
-
-MAX_COLUMNS_NAMED = 12
 
 
 @dataclass
@@ -194,6 +194,8 @@ class MapSummary:
     other_columns: dict[str, Kind] = field(default_factory=dict)
     """Under the pool's names."""
     message_fields: list[str] = field(default_factory=list)
+    groups: list[GroupCounts] = field(default_factory=list)
+    """In the order of the config's pool.groups."""
 
 
 def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Config) -> MapSummary:
@@ -201,11 +203,8 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
 
     Raises UserError where no row has a column that pool.where or the config's names need.
     """
-    summary = MapSummary()
-    columns: set[str] = set()
+    summary = MapSummary(groups=[GroupCounts() for _ in config.pool.groups])
     fields: set[str] = set()
-    filter_columns: dict[str, int] = {}
-    num_parsed = 0
     lines_before = [0] * len(plan.files)
     by_piece = sorted(counts, key=lambda piece: piece.piece)
     assert [one.piece for one in by_piece] == [piece.index for piece in plan.pieces], "every piece is counted once"
@@ -218,10 +217,9 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
         summary.rejected += sum(one.rejects.values())
         summary.num_files.append(one.num_files)
         summary.num_reject_files.append(one.num_reject_files)
-        num_parsed += one.num_parsed
-        columns.update(one.columns)
         fields.update(one.message_fields)
-        add_counts(filter_columns, one.filter_columns)
+        for index, group in one.groups.items():
+            summary.groups[index].add(group)
         join_columns(summary.other_columns, one.other_columns)
         first_rows = []
         for segment, lines in zip(piece.segments, one.segment_lines, strict=True):
@@ -229,34 +227,8 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
             lines_before[segment.file] += lines
         summary.first_rows.append(first_rows)
     summary.message_fields = sorted(fields)
-    if num_parsed:
-        _check_columns(config, columns, filter_columns)
+    check_columns(config, summary.groups)
     return summary
-
-
-def _check_columns(config: Config, columns: set[str], filter_columns: dict[str, int]) -> None:
-    known = ", ".join(sorted(columns)[:MAX_COLUMNS_NAMED])
-    for column, rows in filter_columns.items():
-        if rows == 0:
-            near = nearest(column, columns)
-            hint = f"; did you mean '{near}'?" if near else ""
-            raise UserError(f"pool.where names the column '{column}', which no row has{hint} (columns: {known})")
-    theirs = config.pool.columns
-    prompt = theirs.get("prompt", "prompt")
-    if prompt not in columns:
-        raise UserError(_missing_column("prompt", prompt, columns, known))
-    responses = [theirs.get(name, name) for name in ("response", "responses")]
-    if not columns & set(responses):
-        raise UserError(_missing_column("response", responses[0], columns, known))
-
-
-def _missing_column(ours: str, theirs: str, columns: set[str], known: str) -> str:
-    near = nearest(theirs, columns)
-    hint = f", such as '{near}'" if near else ""
-    return (
-        f"no row of the pool has the column '{theirs}' (columns: {known}): "
-        f"say under pool.columns.{ours} which one holds the {ours}{hint}"
-    )
 
 
 def column_names(other_columns: Iterable[str]) -> dict[str, str]:

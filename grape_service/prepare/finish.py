@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from grape_service.config.schema import Config
+from grape_service.config.schema import Config, PoolGroup
 from grape_service.errors import UserError
 from grape_service.prepare.counts import (
+    INTENDED,
     MapSummary,
     PartitionCounts,
     Rejects,
-    add_counts,
     column_names,
     largest,
     union_of_ids,
 )
+from grape_service.prepare.groups import GroupCounts, add_counts
 from grape_service.prepare.plan import PreparePlan
 from grape_service.prepare.result import PartitionTotals, Prepared
 from grape_service.storage.storage import Storage
@@ -36,15 +38,29 @@ def finish_prepare(
         filtered=summary.filtered,
         other_columns={new: summary.other_columns[old] for old, new in column_names(summary.other_columns).items()},
         message_fields=summary.message_fields,
+        groups=[_group(group, counts) for group, counts in zip(config.pool.groups, summary.groups, strict=True)],
+        passed_over=plan.passed_over,
     )
     for counts in partitions:
         _add(prepared, counts)
     assert sorted(prepared.partitions) == plan.partitions, "every partition is counted"
-    assert prepared.rows_in == prepared.rows + prepared.filtered + prepared.rejects.total, "no row of a pool is lost"
+    left = prepared.rejects.total + prepared.left_out.total
+    assert prepared.rows_in == prepared.rows + prepared.filtered + left, "no row of a pool is lost"
     _check_usable(plan, prepared, config, storage)
     storage.write_json(f"{plan.folder}/prepared.json", prepared.to_json())
     storage.delete_folder(f"{plan.folder}/map")
     return prepared
+
+
+def _group(group: PoolGroup, counts: GroupCounts) -> dict[str, Any]:
+    """A group of files as the manifest tells it."""
+    return {
+        "path": group.path,
+        "files": counts.files,
+        "shapes": dict(sorted(counts.shapes.items())),
+        "rows_in": counts.rows_in,
+        "filtered": counts.filtered,
+    }
 
 
 def load_prepared(plan: PreparePlan, storage: Storage) -> Prepared | None:
@@ -66,8 +82,10 @@ def _add(prepared: Prepared, counts: PartitionCounts) -> None:
     prepared.num_shards += len(counts.shards)
     prepared.max_tokens = max(prepared.max_tokens, counts.max_tokens)
     prepared.truncated += counts.truncated
-    prepared.rejects.add(counts.duplicates)
-    prepared.rejects.add(counts.piece_rejects)
+    for found in (counts.duplicates, counts.piece_rejects):
+        prepared.left_out.add(found.of(INTENDED))
+        prepared.rejects.add(found.of(found.by_reason.keys() - INTENDED))
+    add_counts(prepared.prompt_sizes, counts.prompt_sizes)
     prepared.used_ids = union_of_ids([prepared.used_ids, counts.used_ids])
     add_counts(prepared.sources, counts.sources)
     prepared.sources = largest(prepared.sources)
@@ -79,15 +97,19 @@ def _add(prepared: Prepared, counts: PartitionCounts) -> None:
 
 def _check_usable(plan: PreparePlan, prepared: Prepared, config: Config, storage: Storage) -> None:
     rejected = prepared.rejects.total
+    left_out = prepared.left_out.total
     if prepared.rows_in == 0:
         raise UserError(f"the pool '{plan.pool}' has no rows")
-    table = f"all of them are in {storage.url(f'{plan.folder}/rejects')}"
-    if prepared.rows == 0 and rejected == 0:
+    table = f"all of them are in {storage.url(f'{plan.folder}/rejects')}: see `grape rejects`"
+    if prepared.rows == 0 and rejected + left_out == 0:
         raise UserError(f"pool.where leaves none of the {prepared.rows_in} rows of '{plan.pool}': loosen its filters")
     if prepared.rows == 0:
+        both = Rejects()
+        both.add(prepared.rejects)
+        both.add(prepared.left_out)
         raise UserError(
-            f"nothing in the pool '{plan.pool}' can be used, {rejected} of {prepared.rows_in} rows were rejected "
-            f"and {prepared.filtered} filtered: {_top_reasons(prepared.rejects)}; {table}"
+            f"nothing in the pool '{plan.pool}' can be used, {rejected + left_out} of {prepared.rows_in} rows were "
+            f"rejected and {prepared.filtered} filtered: {_top_reasons(both)}; {table}"
         )
     share = config.pool.max_reject_share
     if rejected > share * prepared.rows_in:

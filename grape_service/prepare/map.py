@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,15 +14,17 @@ import pyarrow as pa
 
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.pool.candidates import Accepted, Filtered, Normaliser, Rejected
+from grape_service.pool.candidates import Accepted, Filtered, Rejected
 from grape_service.pool.column_types import Kind, join, join_columns, kind_of
-from grape_service.pool.reader import SegmentReader
+from grape_service.pool.file_candidates import FileCandidates
+from grape_service.pool.lines import beginning
 from grape_service.prepare.counts import PieceCounts
+from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import Piece, PreparePlan
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.keys import row_keys
-from grape_service.rows.messages import response_messages
+from grape_service.rows.messages import only_text, response_messages
 from grape_service.rows.partitions import partition_bits, prompt_order
 from grape_service.rows.ragged import list_array, offsets_from_lengths
 from grape_service.storage.storage import Storage
@@ -55,7 +57,7 @@ MAP_REJECT = pa.schema(
     [
         pa.field("segment", pa.int32(), nullable=False),
         pa.field("place", pa.int64(), nullable=False),
-        *(REJECT.field(name) for name in ("prompt_id", "candidate_id", "reason", "detail")),
+        *(REJECT.field(name) for name in ("prompt_id", "candidate_id", "reason", "detail", "text")),
     ]
 )
 
@@ -132,9 +134,7 @@ class _MapTask:
     def __init__(self, plan: PreparePlan, piece: Piece, config: Config, renderer: Renders, storage: Storage):
         self.plan, self.piece, self.renderer, self.storage = plan, piece, renderer, storage
         self.config = config
-        self.normaliser = Normaliser(config)
         self.counts = PieceCounts(piece.index)
-        self.columns: dict[str, None] = {}
         self.kinds: dict[str, Kind] = {}
         self.message_fields: set[str] = set()
         self.waiting: list[pa.RecordBatch] = []
@@ -145,24 +145,29 @@ class _MapTask:
     def placed(self) -> Iterator[Placed]:
         """Everything of the piece but what is filtered, which is only counted."""
         for index, segment in enumerate(self.piece.segments):
-            reader = SegmentReader(self.plan.files[segment.file], segment, self.config.storage)
-            for place, row in reader.rows():
+            file = self.plan.files[segment.file]
+            candidates = FileCandidates(self.config, file, segment)
+            group = self.counts.groups.setdefault(file.group, GroupCounts())
+            columns: dict[str, None] = {}
+            num_parsed = 0
+            for place, row in candidates.rows():
                 if isinstance(row, Rejection):
-                    self.counts.rows_in += 1
+                    group.rows_in += 1
                     yield Placed(Rejected(row), index, place)
                     continue
-                self.counts.num_parsed += 1
-                if len(self.columns) < MAX_OTHER_COLUMNS:
-                    self.columns.update(dict.fromkeys(row))
-                for item in self.normaliser.candidates(row):
-                    self.counts.rows_in += 1
+                num_parsed += 1
+                if len(columns) < MAX_OTHER_COLUMNS:
+                    columns.update(dict.fromkeys(row))
+                for item in candidates.normaliser.candidates(row):
+                    group.rows_in += 1
                     if isinstance(item, Filtered):
-                        self.counts.filtered += 1
+                        group.filtered += 1
                     else:
                         if isinstance(item, Accepted):
-                            item.column_kinds = reader.column_kinds
+                            item.column_kinds = candidates.reader.column_kinds
                         yield Placed(item, index, place)
-            self.counts.segment_lines.append(reader.num_lines)
+            group.add_file(segment.start == 0, num_parsed, columns, candidates.normaliser)
+            self.counts.segment_lines.append(candidates.reader.num_lines)
 
     def render(self, batch: list[Placed]) -> tuple[int, int]:
         """Render a batch and keep it as Arrow data; (rows, tokens)."""
@@ -173,7 +178,8 @@ class _MapTask:
         for (one, item), result in zip(accepted, rendered, strict=True):
             if isinstance(result, Rejection):
                 ids = item.candidate.prompt_id, item.candidate.candidate_id
-                rejected.append((one, Rejected(result, *ids)))
+                text = only_text(item.candidate.response) or item.candidate.prompt[-1]["content"]
+                rejected.append((one, Rejected(replace(result, text=beginning(text)), *ids)))
             else:
                 good.append((one, item, result))
         if rejected:
@@ -224,6 +230,7 @@ class _MapTask:
             "candidate_id": [_encodable(item.candidate_id) for _, item in rejected],
             "reason": [item.rejection.reason for _, item in rejected],
             "detail": [_encodable(item.rejection.detail) for _, item in rejected],
+            "text": [_encodable(item.rejection.text) for _, item in rejected],
         }
         self.rejects.append(pa.RecordBatch.from_pydict(columns, schema=MAP_REJECT))
 
@@ -265,8 +272,8 @@ class _MapTask:
         if self.rejects:
             self._flush_rejects()
         counts = self.counts
-        counts.filter_columns = self.normaliser.filter_columns_seen
-        counts.columns = sorted(self.columns)
+        counts.rows_in = sum(group.rows_in for group in counts.groups.values())
+        counts.filtered = sum(group.filtered for group in counts.groups.values())
         join_columns(counts.other_columns, self.kinds)
         counts.message_fields = sorted(self.message_fields)
         return counts

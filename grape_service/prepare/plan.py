@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.pool.candidates import recorded_columns
-from grape_service.pool.files import PoolFile, list_pool_files, open_pool_file
-from grape_service.pool.reader import Segment
+from grape_service.pool.files import PoolFile, open_pool_file, with_digests
+from grape_service.pool.listing import Listing, list_pool
+from grape_service.pool.reader import Segment, holds_document
 from grape_service.rows.partitions import partition_names
 from grape_service.storage.storage import Storage
 
 FOLDER = "prepared"
-FORMAT = 1
+FORMAT = 2
 """Raised when the same pool and config come to give other shards."""
 COMPRESSION_RATIO = 6
 """Bytes of rows in a byte of a compressed file, about."""
@@ -54,6 +55,8 @@ class PreparePlan:
     files: tuple[PoolFile, ...]
     pieces: tuple[Piece, ...]
     num_partitions: int
+    passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Entries below the pool's path that are not read: by reason their count and some of them."""
 
     @property
     def folder(self) -> str:
@@ -76,36 +79,41 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
 
     Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
     """
-    files = _pool_files(config, storage)
+    listing = _pool_files(config, storage)
+    files = tuple(listing.files)
     sized = list(sized_segments(files, config))
     pieces = tuple(_packed(sized, config.workers.partition_bytes))
     num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
     prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
-    plan = PreparePlan(prepare_id, config.pool.path, files, pieces, num_partitions)
+    passed_over = {reason: asdict(passed) for reason, passed in sorted(listing.passed_over.items())}
+    plan = PreparePlan(prepare_id, config.pool.address, files, pieces, num_partitions, passed_over)
     storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
     return plan
 
 
-def _pool_files(config: Config, storage: Storage) -> tuple[PoolFile, ...]:
+def _pool_files(config: Config, storage: Storage) -> Listing:
     """The pool's files; digests of local ones are remembered in the workspace while size and time stay."""
-    remembered = f"{FOLDER}/digests-{hashlib.sha256(config.pool.path.encode()).hexdigest()[:16]}.json"
+    remembered = f"{FOLDER}/digests-{hashlib.sha256(config.pool.address.encode()).hexdigest()[:16]}.json"
     try:
         known = [PoolFile(*file) for file in storage.read_json(remembered)]
     except FileNotFoundError:
         known = []
-    files = list_pool_files(config.pool.path, config.storage, known)
+    listing = list_pool(config)
+    listing.files = with_digests(listing.files, known)
     settled = time.time_ns() - SETTLED_NS
-    old = [file for file in files if file.digest is not None and int(file.version, 16) < settled]
+    old = [file for file in listing.files if file.digest is not None and int(file.version, 16) < settled]
+    old = [PoolFile(file.url, file.size, file.version, file.digest) for file in old]
     if old != known:
-        storage.write_json(remembered, [astuple(file) for file in old])
-    return tuple(files)
+        storage.write_json(remembered, [(file.url, file.size, file.version, file.digest) for file in old])
+    return listing
 
 
 def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_partitions: int) -> str:
     decides: dict[str, Any] = {
         "format": FORMAT,
-        "files": [(file.url, file.size, file.digest or file.version) for file in files],
-        "pool": config.pool.model_dump(mode="json", exclude={"path", "max_reject_share"}),
+        "files": [(file.url, file.size, file.digest or file.version, file.group, file.folders) for file in files],
+        "groups": [group.model_dump(mode="json", exclude={"path"}) for group in config.pool.groups],
+        "truncated": config.pool.truncated,
         "recorded": sorted(recorded_columns(config)),
         "recorded_of": None if config.behavior is None else _recorded_of(config),
         "renderer": renderer_digest,
@@ -149,8 +157,9 @@ def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tupl
     most = config.workers.partition_bytes
     with ThreadPoolExecutor(16, thread_name_prefix="footers") as pool:
         footers = pool.map(lambda file: _row_group_bytes(file, config), files)
-        for index, (file, row_groups) in enumerate(zip(files, footers, strict=True)):
-            if file.format == ".jsonl" and file.size > 0:
+        in_lines = pool.map(lambda file: _is_cut_at_lines(file, config), files)
+        for index, (file, row_groups, lines) in enumerate(zip(files, footers, in_lines, strict=True)):
+            if lines:
                 for start in range(0, file.size, most):
                     end = min(start + most, file.size)
                     yield Segment(index, start, end), end - start
@@ -159,6 +168,15 @@ def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tupl
             else:
                 ratio = 1 if file.format in (".json", ".jsonl") else COMPRESSION_RATIO
                 yield Segment(index), file.size * ratio
+
+
+def _is_cut_at_lines(file: PoolFile, config: Config) -> bool:
+    """Whether a file has a row a line and can be read in parts."""
+    if file.format not in (".json", ".jsonl") or file.size == 0:
+        return False
+    if file.size <= config.workers.partition_bytes:
+        return file.format == ".jsonl"  # one part all the same
+    return not holds_document(file, config.storage)
 
 
 def _row_group_segments(index: int, row_groups: list[int], most: int) -> Iterator[tuple[Segment, int]]:

@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 
 from grape_service.config.schema import Config
 from grape_service.pool.column_types import Kind, arrow_type, to_array
+from grape_service.pool.lines import beginning
 from grape_service.prepare.counts import (
+    SAME_CONTENT,
     Example,
     MapSummary,
     PartitionCounts,
@@ -26,11 +28,11 @@ from grape_service.prepare.counts import (
 from grape_service.prepare.map import MAPPED, reject_path, row_path
 from grape_service.prepare.plan import Piece, PreparePlan
 from grape_service.rows.columns import REJECT, SHARD
+from grape_service.rows.messages import shown_content
 from grape_service.rows.ragged import Int64s, offsets_from_lengths
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 
-SAME_CONTENT = "duplicate candidate"
 SAME_ID = "candidate_id is used twice"
 TWO_PROMPTS = "prompt_id names two different prompts"
 
@@ -161,7 +163,10 @@ def _write_left_out(
     batches: list[pa.RecordBatch] = []
     for reason, rows in left_out.items():
         if len(rows):
-            found = table.select(["piece", "segment", "place", "prompt_id", "candidate_id"]).take(pa.array(rows))
+            found = table.select(["piece", "segment", "place", "prompt_id", "candidate_id", "messages"])
+            found = found.take(pa.array(rows))
+            texts = [last_text(messages) for messages in found["messages"].to_pylist()]
+            found = found.drop_columns(["messages"]).append_column("text", pa.array(texts, pa.string()))
             found = found.append_column("reason", pa.array([reason] * len(rows)))
             found = found.append_column("detail", pa.nulls(len(rows), pa.string()))
             batch = _rejects(plan, found, found["piece"].to_pylist(), summary, counts.duplicates)
@@ -169,6 +174,11 @@ def _write_left_out(
     if batches:
         rejects = pa.Table.from_batches(batches).sort_by([("file", "ascending"), ("row", "ascending")])
         write_parquet(storage, f"{plan.folder}/rejects/{partition}.parquet", REJECT, [rejects])
+
+
+def last_text(messages: str) -> str:
+    """The beginning of a conversation's last message, to be shown."""
+    return beginning(shown_content(orjson.loads(messages)[-1].get("content")))
 
 
 def _write_piece_rejects(
@@ -206,7 +216,7 @@ def _rejects(
         files.append(file)
         rows.append(row)
     columns: dict[str, Any] = {"file": files, "row": rows, "reason": reasons, "detail": details}
-    for name in ("prompt_id", "candidate_id"):
+    for name in ("prompt_id", "candidate_id", "text"):
         columns[name] = found[name].to_pylist()
     return pa.RecordBatch.from_pydict(columns, schema=REJECT)
 
@@ -227,6 +237,8 @@ def _write_shards(
     prompt = _codes(table["prompt_id"])[kept]
     starts = np.append(np.flatnonzero(~_same_as_before(prompt)), len(kept))
     counts.prompts = len(starts) - 1
+    sizes, numbers = np.unique(np.diff(starts), return_counts=True)
+    counts.prompt_sizes = {str(size): number for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True)}
     for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
         rows = table.take(pa.array(kept[start:end]))
         shard = _shard(rows, schema, summary.other_columns)

@@ -31,9 +31,12 @@ class Prepared:
     prepare_id: str
     num_partitions: int
     rows_in: int = 0
-    """rows + filtered + rejects.total. Candidates, and rows that are unusable as a whole."""
+    """rows + filtered + rejects.total + left_out.total. Candidates, and rows that are unusable as a whole."""
     filtered: int = 0
     rejects: Rejects = field(default_factory=Rejects)
+    """Rows that are damaged or unusable."""
+    left_out: Rejects = field(default_factory=Rejects)
+    """Duplicates, truncated and too long rows."""
     rows: int = 0
     prompts: int = 0
     tokens: int = 0
@@ -56,6 +59,12 @@ class Prepared:
     """Rows with recorded log-probabilities."""
     sampling: dict[str, int] = field(default_factory=dict)
     """Rows with recorded log-probabilities by sampling settings (JSON); 'null' where none are given."""
+    prompt_sizes: dict[str, int] = field(default_factory=dict)
+    """Prompts by their number of candidates."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Groups of files: path, files, shapes, rows_in, filtered."""
+    passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Entries below the pool's path that are not read, by reason: count, examples."""
 
     @property
     def folder(self) -> str:
@@ -79,12 +88,17 @@ class Prepared:
             "filtered": self.filtered,
             "rejected": self.rejects.total,
             "rejected_by_reason": self.rejects.by_reason,
+            "left_out": self.left_out.total,
+            "left_out_by_reason": self.left_out.by_reason,
             "rows": self.rows,
             "prompts": self.prompts,
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "truncated": self.truncated,
+            "prompt_sizes": {size: self.prompt_sizes[size] for size in sorted(self.prompt_sizes, key=int)},
             "sources": self.sources,
+            "groups": self.groups,
+            "passed_over": self.passed_over,
             "rejects_table": f"{self.folder}/rejects",
         }
 
@@ -96,6 +110,7 @@ class Prepared:
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of to_json."""
         value = dict(value)
-        value["rejects"] = Rejects.from_json(value["rejects"])
+        for name in ("rejects", "left_out"):
+            value[name] = Rejects.from_json(value.get(name) or {"by_reason": {}, "examples": {}})
         value["partitions"] = {name: PartitionTotals(**totals) for name, totals in value["partitions"].items()}
         return cls(**value)

@@ -164,7 +164,8 @@ def reasons_of(facts: dict[str, Any]) -> list[tuple[str, str, int]]:
     counts = facts["counts"]
     pool, select, weigh = (counts.get(name) or {} for name in ("pool", "select", "weigh"))
     rows = [("prepare", "filtered by pool.where", pool.get("filtered", 0))]
-    rows += [("prepare", reason, count) for reason, count in (pool.get("rejected_by_reason") or {}).items()]
+    for reasons in ("rejected_by_reason", "left_out_by_reason"):
+        rows += [("prepare", reason, count) for reason, count in (pool.get(reasons) or {}).items()]
     rows += [("select", reason, count) for reason, count in (select.get("rows_left_out") or {}).items()]
     rows += [("weigh", reason, count) for reason, count in (weigh.get("failed_rows") or {}).items()]
     rows.append(("weigh", "no behavior policy", weigh.get("dropped_rows", 0)))

@@ -57,3 +57,5 @@ class Rejection:
     """A short fixed phrase that rejects are counted by."""
     detail: str | None = None
     """What exactly was wrong, for a person."""
+    text: str | None = None
+    """The beginning of the row, where it could not be read."""

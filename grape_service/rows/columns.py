@@ -47,6 +47,7 @@ REJECT = pa.schema(
         pa.field("candidate_id", pa.string()),
         pa.field("reason", pa.string(), nullable=False),  # a short fixed phrase, counted by
         pa.field("detail", pa.string()),  # what exactly, for a person
+        pa.field("text", pa.string()),  # the beginning of the response, or of the row
     ]
 )
 

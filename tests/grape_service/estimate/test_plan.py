@@ -15,7 +15,7 @@ from grape_service.estimate.plan import estimate_against_actual, make_plan
 from grape_service.estimate.survey import ratio_error, survey_pool
 from grape_service.estimate.throughput import TABLE, Measured, interpolate
 from grape_service.models.files import resolve_model
-from grape_service.pool.files import list_pool_files
+from grape_service.pool.listing import list_files
 from grape_service.render.renderer import Renderer
 from grape_service.storage.storage import Storage
 from tests import tiny_models
@@ -42,7 +42,7 @@ def _config(folder: Path, model: str, **more: object) -> Config:
 def _truth(config: Config) -> tuple[int, int]:
     """Rows and tokens, rendered one after the other."""
     renderer = Renderer.load(resolve_model(config.target).folder, config.target, config.render)
-    files = tuple(list_pool_files(config.pool.path, {}))
+    files = tuple(list_files(config.pool.path, {}))
     found = survey_pool(files, config, renderer, exact=True)
     return int(found.rows), int(found.tokens)
 
@@ -89,7 +89,7 @@ def test_a_sample_is_within_its_stated_error(tmp_path: Path, model: str, monkeyp
     config = _config(tmp_path, model)
     rows, tokens = _truth(config)
     renderer = Renderer.load(resolve_model(config.target).folder, config.target, config.render)
-    files = tuple(list_pool_files(config.pool.path, {}))
+    files = tuple(list_files(config.pool.path, {}))
     inside = 0
     for seed in range(10):
         found = survey_pool(files, config, renderer, seed=seed)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grape_service.pool import lines
-from grape_service.pool.lines import BrokenDocument, json_elements, parse_line, split_lines
+from grape_service.pool.lines import BrokenDocument, is_document, json_elements, parse_line, split_lines
 from grape_service.rows.candidate import Rejection
 
 
@@ -77,7 +77,7 @@ def test_what_other_programs_write_is_read():
     assert parse_line(b'{"a": [1, -Infinity], "b": "\\u00e9\\u0000"}\r') == {"a": [1, float("-inf")], "b": "é\0"}
     row = parse_line(b'{"a": NaN, "b": 123456789012345678901234567890, "c": 18446744073709551615}')
     assert isinstance(row, dict)
-    assert row["b"] == 1.2345678901234568e29
+    assert row["b"] == "123456789012345678901234567890", "no digit is lost"
     assert row["c"] == 2**64 - 1
 
 
@@ -99,13 +99,35 @@ def test_a_json_file_may_hold_one_object_or_nothing():
     assert list(json_elements(io.BytesIO(b"  "))) == []
 
 
+def test_objects_one_after_the_other_are_rows_each():
+    assert list(json_elements(io.BytesIO(b'{"a": 1} {"a": 2}\n\n{"a": 3}\n'))) == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "expected"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n', ".json", False),
+        (b'\n {"a": 1}\n', ".json", False),
+        (b'{"a": \n{"a": 2}\n{"a": 3}', ".json", False),
+        (b'{\n  "a": 1\n}', ".json", True),
+        (b'[\n{"a": 1}\n]', ".json", True),
+        (b'[{"a": 1}]', ".jsonl", True),
+        (lines.BOM + b' [{"a": 1}]', ".jsonl", True),
+        (b'{"a": 1', ".jsonl", False),
+        (b"", ".json", False),
+    ],
+)
+def test_a_file_is_read_for_what_it_holds_not_for_its_name(head, name, expected):
+    assert is_document(head, name == ".jsonl") is expected
+
+
 def test_rows_of_a_json_array_that_are_none_are_rejected_alone():
     data = b'[{"a": 1}, 3, {"a": "\xff"}, {"a": "\\ud800"}, {"a": 2}]'
     found = [row.reason if isinstance(row, Rejection) else row for row in json_elements(io.BytesIO(data))]
     assert found == [{"a": 1}, "row is not an object", "not UTF-8", "not UTF-8", {"a": 2}]
 
 
-@pytest.mark.parametrize("text", [b'[{"a": 1}, {"a"', b"[{} {}]", b"[{},]", b"[{}", b"{} {}", b"[] x", b"["])
+@pytest.mark.parametrize("text", [b'[{"a": 1}, {"a"', b"[{} {}]", b"[{},]", b"[{}", b"{} {", b"{} x", b"[] x", b"["])
 def test_a_json_file_that_stops_being_json_is_an_error(text):
     with pytest.raises(BrokenDocument):
         list(json_elements(io.BytesIO(text)))

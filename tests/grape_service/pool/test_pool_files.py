@@ -3,7 +3,8 @@ import os
 import pytest
 
 from grape_service.errors import UserError
-from grape_service.pool.files import list_pool_files, open_pool_file
+from grape_service.pool.files import open_pool_file
+from grape_service.pool.listing import list_files
 from tests.prepared_pools import write_jsonl
 
 
@@ -21,26 +22,26 @@ def names(files, folder):
 
 
 def test_a_folder_gives_its_data_files_at_any_depth(folder):
-    files = list_pool_files(str(folder), {})
+    files = list_files(str(folder), {})
     assert names(files, folder) == ["a.JSONL.gz", "b.jsonl", "d.json", "deep/er/c.parquet", "e.jsonl.zst"]
     assert [file.format for file in files] == [".jsonl.gz", ".jsonl", ".json", ".parquet", ".jsonl.zst"]
-    assert files == list_pool_files(f"file://{folder}/", {})
+    assert files == list_files(f"file://{folder}/", {})
 
 
 def test_globs_and_single_files(folder):
-    assert names(list_pool_files(f"{folder}/*.json*", {}), folder) == ["b.jsonl", "d.json", "e.jsonl.zst"]
-    assert names(list_pool_files(f"{folder}/**/*.parquet", {}), folder) == ["deep/er/c.parquet"]
-    assert names(list_pool_files(f"{folder}/b.jsonl", {}), folder) == ["b.jsonl"]
+    assert names(list_files(f"{folder}/*.json*", {}), folder) == ["b.jsonl", "d.json", "e.jsonl.zst"]
+    assert names(list_files(f"{folder}/**/*.parquet", {}), folder) == ["deep/er/c.parquet"]
+    assert names(list_files(f"{folder}/b.jsonl", {}), folder) == ["b.jsonl"]
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     path = write_jsonl(tmp_path / "a[1].jsonl", [{}])
-    assert [file.url for file in list_pool_files(str(path), {})] == [str(path)]
+    assert [file.url for file in list_files(str(path), {})] == [str(path)]
 
 
 def test_a_relative_path_is_made_absolute(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert [file.url for file in list_pool_files("b.jsonl", {})] == [str(folder / "b.jsonl")]
+    assert [file.url for file in list_files("b.jsonl", {})] == [str(folder / "b.jsonl")]
 
 
 def test_any_file_system_that_fsspec_knows_will_do():
@@ -48,7 +49,7 @@ def test_any_file_system_that_fsspec_knows_will_do():
 
     with fsspec.open("memory://pool-files/a.jsonl", "wb") as file:
         file.write(b"{}\n")
-    (found,) = list_pool_files("memory://pool-files", {})
+    (found,) = list_files("memory://pool-files", {})
     assert found.url == "memory:///pool-files/a.jsonl"
     assert open_pool_file(found, {}).read() == b"{}\n"
 
@@ -67,17 +68,17 @@ def test_a_pool_that_is_not_there_is_an_error(tmp_path, path, sentence):
     (tmp_path / "empty").mkdir()
     write_jsonl(tmp_path / "bad" / "table.csv", [b"a,b"])
     with pytest.raises(UserError, match=sentence):
-        list_pool_files(str(tmp_path / path), {})
+        list_files(str(tmp_path / path), {})
 
 
 def test_an_address_of_an_unknown_kind_is_an_error():
     with pytest.raises(UserError, match="'nosuch://x/y' cannot be opened"):
-        list_pool_files("nosuch://x/y", {})
+        list_files("nosuch://x/y", {})
 
 
 def test_a_file_that_changed_or_went_since_it_was_listed_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"x": 1}])
-    (file,) = list_pool_files(str(path), {})
+    (file,) = list_files(str(path), {})
     write_jsonl(path, [{"x": 2}, {"x": 3}])
     with pytest.raises(UserError, match="changed while the run was reading it"):
         open_pool_file(file, {})

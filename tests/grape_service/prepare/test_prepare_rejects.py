@@ -24,7 +24,7 @@ def rejects_of(tmp_path, storage, rows, **keys):
     pool = write_jsonl(tmp_path / "p.jsonl", rows)
     plan, prepared = prepare(make_config(pool, pool=LENIENT, **keys), storage)
     found = all_rejects(storage, plan)
-    assert len(found) == prepared.rejects.total == prepared.rows_in - prepared.rows
+    assert len(found) == prepared.rejects.total + prepared.left_out.total == prepared.rows_in - prepared.rows
     return prepared, [(row["row"], row["prompt_id"], row["candidate_id"], row["reason"]) for row in found]
 
 
@@ -109,9 +109,10 @@ def test_no_row_is_ever_lost(tmp_path_factory, kinds, partition_bytes):
     plan, prepared = prepare(config, storage, WordRenderer(max_tokens=50))
     candidates = 1 + len(kinds) - kinds.count("blank") + 2 * kinds.count("list")
     assert prepared.rows_in == candidates
-    assert len(all_rejects(storage, plan)) == prepared.rejects.total
+    assert len(all_rejects(storage, plan)) == prepared.rejects.total + prepared.left_out.total
     assert all_rows(storage, prepared).num_rows == prepared.rows
-    assert candidates == prepared.rows + prepared.filtered + prepared.rejects.total
+    assert candidates == prepared.rows + prepared.filtered + prepared.rejects.total + prepared.left_out.total
+    assert prepared.left_out.by_reason.get("longer than max_tokens", 0) >= min(1, kinds.count("long"))
     assert prepared.rejects.by_reason.get("broken JSON", 0) == kinds.count("broken")
     assert prepared.filtered >= kinds.count("filtered") + kinds.count("no column")
 
@@ -145,12 +146,14 @@ def test_too_many_rejects_are_an_error_that_shows_the_top_reasons(tmp_path, stor
         (GOOD, {"where": [{"column": "prompt", "equals": "x"}]}, "pool.where leaves none of the 20 rows"),
         (GOOD, {"where": [{"column": "promt", "equals": 1}]}, "'promt', which no row has; did you mean 'prompt'"),
         (
-            [{"instruction": "q", "output": "a"}],
+            [{"Anfrage": "q", "response": "a"}],
             {},
-            "no row of the pool has the column 'prompt' .*instruction, output.* pool.columns.prompt",
+            "no row of the pool has the column 'prompt' .*Anfrage, response.* pool.columns.prompt",
         ),
-        ([{"prompt": "q", "output": "a"}], {}, "no row .* 'response' .* pool.columns.response"),
-        (GOOD, {"columns": {"prompt": "Prompts"}}, "no row .* 'Prompts' .*such as 'prompt'"),
+        ([{"prompt": "q", "respons": "a"}], {}, "no row .* 'response' .* pool.columns.response .*such as 'respons'"),
+        (GOOD, {"columns": {"prompt": "Prompts"}}, "pool.columns.prompt .*'Prompts', which no row has.*'prompt'"),
+        (GOOD, {"columns": {"source": "modle"}}, "pool.columns.source .*'modle', which no row has"),
+        (GOOD, {"columns": {"responses": ["response", "b"]}}, "pool.columns.responses .*'b', which no row has"),
     ],
 )
 def test_a_pool_that_cannot_be_used_at_all_is_an_error(tmp_path, storage, rows, pool, sentence):

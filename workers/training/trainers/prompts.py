@@ -13,13 +13,12 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from grape_service.config.training import RlSettings
 from grape_service.errors import UserError
-from grape_service.pool.files import decompressed, list_pool_files, open_pool_file
-from grape_service.pool.lines import json_elements, parse_line, split_lines
+from grape_service.pool.listing import list_files
 from grape_service.pool.messages import Unusable, prompt_messages
+from grape_service.pool.reader import Segment, SegmentReader
 from grape_service.release.load import Release
 from grape_service.rows.candidate import Rejection
 from grape_service.rows.columns import release_schema
@@ -78,29 +77,14 @@ def _prompts_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 def pool_rows(path: str, column: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Prompts of a pool's files. Raises UserError for a row without a usable prompt."""
-    for file in list_pool_files(path, options):
-        number = -1
-        with open_pool_file(file, options) as raw:
-            for number, row in enumerate(_file_rows(raw, file.format)):
-                if isinstance(row, Rejection):
-                    raise UserError(f"{file.url}, row {number}: {row.reason}")
-                if column not in row:
-                    raise UserError(f"{file.url}, row {number}: there is no column '{column}' with the prompt")
-                try:
-                    messages = prompt_messages(row[column])
-                except Unusable as unusable:
-                    raise UserError(f"{file.url}, row {number}: {unusable.rejection.reason}") from None
-                yield {"messages": messages, "row": {key: value for key, value in row.items() if key != column}}
-
-
-def _file_rows(raw: Any, format: str) -> Iterator[dict[str, Any] | Rejection]:
-    if format == ".parquet":
-        for batch in pq.ParquetFile(raw, page_checksum_verification=True).iter_batches(1024):
-            yield from batch.to_pylist()
-        return
-    stream = decompressed(raw, format)
-    if format.startswith(".jsonl"):
-        for lines in split_lines(stream):
-            yield from (row for line in lines if (row := parse_line(line)) is not None)
-    else:
-        yield from json_elements(stream)
+    for file in list_files(path, options):
+        for number, row in SegmentReader(file, Segment(0), options).rows():
+            if isinstance(row, Rejection):
+                raise UserError(f"{file.url}, row {number}: {row.reason}")
+            if column not in row:
+                raise UserError(f"{file.url}, row {number}: there is no column '{column}' with the prompt")
+            try:
+                messages = prompt_messages(row[column])
+            except Unusable as unusable:
+                raise UserError(f"{file.url}, row {number}: {unusable.rejection.reason}") from None
+            yield {"messages": messages, "row": {key: value for key, value in row.items() if key != column}}
