@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import json
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -55,10 +57,10 @@ def request_json(
     """
     import httpx
 
-    headers = {"Accept": "application/json", "User-Agent": "grape-service"}
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "grape-service"}
     content = None
     if body is not None:
-        content = orjson.dumps(body, default=str, option=orjson.OPT_SORT_KEYS)
+        content = _json(body)
         headers["Content-Type"] = "application/json"
         if secret := os.environ.get(SECRET):
             headers[SIGNATURE] = f"sha256={signature(secret, content)}"
@@ -71,16 +73,24 @@ def request_json(
     host = address.host or "no host"
     if address.scheme not in ("http", "https") or not address.host:
         raise WebhookError(host, "has an address that is not http:// or https://", transient=False)
-    problem = ""
+    use_proxies = not (host == "localhost" or host.startswith("127.") or host == "::1")
+
+    def call() -> tuple[int, dict[str, Any]]:
+        with httpx.stream(
+            method, address, content=content, headers=headers, timeout=timeout, trust_env=use_proxies
+        ) as answer:
+            return answer.status_code, _object_in(answer) if answer.is_success else {}
+
+    problem, transient = "", True
     for attempt in range(TRIES):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
         try:
-            with httpx.stream(method, address, content=content, headers=headers, timeout=timeout) as answer:
-                if answer.is_success:
-                    return _object_in(answer)
-                problem, transient = f"answers {answer.status_code}", _is_transient(answer.status_code)
-        except httpx.TransportError as error:
+            status, value = _within(timeout, call)
+            if 200 <= status < 300:
+                return value
+            problem, transient = f"answers {status}", _is_transient(status)
+        except (httpx.TransportError, TimeoutError) as error:
             problem, transient = f"does not answer ({type(error).__name__})", True
         except Exception as error:  # whatever an address or an answer can do: the caller decides what it means
             problem, transient = f"cannot be called ({type(error).__name__})", False
@@ -89,9 +99,37 @@ def request_json(
     raise WebhookError(host, problem, transient)
 
 
+def _within(seconds: float, call: Callable[[], tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+    """What `call` gives, in a thread of its own: an answer that trickles, or a name that does not resolve, is left
+    alone after `seconds`. Raises what it raises, and TimeoutError."""
+    ended: list[tuple[int, dict[str, Any]] | Exception] = []
+
+    def work() -> None:
+        try:
+            ended.append(call())
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work, name="webhook", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise TimeoutError
+    if isinstance(ended[0], Exception):
+        raise ended[0]
+    return ended[0]
+
+
+def _json(body: Any) -> bytes:
+    try:
+        return orjson.dumps(body, default=str, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # half a surrogate pair, or a number of more than 64 bits
+        return json.dumps(body, default=str, sort_keys=True).encode()
+
+
 def _object_in(answer: Any) -> dict[str, Any]:
     text = b""
-    for piece in answer.iter_bytes():
+    for piece in answer.iter_raw():
         text += piece
         if len(text) > MAX_ANSWER_BYTES:
             return {}
@@ -108,7 +146,7 @@ def _is_transient(status: int) -> bool:
 
 def signature(secret: str, data: bytes) -> str:
     """Hex HMAC-SHA256."""
-    return hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
+    return hmac.new(os.fsencode(secret), data, hashlib.sha256).hexdigest()
 
 
 # How a run ended

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from grape_service.config.schema import NotifyConfig
 from grape_service.errors import StageError
 from grape_service.progress.reporter import Silent, set_reporter
-from grape_service.webhooks import failed, notify
+from grape_service.webhooks import WebhookError, failed, notify, request_json
 
 
 class Receiver:
@@ -118,3 +121,68 @@ def test_the_address_may_come_from_the_environment(
 def test_failures_tell_our_sentences_and_only_the_type_of_others() -> None:
     assert failed(StageError("too many failed"), "x", 1.0)["error"] == "too many failed"
     assert "key=abc" not in failed(RuntimeError("key=abc"), "x", 1.0)["error"]
+
+
+SECRETS = ("hidden", "pa55", "s3cret")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "hidden",
+        "ftp://user:pa55@host/hidden",
+        "http://",
+        "http://user:pa55@[bad/hidden",
+        "http://127.0.0.1:99999/hidden",
+        "http://user:pa55@127.0.0.1:9/hidden?token=hidden",
+        "http://no-such-host.invalid/hidden",
+        "http://127.0.0.1:9/hid\nden",
+        "https://127.0.0.1:9/" + "hidden" * 50_000,
+        "http://\udcff.example/hidden",
+    ],
+)
+def test_no_address_breaks_a_run(address: str, events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPE_WEBHOOK_SECRET", "s3cret\udcff")
+    monkeypatch.setenv("GRAPE_WEBHOOK", "unused")
+    body = {"event": "completed", "half": "\ud800", "many": 2**70}
+    assert not notify(NotifyConfig(webhook=address), body, pause=0.001)
+    assert len(events.texts) == 1
+    assert not [secret for secret in SECRETS if secret in events.texts[0]]
+
+
+ANSWERS = {
+    "nothing": b"",
+    "garbage": b"\xff\x00garbage\r\n\r\n",
+    "an endless head": b"HTTP/1.1 200 OK\r\nX: ",
+    "a body that trickles": b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{",
+    "an encoding that it is not in": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "a redirect to itself": b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_no_answer_breaks_a_run(name: str, events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grape_service.webhooks.TRIES", 1)
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(ANSWERS[name])
+                    while "trickles" in name or "endless" in name:
+                        if stop.wait(0.05):
+                            break
+                        connection.sendall(b" ")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/?token=hidden"
+        with contextlib.suppress(WebhookError):
+            assert request_json("POST", url, {}, pause=0.001, timeout=0.5) == {}
+        assert time.monotonic() - started < 3
+        stop.set()
+    thread.join(5)
