@@ -22,6 +22,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from grape_service.config.schema import Config
+from grape_service.display import visible
 from grape_service.errors import best_effort
 from grape_service.progress.reporter import Ahead, RunClock, Silent, duration, reporter, set_reporter
 from grape_service.release.manifest import without_secrets
@@ -151,7 +152,7 @@ def count_table(outcome: Outcome) -> list[dict[str, Any]]:
 
 def escape(text: str) -> str:
     """Text of a pool as a table cell that no Markdown or HTML reader takes for its own."""
-    return re.sub(r"[<>&|`\[\]]", " ", str(text))[:200]
+    return re.sub(r"[<>&|`\[\]]", " ", visible(str(text)))[:200]
 
 
 def key(*parts: str) -> str:

@@ -57,5 +57,7 @@ def _usage(error: Any) -> int:
 
 
 def _fail(sentence: str, status: int) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    from grape_service.display import visible
+
+    print(f"error: {visible(sentence)}", file=sys.stderr)
     return status

@@ -21,6 +21,7 @@ from grape_service.cli.completion import complete_reference
 from grape_service.config.loading import load_config
 from grape_service.config.schema import Config
 from grape_service.display import visible
+from grape_service.errors import UserError
 
 ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 ReferenceArgument = Annotated[
@@ -70,9 +71,9 @@ def stdout_to_stderr() -> Iterator[None]:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table; cells are shown as text, whatever they hold, control characters written out."""
-    table = Table(title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=Text(visible(title)) if title else None, title_justify="left", header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(visible(column)), overflow="fold")
     for row in rows:
         table.add_row(*(Text("" if cell is None else visible(str(cell))) for cell in row))
     console().print(table)
@@ -80,12 +81,24 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 def say(text: str) -> None:
     """A line for people, without markup."""
-    console().print(Text(text), soft_wrap=True)
+    console().print(Text(visible(text)), soft_wrap=True)
 
 
 def write_error_line(line: str) -> None:
     """A line on standard error."""
     print(visible(line), file=sys.stderr)
+
+
+def write_file(path: Path, text: str) -> Path:
+    """Write a file that an option names; its absolute path. Raises UserError where that is not possible."""
+    path = path.expanduser().absolute()
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {path.parent} to write {path.name} into: create it or name another")
+    try:
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
+    return path
 
 
 def storage_options(endpoint: str | None) -> dict[str, Any]:

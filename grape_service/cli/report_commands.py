@@ -20,6 +20,7 @@ from grape_service.cli.output import (
     print_table,
     say,
     storage_options,
+    write_file,
 )
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="The file to write.", metavar="FILE")]
@@ -49,8 +50,8 @@ def report(
     from grape_service.report.page import report_page
 
     release = load(reference, storage_options(endpoint))
-    path = (out or Path(f"{release.name}-{release.version}-report.html")).resolve()
-    path.write_text(report_page(release, regenerate))
+    path = out or Path(f"{release.name}-{release.version}-report.html")
+    path = write_file(path, report_page(release, regenerate))
     print_json({"reference": release.reference, "report": str(path)}) if as_json else say(str(path))
     if open_it:
         typer.launch(path.as_uri())
@@ -72,7 +73,7 @@ def compare(
     if out is not None:
         from grape_service.report.page import render_comparison
 
-        out.write_text(render_comparison(found))
+        write_file(out, render_comparison(found))
     if as_json:
         print_json({key: value for key, value in found.items() if key != "text"})
         return

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from grape_service.config.limits import MAX_BYTES, MAX_DEPTH, check_size
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
@@ -22,11 +23,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError that names the file and the key."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"there is no config file '{path}'") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the config file '{path}' cannot be read: {error}") from None
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: give a config file")
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -35,6 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if isinstance(error, yaml.constructor.ConstructorError):
             raise UserError(f"{path}{place}: {error.problem}") from None
         raise UserError(f"{path}{place} is not YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested deeper than {MAX_DEPTH} levels, which no config is") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no config: it should start with 'name:'")
     for override in overrides:
@@ -67,7 +73,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             step = part
         else:
             section = ".".join(parts[:depth])
-            raise UserError(f"--set {key}: '{section}' is the value {place!r} and has no keys: set '{section}' itself")
+            raise UserError(
+                f"--set {key}: '{section}' is the value {shortened(place)} and has no keys: set '{section}' itself"
+            )
         if last:
             place[step] = value
         elif isinstance(place, dict) and place.get(step) is None:
@@ -94,6 +102,7 @@ class _Loader(yaml.SafeLoader):
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> Config:
     """Values -> Config. Raises UserError for the first thing that is wrong."""
+    check_size(values, where)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -118,8 +127,14 @@ def explain(error: ValidationError, model: type[BaseModel] = Config) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    given = "" if first["type"] == "value_error" else f" (it is {first['input']!r})"
+    given = "" if first["type"] == "value_error" else f" (it is {shortened(first['input'])})"
     return f"'{key}': {message[0].lower() + message[1:]}{given}"
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_union_branch(part: Any) -> bool:

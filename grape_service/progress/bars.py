@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from grape_service.display import visible
 from grape_service.progress.log_lines import PROGRESS, Lines
 from grape_service.progress.reporter import Ahead, RunClock, Silent, StageClock, duration, set_reporter
 
@@ -105,7 +106,7 @@ class Bars:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self.progress.console.print(Text(text), highlight=False, soft_wrap=True)
+        self.progress.console.print(Text(visible(text)), highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from grape_service.errors import UserError
+from grape_service.render.limits import TooManySteps, limited_steps
 from grape_service.rows.candidate import Message
 
 RESERVED_KWARGS = frozenset(
@@ -61,8 +62,10 @@ class ChatTemplate:
         try:
             self.render([{"role": "user", "content": PROBE}], generation_prompt=True)
         except RenderingError as error:
+            origin = "render.chat_template" if chat_template is not None else "the model's chat template"
+            if isinstance(error.__cause__, TooManySteps):
+                raise UserError(f"{origin} does not render one short message: {error.__cause__}") from error
             if isinstance(error.__cause__, TemplateSyntaxError):
-                origin = "render.chat_template" if chat_template is not None else "the model's chat template"
                 raise UserError(f"{origin} is not a template: {error}") from error
 
     def source(self, has_tools: bool) -> str:
@@ -77,14 +80,15 @@ class ChatTemplate:
     ) -> str:
         """The conversation as one text. Raises RenderingError with the template's words."""
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools or None,
-                chat_template=self.source(bool(tools)),
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._kwargs,
-            )
+            with limited_steps():
+                return self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=tools or None,
+                    chat_template=self.source(bool(tools)),
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    **self._kwargs,
+                )
         except Exception as error:  # a template is a program of others: whatever it raises is about its input
             raise RenderingError(f"{type(error).__name__}: {error}") from error
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from grape_service.cli import main
+from grape_service.cli.output import write_file
+from grape_service.errors import StageError, UserError
 from tests.jobs import Job
 
 BASE: dict[str, Any] = {
@@ -207,3 +209,63 @@ def opened_when_read(fifo: Path, seconds: float = 60) -> int:
             if error.errno != errno.ENXIO or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def test_where_no_file_can_be_written(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent" / "report.html", tmp_path, tmp_path / ("long" * 100)):
+        with pytest.raises(UserError, match=r"there is no folder|cannot be written"):
+            write_file(path, "page")
+    assert write_file(tmp_path / "page.html", "half \ud800").is_file()
+
+
+DOUBLING = "b0: &b0 [x]\n" + "".join(f"b{n + 1}: &b{n + 1} [*b{n}, *b{n}]\n" for n in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[" * 100_000, "is nested deeper than 50 levels"),
+        ("name: " + "[" * 60 + "]" * 60, "is nested deeper than 50 levels"),
+        ("a: &a [*a]", "is nested deeper than 50 levels"),
+        (
+            "b0: &b0 [x]\n" + "".join(f"b{n + 1}: &b{n + 1} [*b{n}, *b{n}]\n" for n in range(40)),
+            "more than 100,000 values",
+        ),
+        ("# " + "x" * 2**21, "is larger than 1 MiB"),
+        ("name: \x1b[31mred", "is not YAML"),
+        ('"a\\e[31mb": 1', "unknown key 'a<U+001B>[31mb'"),
+    ],
+)
+def test_texts_that_are_no_config(
+    text: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    status, _, err = grape(monkeypatch, capsys, "run", str(path))
+    assert status == 2
+    assert sentence in err
+    assert len(err) < 1000
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("command", ["list", "gc"])
+def test_a_folder_without_datasets(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = grape(monkeypatch, capsys, "datasets", command, str(tmp_path / "nowhere"))
+    assert (status, f"there is no dataset in {tmp_path}/nowhere" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:pa55@host/pool.jsonl is gone", "https://***@host/pool.jsonl is gone"),
+        ("'s3://key:pa/55@host/x'", "'s3://***@host/x'"),
+        ("http://host/x?token=pa55&n=1 twice", "http://host/x?*** twice"),
+        ("s3://team/datasets/x@v0001", "s3://team/datasets/x@v0001"),
+        ("http://head:8265/x@y", "http://head:8265/x@y"),
+        ("s3://team/pool-?.jsonl", "s3://team/pool-?.jsonl"),
+    ],
+)
+def test_a_url_in_a_sentence_loses_its_secrets(text: str, shown: str) -> None:
+    assert str(UserError(text)) == str(StageError(text)) == shown
