@@ -23,6 +23,8 @@ MARKERS = ("_success", "_metadata", "_common_metadata")
 MAX_EXAMPLES = 5
 HIDDEN, MARKER, NOTE = "hidden", "marker without rows", "notes"
 OURS, SAME_FILE, LOOP = "output of this service", "the same file as another", "link to a folder above it"
+OUR_FOLDERS = ("versions", "tags", "runs")
+"""Of a dataset."""
 _MANIFEST = re.compile(r"(?P<dataset>(?:[^/]+/)*)versions/v[0-9]{4,}/(?:manifest|claim)\.json")
 _FOLDER_COLUMN = re.compile(r"(?P<name>[^=/]+)=(?P<value>[^/]*)")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
@@ -69,7 +71,7 @@ def list_pool(config: Config) -> Listing:
     unknown format or belongs to two groups, a link leads nowhere, or a folder cannot be read.
     """
     listing = Listing()
-    ours = [config.output.path, config.workspace_path]
+    ours = [f"{config.output.path.rstrip('/')}/{config.name}", config.workspace_path]
     seen: dict[str, int] = {}
     for index, group in enumerate(config.pool.groups):
         found = _list_path(group.path, config.storage, listing, ours)
@@ -225,8 +227,8 @@ def _our_folders(entries: list[_Entry], given: list[str], fs: fsspec.AbstractFil
         base = address[: len(address) - len(entry.relative)].rstrip("/") if base is None else base
         match = _MANIFEST.fullmatch(entry.relative)
         if match:
-            dataset = f"{base}/{match['dataset']}"
-            found += [f"{dataset}versions", f"{dataset}tags"]
+            dataset = f"{base}/{match['dataset']}".rstrip("/")
+            found += [dataset] if match["dataset"] else [f"{base}/{name}" for name in OUR_FOLDERS]
     return sorted({*found, *(path for path in given if base is not None and path.startswith(f"{base}/"))})
 
 

@@ -119,7 +119,8 @@ class _Finder:
             theirs["response"] = response or theirs["response"]
         elif shape == "responses":
             theirs["responses"] = response or theirs["responses"]
-            if isinstance(self._first(theirs["response"]), dict | list):  # the object that holds the list
+            holds_list = isinstance(self._first(theirs["response"]), dict | list)
+            if holds_list or ("responses" in self.said and "response" not in self.said):
                 theirs["response"] = RESPONSE_KEY
         elif shape == "columns":
             theirs |= {"responses": RESPONSE_KEY + "s", "response": RESPONSE_KEY}
@@ -209,9 +210,10 @@ class _Finder:
         stems: dict[str, list[str]] = {}
         for name in self.names:
             match = NUMBERED.fullmatch(name)
-            if match and isinstance(self._first(name), str | list):
+            if match and isinstance(self._first(name), str | list | None):
                 stems.setdefault(match["stem"], []).append(name)
-        columns = [name for names in stems.values() if len(names) > 1 for name in names]
+        several = [names for names in stems.values() if len(names) > 1 and any(map(self._has, names))]
+        columns = [name for names in several for name in names]
         return {"shape": "columns", "columns": tuple(sorted(columns, key=_natural))} if columns else None
 
     def _messages(self) -> dict[str, Any] | None:

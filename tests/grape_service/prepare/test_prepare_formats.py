@@ -1,5 +1,6 @@
 import gzip
 import json
+import uuid
 
 import numpy as np
 import orjson
@@ -10,6 +11,7 @@ import zstandard
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
+from grape_service.errors import UserError
 from grape_service.pool.lines import BOM
 from grape_service.prepare.shards import shard_paths
 from grape_service.render.renderer import Renderer
@@ -61,6 +63,10 @@ FORMATS = {
     ),
     "p.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
     "p.parquet": lambda path: write_parquet(path, ROWS),
+    "lines.json": lambda path: path.write_bytes(jsonl(ROWS) + b"\n"),
+    "array.jsonl": lambda path: path.write_bytes(BOM + orjson.dumps(ROWS)),
+    "lines.json.gz": lambda path: path.write_bytes(gzip.compress(jsonl(ROWS))),
+    "array.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(orjson.dumps(ROWS))),
 }
 
 
@@ -74,7 +80,7 @@ def test_every_format_gives_the_same_rows(tmp_path, storage, name, partition_byt
     plan, prepared = prepare(config, storage)
     if partition_bytes == 700:
         assert plan.num_partitions > 1
-        assert len(plan.pieces) > 1 or name.endswith((".gz", ".zst", ".json"))
+        assert len(plan.pieces) > 1 or name.endswith((".gz", ".zst", "p.json")) or name.startswith("array")
     assert all_rows(storage, prepared).equals(all_rows(storage, expected))
     assert (prepared.rows_in, prepared.rows, prepared.prompts) == (60, 60, 20)
     assert prepared.sources == {"a": 20, "b": 20, "c": 20}
@@ -138,6 +144,34 @@ def test_parquet_types_and_chats_come_through(tmp_path, storage):
     assert prepared.recorded == 1
     assert prepared.sampling == {'{"temperature":0.5}': 1}
     assert table["num_prompt_messages"].to_pylist() == [2, 2]
+
+
+def test_arrow_types_that_are_text_become_text(tmp_path, storage):
+    id_ = uuid.uuid4()
+    column = {
+        "prompt": pa.array([b"q 1", "q ä".encode()], pa.binary()),
+        "response": pa.array(["a", "b"], pa.string_view()),
+        "source": pa.array([b"gen", None], pa.binary()).dictionary_encode(),
+        "prompt_id": pa.array([id_.bytes, None], pa.uuid()),
+        "lang": pa.array([b"en", b"en"], pa.binary_view()),
+        "image": pa.array([b"\x89PNG\0", None], pa.large_binary()),
+        "scores": pa.array([[("x", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "ids": pa.array([[id_.bytes], None], pa.list_(pa.binary(16))),
+    }
+    pq.write_table(pa.table(column), tmp_path / "p.parquet")
+    config = make_config(tmp_path / "p.parquet", pool={"where": [{"column": "lang", "equals": "en"}]})
+    _, prepared = prepare(config, storage)
+    rows = sorted(all_rows(storage, prepared).to_pylist(), key=lambda row: row["messages"])
+    assert [orjson.loads(row["messages"])[0]["content"] for row in rows] == ["q 1", "q ä"]
+    assert [row["source"] for row in rows] == ["gen", None]
+    assert rows[0]["prompt_id"] == str(id_)
+    assert [row["lang"] for row in rows] == ["en", "en"]
+    assert [row["image"] for row in rows] == [b"\x89PNG\0", None]
+    assert [row["scores"] for row in rows] == [{"x": 1}, None]
+    column["prompt"] = pa.array([b"\xff\xfe", b"x"], pa.binary())
+    pq.write_table(pa.table(column), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"column 'prompt' of .*p\.parquet' holds bytes that are not text"):
+        prepare(config, storage)
 
 
 def test_a_text_that_is_not_utf8_costs_its_parquet_row_alone(tmp_path, storage):

@@ -1,7 +1,11 @@
 import gzip
+import hashlib
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +170,9 @@ def test_a_pool_that_cannot_be_used_at_all_is_an_error(tmp_path, storage, rows, 
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "q", "response": "a"}\n' * 999)[:-20]),
         ("no.jsonl.gz", b"this is no gzip"),
         ("no.jsonl.zst", b"this is no zstd"),
+        ("empty.jsonl.zst", b""),
+        ("empty.jsonl.gz", b""),
+        ("cut.json.zst", zstandard.compress(b'[{"prompt": "q", "response": "a"}]')[:-3]),
         ("cut.json", b'[{"prompt": "q", "response": "a"}, {"prompt"'),
         ("no.parquet", b"PAR1 this is no Parquet PAR1"),
         ("empty.parquet", b""),
@@ -175,6 +182,57 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, storage, name, data)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name}' is (damaged after row|not a Parquet file)"):
         prepare(make_config(tmp_path / name), storage)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_compressed_file_that_ends_early_is_damaged_wherever_it_was_cut(tmp_path, storage, compress):
+    lines = [
+        b'{"prompt": "q %d", "response": "%s"}\n' % (n, hashlib.sha256(b"%d" % n).hexdigest().encode())
+        for n in range(9)
+    ]
+    data = compress(b"".join(lines[:4])) + compress(b"".join(lines[4:]))
+    whole = len(compress(b"".join(lines[:4])))
+    name = "p.jsonl.gz" if compress is gzip.compress else "p.jsonl.zst"
+    for end in {0, 1, 2, 5, 11, whole - 1, whole + 1, whole + 9, len(data) - 1, *range(20, len(data), 37)} - {whole}:
+        (tmp_path / name).write_bytes(data[:end])
+        with pytest.raises(UserError, match="is damaged after row"):
+            prepare(make_config(tmp_path / name), storage)
+    (tmp_path / name).write_bytes(data)
+    assert prepare(make_config(tmp_path / name), storage)[1].rows == 9
+
+
+def test_duplicates_and_truncated_and_long_rows_are_counted_apart_and_stop_no_run(tmp_path, storage):
+    rows = [
+        {"prompt": "q", "responses": ["2", "2", "It is 2.", "2"], "finish_reasons": ["stop"] * 4},
+        {"prompt": "r", "responses": ["3", "cut off"], "finish_reasons": ["stop", "length"]},
+        {"prompt": "long " * 50, "responses": ["3"], "finish_reasons": ["stop"]},
+    ]
+    pool = write_jsonl(tmp_path / "p.jsonl", rows)
+    plan, prepared = prepare(make_config(pool), storage, WordRenderer(max_tokens=20))
+    assert prepared.left_out.by_reason == {"duplicate candidate": 2, "truncated": 1, "longer than max_tokens": 1}
+    assert prepared.rejects.by_reason == {}
+    counts = prepared.counts()
+    assert (counts["rows_in"], counts["rows"], counts["left_out"], counts["rejected"]) == (7, 3, 4, 0)
+    assert counts["prompt_sizes"] == {"1": 1, "2": 1}
+    table = [(row["row"], row["reason"], row["text"][:7]) for row in all_rejects(storage, plan)]
+    assert table == [
+        (0, "duplicate candidate", "2"),
+        (0, "duplicate candidate", "2"),
+        (1, "truncated", "cut off"),
+        (2, "longer than max_tokens", "3"),
+    ]
+
+
+def test_ids_keep_every_digit(tmp_path, storage):
+    ids = [12345678901234567890123, 12345678901234567890124, 2**53 + 1, 2**64 - 1]
+    rows = [b'{"prompt": "q %d", "response": "a", "prompt_id": %d}' % (n, id_) for n, id_ in enumerate(ids)]
+    for name, data in (("p.jsonl", b"\n".join(rows)), ("p.json", b"[" + b",".join(rows) + b"]")):
+        (tmp_path / name).write_bytes(data)
+        _, prepared = prepare(make_config(tmp_path / name), storage)
+        assert sorted(all_rows(storage, prepared)["prompt_id"].to_pylist()) == sorted(map(str, ids))
+    pq.write_table(pa.table({"prompt": ["q"], "response": ["a"], "prompt_id": [float(2**60)]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="prompt_id has lost digits"):
+        prepare(make_config(tmp_path / "p.parquet"), storage)
 
 
 def test_too_many_other_columns_are_an_error(tmp_path, storage):
