@@ -142,6 +142,7 @@ def _is_union_branch(part: Any) -> bool:
     return text.startswith(("literal[", "function-", "list[", "constrained-")) or text in (
         "PolicyConfig",
         "RecordedBehavior",
+        "KeepColumn",
         "int",
         "str",
     )

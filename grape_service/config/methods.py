@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from grape_service.config.base import Model
+
+
+class KeepColumn(Model):
+    """As many candidates of a prompt as the pool says."""
+
+    column: str
+    """The pool's column with the number, the same for all candidates of a prompt."""
+
+
+def _number_or_column(keep: Any) -> str:
+    return "KeepColumn" if isinstance(keep, dict | KeepColumn) else "int"
 
 
 class SelectConfig(Model):
@@ -14,8 +25,13 @@ class SelectConfig(Model):
 
     method: str = "grape"
     """grape | all | random | longest | shortest | source:<name>; those but grape score nothing."""
-    keep: int = Field(1, ge=1)
-    """How many candidates of a prompt are kept at most."""
+    keep: Annotated[
+        Annotated[Annotated[int, Field(ge=1)], Tag("int")] | Annotated[KeepColumn, Tag("KeepColumn")],
+        Discriminator(_number_or_column),
+    ] = 1
+    """How many candidates of a prompt are kept at most: a number, or {column: name} for the pool's own."""
+    min_candidates: int | None = Field(None, ge=1)
+    """Prompts with fewer distinct responses are left out; the same text from two sources is one."""
     min_response_tokens: int | None = Field(None, ge=1)
     """Candidates with fewer tokens with loss never win."""
     max_response_tokens: int | None = Field(None, ge=1)
@@ -37,6 +53,11 @@ class SelectConfig(Model):
         if method.startswith("source:") and len(method) > len("source:"):
             return method
         raise ValueError(f"'{method}' is not a method; use grape, all, random, longest, shortest or source:<name>")
+
+    @property
+    def usual_keep(self) -> int:
+        """Candidates of a prompt that are kept, for estimates: 1 where the pool says it."""
+        return self.keep if isinstance(self.keep, int) else 1
 
     @property
     def needs_scores(self) -> bool:

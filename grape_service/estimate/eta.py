@@ -28,7 +28,7 @@ CANDIDATES_PER_PROMPT = 8
 
 def stages_ahead(config: Config, tokens: float, per_prompt: float, cores: int, done: bool) -> list[Ahead]:
     """The stages of a run over `tokens` tokens of a pool with `per_prompt` candidates per prompt; `done`: prepared."""
-    kept = tokens * (1.0 if config.select.method == "all" else min(1.0, config.select.keep / per_prompt))
+    kept = tokens * (1.0 if config.select.method == "all" else min(1.0, config.select.usual_keep / per_prompt))
 
     def seconds(stage: str, amount: float) -> float:
         return CORE_SECONDS[stage] * amount / 1e6 / cores

@@ -114,7 +114,7 @@ def make_plan(
         left, rows = _left_to_score(workspace, prepared, target_id) if prepared else (survey.tokens, survey.rows)
         policies.append(_estimate("target", config.target, rows, survey.rows - rows, left, throughput(config.target)))
     if config.weights is not None and config.behavior is not None:
-        share = min(1.0, config.select.keep * survey.prompts / max(survey.rows, 1.0))
+        share = min(1.0, config.select.usual_keep * survey.prompts / max(survey.rows, 1.0))
         if config.select.method == "all":
             share = 1.0
         behaviors = config.behavior.policies()

@@ -18,8 +18,11 @@ from grape_service.config.methods import SelectConfig
 from grape_service.rows.ragged import Int64s, gather_rows
 from grape_service.select.grape import Float64s, Ranking, order_within_prompts, places_within_groups, rank_candidates
 
-KEPT, FAILED_CANDIDATE, NO_ELIGIBLE, SMALL_MARGIN, SOURCE_SHARE = range(5)
-LEFT_OUT_REASONS = ("", "failed candidate", "no eligible candidate", "margin below min_margin", "source share")
+KEPT, FAILED_CANDIDATE, NO_ELIGIBLE, SMALL_MARGIN, SOURCE_SHARE, FEW_CANDIDATES = range(6)
+LEFT_OUT_REASONS = (
+    *("", "failed candidate", "no eligible candidate", "margin below min_margin", "source share"),
+    "fewer distinct responses than min_candidates",
+)
 """Why a prompt is left out, by the numbers above."""
 
 
@@ -55,6 +58,8 @@ class Candidates:
     failed: npt.NDArray[np.bool_]  # [N], has no score although one is needed
     random: npt.NDArray[np.uint64] | None = None  # [N], from random_keys; for method random and max_source_share
     detail: Detail | None = None  # for an observer
+    distinct: Int64s | None = None  # [num_prompts], distinct responses; for min_candidates
+    keep: Int64s | None = None  # [num_prompts], candidates to keep; None: select.keep of each
 
     @classmethod
     def concatenate(cls, parts: list[Candidates]) -> Candidates:
@@ -71,6 +76,8 @@ class Candidates:
             np.concatenate([part.failed for part in parts]),
             None if first.random is None else np.concatenate([part.random for part in parts]),
             None if first.detail is None else Detail.concatenate([part.detail for part in parts if part.detail]),
+            distinct=None if first.distinct is None else np.concatenate([part.distinct for part in parts]),
+            keep=None if first.keep is None else np.concatenate([part.keep for part in parts]),
         )
 
 
@@ -93,7 +100,7 @@ class Choice:
 
 
 def choose(candidates: Candidates, select: SelectConfig) -> Choice:
-    """Keep at most `select.keep` candidates per prompt, in the order of the method.
+    """Keep at most `select.keep` candidates per prompt, or as many as its `keep` says, in the order of the method.
 
     Ranks and margins are among all candidates of the prompt, also those that the token limits keep from
     winning. A prompt is left out when a candidate of it has failed, when none of its candidates may win,
@@ -112,12 +119,16 @@ def choose(candidates: Candidates, select: SelectConfig) -> Choice:
         rows = rows[np.lexsort((ranking.rank[rows], c.prompts[rows]))]
         best = rows[places_within_groups(c.prompts[rows]) == 0]
         left_out[c.prompts[best[ranking.margin[best] < select.min_margin]]] = SMALL_MARGIN
+    if select.min_candidates is not None:
+        assert c.distinct is not None, "min_candidates needs the number of distinct responses"
+        left_out[c.distinct < select.min_candidates] = FEW_CANDIDATES
     left_out[c.prompts[c.failed]] = FAILED_CANDIDATE
     eligible &= left_out[c.prompts] == KEPT
 
     order, places = _order(c, select, eligible)
     kept = np.zeros(len(order), dtype=bool)
-    kept[order] = eligible[order] & ((places < select.keep) | (select.method == "all"))
+    most = select.usual_keep if c.keep is None else c.keep[c.prompts[order]]
+    kept[order] = eligible[order] & ((places < most) | (select.method == "all"))
     passed_on = 0
     if select.max_source_share is not None:
         passed_on = _limit_source_share(c, select.max_source_share, order, eligible, kept, ranking)

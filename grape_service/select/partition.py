@@ -24,6 +24,7 @@ from grape_service.rows.ragged import list_array, list_offsets_and_values, offse
 from grape_service.score.store import KeyIndex, RowKeys, ScoreStore, ScoreTable
 from grape_service.select.choose import KEPT, LEFT_OUT_REASONS, Candidates, Choice, Detail, choose, random_keys
 from grape_service.select.grape import grape_scores
+from grape_service.select.limits import keep_column, prompt_limits
 from grape_service.storage.parquet import array_of, open_parquet, read_tables, write_parquet
 from grape_service.storage.storage import Storage
 
@@ -66,6 +67,8 @@ class SelectCounts(Counts):
     """Of those, the ones with an infinite or NaN score."""
     nothing_counted: int = 0
     """Rows of which no token counts in grape_score; they never win."""
+    singletons: int = 0
+    """Kept prompts with one distinct response: there was nothing to choose."""
     passed_on: int = 0
     """Wins that max_source_share passed to another source."""
     prompts_left_out: dict[str, int] = field(default_factory=dict)
@@ -118,7 +121,8 @@ def select_partition(
                     observer.add_candidates(candidates, choice)
                 yield _kept_table(table, rows, candidates.scores, choice, scores, counts)
             return
-        parts = [reader.read(table, counts) for table in read_tables(storage, shards, CHOICE_COLUMNS)]
+        columns = [name for name in (*CHOICE_COLUMNS, keep_column(select)) if name is not None]
+        parts = [reader.read(table, counts) for table in read_tables(storage, shards, columns)]
         if not parts:
             return
         candidates = Candidates.concatenate(parts)
@@ -181,8 +185,10 @@ class _CandidateReader:
         if self.select.method == "random" or self.select.max_source_share is not None:
             random = random_keys(self.select.seed, array_of(table, "prompt_id"), array_of(table, "candidate_id"))
         self.row += table.num_rows
+        prompts = prompt_ids.indices.to_numpy().astype(np.int64)
+        distinct, keep = prompt_limits(table, prompts, len(prompt_ids.dictionary), self.select)
         return Candidates(
-            prompts=prompt_ids.indices.to_numpy().astype(np.int64),
+            prompts=prompts,
             num_prompts=len(prompt_ids.dictionary),
             ties=ties,
             sources=array_of(table, "source"),
@@ -191,6 +197,8 @@ class _CandidateReader:
             failed=failed,
             random=random,
             detail=detail,
+            distinct=distinct,
+            keep=keep,
         )
 
     def _scores(
@@ -255,6 +263,8 @@ def _count(counts: SelectCounts, candidates: Candidates, choice: Choice) -> None
     counts.candidates += len(candidates.prompts)
     counts.kept_prompts += int((choice.left_out == KEPT).sum())
     counts.kept_rows += int(choice.kept.sum())
+    if candidates.distinct is not None:
+        counts.singletons += int(((choice.left_out == KEPT) & (candidates.distinct == 1)).sum())
     counts.passed_on += choice.passed_on
     row_reasons = choice.left_out[candidates.prompts]
     for reason, name in enumerate(LEFT_OUT_REASONS):

@@ -20,6 +20,7 @@ from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
 from grape_service.render.renderer import Renderer
+from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks
@@ -40,6 +41,7 @@ def prepare(run: Run) -> Prepared:
             look_ahead(run, plan.pool_bytes, prepared)
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
+        check_keep_column(config.select, prepared.other_columns)
         check_compatibility(run, prepared.used_token_ids)
         count_rejects(run.name, prepared.rejects.by_reason)
     return prepared
