@@ -34,6 +34,32 @@ FLAGS = [
         "remote-debugging-port=0",
     )
 ]
+SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
+CONTRASTS = """(() => {
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = (c) => { 
+    const f = c.slice(0, 3).map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+  const behind = (node) => { const layers = [];
+    for (let n = node; n; n = n.parentElement) { const c = rgb(getComputedStyle(n).backgroundColor);
+      if (c.length === 3 || c[3] > 0) { layers.push(c); if (c.length === 3 || c[3] === 1) break; } }
+    return layers.reverse().reduce((low, top) => { const a = top.length === 3 ? 1 : top[3];
+      return low.map((v, i) => v * (1 - a) + top[i] * a); }, [255, 255, 255]); };
+  const low = [];
+  for (const node of document.querySelectorAll("body *")) {
+    if (node.closest("svg, script, style, .skip")) continue;
+    if (![...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim())) continue;
+    const a = light(rgb(getComputedStyle(node).color)), b = light(behind(node));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
+  }
+  for (const text of document.querySelectorAll(".js-plotly-plot .xtick text, .js-plotly-plot .ytick text")) {
+    const a = light(rgb(getComputedStyle(text).fill)), b = light(behind(text.closest(".plot")));
+    if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) low.push(`plot text ${text.textContent}`);
+  }
+  return low;
+})()"""
+"""A script that lists the texts of a page whose contrast is below 4.5."""
 
 
 class Browser:
@@ -78,13 +104,13 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def open(self, path: Path, width: int, height: int, dark: bool) -> float:
-        """Open a file at a window size; seconds until its plots are drawn."""
+    def open(self, page: Path | str, width: int, height: int, dark: bool) -> float:
+        """Open a file or an address at a window size; seconds until its plots are drawn."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         started = time.monotonic()
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self.run("document.readyState") != "complete":
             time.sleep(0.05)
         self.run("window.plotsDrawn")
@@ -98,15 +124,21 @@ class Browser:
     def key(self, name: str) -> None:
         """Press a key."""
         for kind in ("keyDown", "keyUp"):
-            code = {"Tab": 9, "ArrowRight": 39}[name]
-            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+            code = {"Tab": 9, "Enter": 13, "ArrowRight": 39}[name]
+            text = {"text": "\r"} if name == "Enter" and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code, **text)
+
+    def write(self, text: str) -> None:
+        """Type a text into what has the focus."""
+        self.call("Input.insertText", text=text)
 
     def axe(self) -> list[str]:
         """What axe-core finds wrong with the whole page, one line a rule and element."""
         package = importlib.util.find_spec("axe_playwright_python")
         assert package is not None, "make install-test installs axe-core"
-        self.run(
-            "document.head.insertAdjacentHTML('beforeend', '<style>* {content-visibility: visible !important}</style>')"
+        self.run(  # a style of the page's own would be refused by a strict content-security policy
+            "(() => { const all = new CSSStyleSheet(); all.replaceSync('* {content-visibility: visible !important}');"
+            " document.adoptedStyleSheets = [...document.adoptedStyleSheets, all]; })()"
         )
         self.run(f"{Path(str(package.origin)).with_name('axe.min.js').read_text()}; 0")
         found = self.run("axe.run(document, {resultTypes: ['violations'], elementRef: false})")

@@ -118,7 +118,8 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     def beat() -> None:
         while True:
             with best_effort("write the heartbeat"):
-                heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid()}
+                heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid(), "name": name}
+                heartbeat |= {"started": run.started, **reporter().run.where()}
                 workspace.write_json(f"{run.folder}/heartbeat.json", heartbeat)
             if stop.wait(HEARTBEAT_SECONDS):
                 return

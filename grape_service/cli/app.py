@@ -16,6 +16,7 @@ from grape_service.cli import (
     run_commands,
     schema_commands,
     train_commands,
+    ui_commands,
 )
 
 app = typer.Typer(
@@ -51,3 +52,4 @@ cluster_commands.register(app)
 train_commands.register(app)
 report_commands.register(app)
 schema_commands.register(app)
+ui_commands.register(app)

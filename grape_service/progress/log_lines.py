@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from grape_service.progress.reporter import Ahead, reporter
+from grape_service.progress.reporter import Ahead, RunClock, reporter
 
 PROGRESS = "GRAPE_PROGRESS"
 """`lines` in the environment of a run: it reports as lines of its log, for `Replay`."""
@@ -22,6 +22,7 @@ class Lines:
     """Reports as lines on standard error, a step's name and its arguments in each."""
 
     def __init__(self) -> None:
+        self.run = RunClock()
         self.waiting: dict[str, int] = {}  # steps that were not told yet, by stage
         self.told: dict[str, float] = {}
 
@@ -29,19 +30,23 @@ class Lines:
         self._line("started", run_id)
 
     def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+        self.run.expect(ahead, token_rate)
         self._line("expect", [[item.stage, item.seconds, item.tokens] for item in ahead], token_rate)
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         self.waiting[stage], self.told[stage] = 0, time.monotonic()
+        self.run.begin(stage, total, unit)
         self._line("begin", stage, total, unit)
 
     def advance(self, stage: str, amount: int) -> None:
         self.waiting[stage] += amount
+        self.run.stages[stage].done += amount
         if time.monotonic() - self.told[stage] >= LINE_SECONDS:
             self._advance(stage)
 
     def end(self, stage: str) -> None:
         self._advance(stage)
+        self.run.end(stage)
         self._line("end", stage)
 
     def event(self, text: str) -> None:

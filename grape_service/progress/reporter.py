@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 TOKENS = "tokens"
 """The unit of stages that score."""
@@ -22,6 +22,9 @@ class Ahead:
 
 class Reporter(Protocol):
     """Gets the run's id and every step of every stage; called in the driver process only."""
+
+    run: RunClock
+    """Where the run is: what its heartbeat tells."""
 
     def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None: ...
     def started(self, run_id: str) -> None: ...
@@ -90,6 +93,15 @@ class RunClock:
         self.stages[stage].ended = time.monotonic()
         return self.stages[stage]
 
+    def where(self) -> dict[str, Any]:
+        """The stage that goes on, or the last one that ended, with how far it is; empty before the first."""
+        name = next((name for name, clock in self.stages.items() if clock.ended is None), None)
+        name = name or next(reversed(self.stages), None)
+        if name is None:
+            return {}
+        clock = self.stages[name]
+        return {"stage": name, "done": clock.done, "total": clock.total, "unit": clock.unit, "eta": self.eta}
+
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -117,11 +129,23 @@ class RunClock:
 class Silent:
     """Reports to nobody."""
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None: ...
+    def __init__(self) -> None:
+        self.run = RunClock()
+
+    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+        self.run.expect(ahead, token_rate)
+
     def started(self, run_id: str) -> None: ...
-    def begin(self, stage: str, total: int, unit: str) -> None: ...
-    def advance(self, stage: str, amount: int) -> None: ...
-    def end(self, stage: str) -> None: ...
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.run.begin(stage, total, unit)
+
+    def advance(self, stage: str, amount: int) -> None:
+        self.run.stages[stage].done += amount
+
+    def end(self, stage: str) -> None:
+        self.run.end(stage)
+
     def event(self, text: str) -> None: ...
 
 

@@ -89,7 +89,9 @@ def list_datasets(storage: Storage) -> list[str]:
     from grape_service.config.schema import NAME_PATTERN
 
     names = [name for name in storage.folders() if NAME_PATTERN.fullmatch(name)]
-    return [name for name in names if storage.folders(f"{name}/versions")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        has_versions = list(pool.map(lambda name: bool(storage.folders(f"{name}/versions")), names))
+    return [name for name, there in zip(names, has_versions, strict=True) if there]
 
 
 def _path(name: str) -> str:

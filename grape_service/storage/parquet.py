@@ -131,9 +131,13 @@ def _lengths(array: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
 
 
-def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
-    """A Parquet file for reading. Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
-    return pq.ParquetFile(storage.full(path), filesystem=storage.arrow, page_checksum_verification=True)
+def open_parquet(storage: Storage, path: str, pre_buffer: bool = False) -> pq.ParquetFile:
+    """A Parquet file for reading; `pre_buffer` joins requests of a row group.
+
+    Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
+    return pq.ParquetFile(
+        storage.full(path), filesystem=storage.arrow, page_checksum_verification=True, pre_buffer=pre_buffer
+    )
 
 
 def open_checked(storage: Storage, path: str, sha256: str) -> pq.ParquetFile:

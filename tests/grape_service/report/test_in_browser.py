@@ -9,39 +9,13 @@ from pathlib import Path
 import pytest
 
 from grape_service.report.page import render_comparison, render_page
-from tests.chromium import BINARY, Browser, running_browser
+from tests.chromium import BINARY, CONTRASTS, SIZES, Browser, running_browser
 from tests.grape_service.report.made_report import HOSTILE, examples, facts
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here: apt-get install chromium")
 
 SHOTS = os.environ.get("GRAPE_SCREENSHOTS")
 DRAWN = ".cartesianlayer .trace, .cartesianlayer image"
-SIZES = {"laptop": (1280, 900), "phone": (390, 844)}
-
-CONTRASTS = """(() => {
-  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = (c) => { 
-    const f = c.slice(0, 3).map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
-  const behind = (node) => { const layers = [];
-    for (let n = node; n; n = n.parentElement) { const c = rgb(getComputedStyle(n).backgroundColor);
-      if (c.length === 3 || c[3] > 0) { layers.push(c); if (c.length === 3 || c[3] === 1) break; } }
-    return layers.reverse().reduce((low, top) => { const a = top.length === 3 ? 1 : top[3];
-      return low.map((v, i) => v * (1 - a) + top[i] * a); }, [255, 255, 255]); };
-  const low = [];
-  for (const node of document.querySelectorAll("body *")) {
-    if (node.closest("svg, script, style, .skip")) continue;
-    if (![...node.childNodes].some((c) => c.nodeType === 3 && c.data.trim())) continue;
-    const a = light(rgb(getComputedStyle(node).color)), b = light(behind(node));
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) low.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
-  }
-  for (const text of document.querySelectorAll(".js-plotly-plot .xtick text, .js-plotly-plot .ytick text")) {
-    const a = light(rgb(getComputedStyle(text).fill)), b = light(behind(text.closest(".plot")));
-    if ((Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 4.5) low.push(`plot text ${text.textContent}`);
-  }
-  return low;
-})()"""
 
 
 @pytest.fixture(scope="module")

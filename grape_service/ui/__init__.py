@@ -1,0 +1,1 @@
+"""`grape ui`: a read-only web application of all datasets in a folder. It reads, and writes nothing."""

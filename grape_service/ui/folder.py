@@ -1,0 +1,170 @@
+"""The folder of datasets that the pages show, and what they know of each dataset."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from grape_service.errors import StageError, UserError
+from grape_service.release.catalog import CatalogEntry, list_datasets, read_catalog
+from grape_service.release.load import Release, load, resolve_version
+from grape_service.release.manifest import Manifest, read_manifest
+from grape_service.release.reference import Reference, check_name
+from grape_service.release.tags import Tag, list_tag_names, read_tag
+from grape_service.report.notices import Warning, warnings_of
+from grape_service.report.page import facts_of_manifest
+from grape_service.storage.storage import Storage
+
+READERS = 32
+"""Requests to storage at the same time."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A dataset in a line; `problem` where a part of it cannot be read."""
+
+    name: str
+    version: str = ""
+    tags: list[str] = field(default_factory=list)
+    num_versions: int = 0
+    rows: int = 0
+    tokens: int = 0
+    created: str = ""
+    target: str = ""
+    method: str = ""
+    warnings: int | None = None
+    problem: str = ""
+
+
+class Folder:
+    """A folder of datasets, or one dataset of it, with the workspace that its releases were made in."""
+
+    def __init__(self, path: str, options: dict[str, Any] | None = None, workspace: str | None = None):
+        """Raises UserError for a place that cannot hold releases."""
+        storage = Storage(path, options)
+        self.only: str | None = None
+        if not list_datasets(storage) and storage.folders("versions"):
+            parent, _, self.only = storage.root.rpartition("/")
+            storage = Storage(parent, options)
+        self.storage = storage
+        self.workspaces = [Storage(workspace or f"{storage.root}/.grape", options)]
+        self._told: dict[tuple[str, str, str], tuple[str, str, int | None]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        """What people call it."""
+        return f"{self.storage.root}/{self.only}" if self.only else self.storage.root
+
+    def names(self) -> list[str]:
+        """The datasets."""
+        return [self.only] if self.only else list_datasets(self.storage)
+
+    def summaries(self) -> list[Summary]:
+        """Every dataset in a line, in the order of their names."""
+        names = self.names()
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._summary, names))
+
+    def versions(self, name: str) -> list[CatalogEntry]:
+        """A dataset's versions, newest first. Raises UserError where there is no such dataset."""
+        self.check(name)
+        entries = read_catalog(self.storage, name)
+        if not entries and not self.storage.folders(f"{name}/versions"):
+            raise UserError(f"there is no dataset '{name}' in {self.address}")
+        return entries[::-1]
+
+    def tags(self, name: str) -> tuple[list[Tag], list[str]]:
+        """A dataset's tags, and a sentence for each that cannot be read."""
+        found: list[Tag] = []
+        problems: list[str] = []
+        for tag_name in list_tag_names(self.storage, name):
+            try:
+                tag = read_tag(self.storage, name, tag_name)
+                found += [tag] if tag is not None else []
+            except UserError as error:
+                problems.append(str(error))
+        return found, problems
+
+    def tags_of(self, name: str, version: str) -> list[str]:
+        """Names of the tags that point to a version."""
+        return [tag.name for tag in self.tags(name)[0] if tag.version == version]
+
+    def release(self, name: str, version_or_tag: str) -> Release:
+        """A version, opened. Raises UserError where there is none or its manifest is damaged."""
+        self.check(name)
+        return load(Reference(self.storage.root, name, version_or_tag), self.storage.options)
+
+    def version_of(self, name: str, version_or_tag: str) -> str:
+        """The version that a tag points to. Raises UserError."""
+        self.check(name)
+        return resolve_version(self.storage, name, version_or_tag)
+
+    def check(self, name: str) -> None:
+        """Raises UserError for a name that is none, or of another dataset than the one that is shown."""
+        check_name(name)
+        if self.only and name != self.only:
+            raise UserError(f"there is no dataset '{name}' in {self.address}")
+
+    def workspace_with(self, path: str) -> Storage | None:
+        """The workspace that holds this path. Those that manifests name are not looked at: they open no doors."""
+        return next((workspace for workspace in self.workspaces if workspace.exists(path)), None)
+
+    def _summary(self, name: str) -> Summary:
+        try:
+            entries = read_catalog(self.storage, name)
+            if not entries:
+                return Summary(name, problem="no version was finished yet")
+            newest = entries[-1]
+            tags = self.tags_of(name, newest.version)
+            target, method, warnings = self._tell(name, newest)
+        except (UserError, StageError, OSError) as error:
+            return Summary(name, problem=str(error))
+        return Summary(
+            name,
+            newest.version,
+            tags,
+            len(entries),
+            newest.rows,
+            newest.tokens,
+            newest.created,
+            target,
+            method,
+            warnings,
+        )
+
+    def _tell(self, name: str, entry: CatalogEntry) -> tuple[str, str, int | None]:
+        """Target, method and number of warnings; kept, since a manifest never changes."""
+        key = (name, entry.version, entry.content_digest)
+        with self._lock:
+            if key in self._told:
+                return self._told[key]
+        manifest = read_manifest(self.storage, name, entry.version)
+        warnings = warnings_in(manifest)
+        target, method = settings_of(manifest)
+        told = target, method, None if warnings is None else len(warnings)
+        with self._lock:
+            self._told[key] = told
+        return told
+
+
+def settings_of(manifest: Manifest) -> tuple[str, str]:
+    """The target's model, and how rows were selected and weighed."""
+    select, weights, target = (_section(manifest.config, key) for key in ("select", "weights", "target"))
+    method = " + ".join(str(part["method"]) for part in (select, weights) if part.get("method"))
+    return str(target.get("model") or ""), method
+
+
+def warnings_in(manifest: Manifest) -> list[Warning] | None:
+    """The report's warnings; None where the manifest's counts or statistics are not what they should be."""
+    try:
+        return warnings_of(facts_of_manifest(manifest))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError):
+        return None
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}

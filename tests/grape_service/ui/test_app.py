@@ -1,0 +1,316 @@
+"""The pages of `grape ui`: what they say, what they refuse, and that they write nothing."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from starlette.testclient import TestClient
+
+from grape_service.release.load import load
+from grape_service.storage.storage import Storage
+from grape_service.ui import app as app_module
+from grape_service.ui import rows as rows_module
+from grape_service.ui.app import create_app
+from grape_service.ui.folder import Folder
+from grape_service.ui.rows import Filters, read_page, read_row
+from tests.grape_service.release.made_up import publish_version, rows
+from tests.grape_service.ui.made_folder import HOSTILE, make_folder
+
+POOL, HOSTILE_VERSION = "/datasets/pool/v0001", "/datasets/hostile/v0001"
+TABS = ["", "/report", "/report.html", "/rows", "/rows/0", "/left-out", "/card", "/files", "/config"]
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("ui"))
+
+
+@pytest.fixture
+def client(datasets: Path) -> TestClient:
+    folder = Folder(str(datasets), workspace=str(datasets.parent / "workspace"))
+    return client_of(folder)
+
+
+def client_of(folder: Folder, token: str | None = None, host: str = "127.0.0.1:8765") -> TestClient:
+    return TestClient(create_app(folder, token), base_url=f"http://{host}", raise_server_exceptions=False)
+
+
+def text_of(client: TestClient, path: str, status: int = 200) -> str:
+    """The text of a page, without markup."""
+    answer = client.get(path)
+    assert answer.status_code == status, answer.text
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", answer.text)))
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_all_datasets_are_searched_and_sorted(client: TestClient) -> None:
+    page = text_of(client, "/")
+    assert "2 datasets" in page
+    assert "pool v0002 of 2" in page
+    found = client.get("/?q=POOL+grape").text
+    assert "/datasets/pool/v0002" in found
+    assert "/datasets/hostile" not in found
+    assert "No dataset has" in text_of(client, "/?q=nothing")
+    names = [
+        re.findall(r'<a href="/datasets/(\w+)">', client.get(f"/?sort=name&order={order}").text)
+        for order in ("up", "down")
+    ]
+    assert names == [["hostile", "pool"], ["pool", "hostile"]]
+    assert client.get("/?sort=__class__&order=x").status_code == 200
+
+
+def test_a_dataset_its_tags_and_what_changed(client: TestClient) -> None:
+    page = text_of(client, "/datasets/pool")
+    assert "2 versions" in page
+    assert "changes since v0001" in page
+    changes = text_of(client, "/compare/pool?a=v0001&b=v0002")
+    assert "10 prompts with another choice" in changes
+    assert "20 with the same" in changes
+    assert "target.model" in changes
+    assert "two versions of pool are needed" in text_of(client, "/compare/pool", 404).lower()
+
+
+def test_a_tag_leads_to_its_version(client: TestClient, tmp_path: Path) -> None:
+    publish_version(Storage(str(tmp_path)), parts=[rows(0, 3)], tags=("latest", "diff"))
+    other = client_of(Folder(str(tmp_path)))
+    answer = other.get("/datasets/math-sft/diff", follow_redirects=False)
+    assert answer.headers["location"] == "/datasets/math-sft/v0001"
+    assert "3 rows" in text_of(other, "/datasets/math-sft/diff")
+
+
+def test_a_version_its_lineage_and_its_files(client: TestClient) -> None:
+    page = text_of(client, POOL)
+    assert "made by grape for the target one" in page
+    assert "released" in page
+    assert 'class="lineage"' in client.get(POOL).text
+    assert "Verified just now" in text_of(client, f"{POOL}/files")
+    assert "pool v0001" in text_of(client, f"{POOL}/card")
+    assert "<code>list&lt;int32&gt;</code>" in client.get(f"{POOL}/card").text
+    config = text_of(client, f"{HOSTILE_VERSION}/config")
+    assert "hunter2" not in config
+    assert "***" in config
+
+
+def test_a_row_shows_why_it_won(client: TestClient) -> None:
+    page = text_of(client, f"{POOL}/rows/4")
+    assert "kept: number 1 by score" in page
+    assert page.count("its score is lower by") == 2
+    assert 'data-0="-1.04"' in client.get(f"{POOL}/rows/4").text
+    answer = client.get(f"{POOL}/prompt?id=p004", follow_redirects=False)
+    assert answer.headers["location"] == f"{POOL}/rows/4"
+    assert "has no prompt 'nothing'" in text_of(client, f"{POOL}/prompt?id=nothing", 404)
+    assert "has no row 30" in text_of(client, f"{POOL}/rows/30", 404)
+
+
+def test_without_its_workspace_a_row_is_still_shown(datasets: Path) -> None:
+    page = text_of(client_of(Folder(str(datasets))), f"{POOL}/rows/4")
+    assert "start `grape ui` with --workspace" in page
+    assert "kept: number 1 by score" in page
+
+
+def test_rows_are_filtered_and_paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_version(Storage(str(tmp_path)), parts=[rows(0, 70), rows(70, 60), rows(130, 0), rows(130, 20)])
+    release = load(f"{tmp_path}/math-sft")
+    table = release.dataset.to_table().to_pylist()
+    first = read_page(release, Filters(), 0)
+    assert [row["number"] for row in first.rows] == list(range(50))
+    assert [row["number"] for row in read_page(release, Filters(), 120).rows] == list(range(120, 150))
+    assert read_page(release, Filters(), 120).next is None
+    assert read_page(release, Filters(), 150).rows == []
+
+    def weight(row: dict) -> float:
+        kept = [w for w, on in zip(row["loss_weights"], row["loss_mask"], strict=True) if on]
+        return sum(kept) / len(kept)
+
+    for filters, keep in (
+        (Filters(source="gen-a"), lambda row: row["source"] == "gen-a"),
+        (Filters(text="QUESTION P0000014"), lambda row: 140 <= int(row["prompt_id"][1:]) < 150),
+        (Filters(text="p00000003"), lambda row: row["prompt_id"] == "p00000003"),
+        (Filters(min_weight=1.0, max_weight=1.05), lambda row: 1.0 <= weight(row) <= 1.05),
+        (Filters(min_margin=0.1, source="gen-b"), lambda row: row["grape_margin"] >= 0.1 and row["source"] == "gen-b"),
+        (Filters(source="nobody"), lambda row: False),
+    ):
+        expected = [number for number, row in enumerate(table) if keep(row)]
+        found, start = [], 0
+        while start is not None:
+            page = read_page(release, filters, start, limit=7)
+            assert len(page.rows) <= 7
+            found += [row["number"] for row in page.rows]
+            start = page.next
+        assert found == expected
+    assert first.rows[3]["weight"] == pytest.approx(weight(table[3]))
+    wanted, siblings = read_row(release, 75)
+    assert wanted["prompt_id"] == table[75]["prompt_id"]
+    assert len(siblings) == 1
+    monkeypatch.setattr(rows_module, "LOOK_SECONDS", -1.0)
+    stopped = read_page(release, Filters(source="nobody"))
+    assert (stopped.timed_out, stopped.next) == (True, 70)
+
+
+def test_rows_of_one_prompt_are_found_across_files(tmp_path: Path) -> None:
+    parts = [pa.concat_tables([rows(0, 3), rows(9, 1)]), pa.concat_tables([rows(9, 1, seed=1), rows(20, 2)])]
+    publish_version(Storage(str(tmp_path)), parts=parts)
+    wanted, siblings = read_row(load(f"{tmp_path}/math-sft"), 4)
+    assert wanted["number"] == 4
+    assert [row["number"] for row in siblings] == [3, 4]
+
+
+def test_what_was_left_out_has_examples(client: TestClient) -> None:
+    page = text_of(client, f"{POOL}/left-out")
+    assert "not JSON" in page
+    assert "b.jsonl" in page
+    assert "not chosen" in page
+
+
+def test_runs_tell_where_they_are(client: TestClient) -> None:
+    page = text_of(client, "/runs")
+    assert "runningscore 25.0% of 120 tokens, 1 min 15 s left" in page
+    assert "silent" in page
+    assert "damaged heartbeat" in page
+    assert "20250101T000000-dddddddd" in page
+
+
+def test_a_damaged_or_missing_object_is_a_sentence(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for _ in range(4):
+        publish_version(storage, parts=[rows(0, 30)], parents={"workspace": str(tmp_path / "w"), "prepare_id": "x"})
+    publish_version(
+        storage,
+        "statistics",
+        parts=[rows(0, 3)],
+        statistics={"report": {"select": {"contested": "x"}}},
+        counts={"pool": 3},
+    )
+    folder = "math-sft/versions"
+    storage.write(f"{folder}/v0001/data/part-00000.parquet", b"nothing")
+    storage.delete(f"{folder}/v0002/data/part-00000.parquet")
+    storage.write(f"{folder}/v0003/manifest.json", b'{"format": 1')
+    storage.write(f"{folder}/v0004/report.html", b"<script>window.hacked=1</script>")
+    storage.delete(f"{folder}/v0004/README.md")
+    storage.write("math-sft/tags/broken.json", b"[]")
+    storage.write("w/prepared/x/prepared.json", b"{}")
+    client = client_of(Folder(str(tmp_path), workspace=str(tmp_path / "w")))
+    said = {
+        "/datasets/math-sft/v0001/rows": (404, "is not readable Parquet"),
+        "/datasets/math-sft/v0001/rows/0": (404, "is not readable Parquet"),
+        "/datasets/math-sft/v0001/files": (200, "1 file not as the manifest says"),
+        "/datasets/math-sft/v0002/rows": (404, "part-00000.parquet is missing"),
+        "/datasets/math-sft/v0003": (404, "is not JSON"),
+        "/datasets/math-sft/v0004/report": (404, "has other contents than its manifest says"),
+        "/datasets/math-sft/v0004/report.html": (404, "has other contents than its manifest says"),
+        "/datasets/math-sft/v0004/card": (404, "README.md is missing"),
+        "/datasets/math-sft/v0004/rows/0": (200, "is damaged"),
+        "/datasets/math-sft": (200, "is not a tag"),
+        "/datasets/math-sft/v0099": (404, "has no version v0099"),
+        "/datasets/math-sft/no-tag": (404, "tags/broken.json is not a tag"),
+        "/datasets/nothing": (404, "there is no dataset 'nothing'"),
+        "/datasets/statistics/v0001": (200, "not those of a release that this program knows"),
+        "/datasets/statistics/v0001/left-out": (200, "not those of a release"),
+        "/compare/math-sft?a=v0001&b=v0004": (404, "is not readable parquet"),
+        "/no/such/page": (404, "there is no page /no/such/page"),
+        "/datasets/math-sft/v0004/rows?min_weight=much": (404, "write a number such as 0.5"),
+    }
+    for path, (status, sentence) in said.items():
+        page = text_of(client, path, status)
+        assert sentence.lower() in page.lower(), (path, page)
+        assert "Traceback" not in page
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/datasets/..%2F..%2Fetc/v0001",
+        "/datasets/%2e%2e/v0001",
+        "/datasets/pool/..%2f..%2f..%2fsecret",
+        "/datasets/pool/v0001/..%2f..%2fmanifest.json",
+        "/static/..%2f..%2fapp.py",
+        "/static/%2e%2e/app.py",
+        "/compare/pool?a=../v0001&b=v0002",
+        "/datasets/pool%00/v0001",
+        "/datasets/pool/v0001/rows/..%2f..%2fx",
+    ],
+)
+def test_no_path_climbs_out(client: TestClient, datasets: Path, path: str) -> None:
+    (datasets.parent / "secret").mkdir(exist_ok=True)
+    answer = client.get(path)
+    assert answer.status_code in (404, 422)
+    assert "def create_app" not in answer.text
+
+
+def test_one_dataset_shows_no_other(datasets: Path) -> None:
+    client = client_of(Folder(str(datasets / "pool")))
+    assert "1 dataset" in text_of(client, "/")
+    assert client.get("/datasets/hostile").status_code == 404
+    assert client.get("/datasets/hostile/v0001/rows").status_code == 404
+    assert client.get("/compare/hostile?a=v0001&b=v0001").status_code == 404
+
+
+def test_every_page_has_a_strict_policy_and_shows_text_as_text(client: TestClient) -> None:
+    for base in (POOL, HOSTILE_VERSION):
+        for tab in TABS:
+            answer = client.get(f"{base}{tab}")
+            if tab.startswith("/report") and answer.status_code == 404:
+                continue
+            assert answer.status_code == 200, (base, tab, answer.text)
+            policy = answer.headers["content-security-policy"]
+            if tab == "/report.html":
+                assert policy.startswith("sandbox allow-scripts; default-src 'none'")
+                continue
+            assert policy.startswith("default-src 'none'")
+            assert "unsafe" not in policy
+            assert "<script>" not in answer.text
+            assert "<img" not in answer.text
+            assert "style=" not in answer.text
+            assert "\u202e" not in answer.text
+            assert answer.headers["x-content-type-options"] == "nosniff"
+    assert html.escape(HOSTILE) in client.get(f"{HOSTILE_VERSION}/rows").text.replace("&#39;", "&#x27;")
+
+
+def test_it_writes_nothing(client: TestClient, datasets: Path) -> None:
+    before = state_of(datasets.parent)
+    for base in (POOL, HOSTILE_VERSION):
+        for tab in TABS:
+            client.get(f"{base}{tab}")
+    for path in ("/", "/runs", "/datasets/pool", "/compare/pool?a=v0001&b=v0002"):
+        client.get(path)
+    assert state_of(datasets.parent) == before
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert client.request(method, "/").status_code == 405
+
+
+def test_who_may_ask(datasets: Path) -> None:
+    folder = Folder(str(datasets))
+    assert client_of(folder, host="evil.example:8765").get("/").status_code == 421
+    for host in ("localhost:8765", "[::1]:8765", "127.0.0.1"):
+        assert client_of(folder, host=host).get("/").status_code == 200
+    client = client_of(folder, token="right", host="ui.example")
+    for path in ("/", "/static/ui.css", "/datasets/pool/v0001/rows", "/?token=wrong"):
+        assert client.get(path).status_code == 401
+    assert client.get("/", headers={"Authorization": "Bearer right"}).status_code == 200
+    answer = client.get("/datasets/pool?token=right", follow_redirects=False)
+    assert answer.headers["location"] == "/datasets/pool"
+    assert "HttpOnly" in answer.headers["set-cookie"]
+    assert client.get("/datasets/pool").status_code == 200
+
+
+def test_what_nobody_thought_of_is_a_sentence_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "drawing_of", lambda release: 1 / 0)
+    page = text_of(client, POOL, 500)
+    assert "cannot be made (ZeroDivisionError)" in page
+
+
+def test_on_s3(s3_url: str) -> None:
+    publish_version(Storage(s3_url), parts=[rows(0, 60)])
+    client = client_of(Folder(s3_url))
+    assert "60" in text_of(client, "/")
+    assert "Rows 0 to 49 of 60" in text_of(client, "/datasets/math-sft/v0001/rows")
+    assert "Verified just now" in text_of(client, "/datasets/math-sft/v0001/files")
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in client.get("/datasets/math-sft/v0001").text
