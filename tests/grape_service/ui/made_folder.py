@@ -25,17 +25,15 @@ def make_folder(folder: Path) -> Path:
     last_wins(folder)
     datasets, workspace = Storage(str(folder / "datasets")), Storage(str(folder / "workspace"))
     hostile(datasets)
-    rejects = pa.table(
-        {
-            "file": [HOSTILE, "b.jsonl"],
-            "row": [3, 4],
-            "prompt_id": [HOSTILE, None],
-            "candidate_id": ["c", None],
-            "reason": ["empty", "not JSON"],
-            "detail": [HIDDEN, "x" * 5_000],
-        },
-        REJECT,
-    )
+    known: dict[str, list[object]] = {
+        "file": [HOSTILE, "b.jsonl"],
+        "row": [3, 4],
+        "prompt_id": [HOSTILE, None],
+        "candidate_id": ["c", None],
+        "reason": ["empty", "not JSON"],
+        "detail": [HIDDEN, "x" * 5_000],
+    }
+    rejects = pa.table({name: known.get(name, [None, None]) for name in REJECT.names}, REJECT)
     write_parquet(workspace, "prepared/prepared-1/rejects/b.parquet", REJECT, [rejects])
     beat = {"run_id": "r1", "time": time.time(), "pid": 1, "name": HOSTILE, "started": time.time() - 70}
     beat |= {"stage": "score", "done": 30, "total": 120, "unit": "tokens", "eta": 75.0}
