@@ -50,6 +50,11 @@ class SeaweedServer:
         return f"http://127.0.0.1:{self.ports[3]}"
 
     @property
+    def metrics_port(self) -> int:
+        """Where the server tells how many requests it answered, by action."""
+        return self.ports[8]
+
+    @property
     def environment(self) -> dict[str, str]:
         """Environment of a client that may read and write."""
         return {
@@ -75,7 +80,7 @@ class SeaweedServer:
         assert self.process is None
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.ports:
-            self.ports = _free_ports(8)
+            self.ports = _free_ports(9)
         config = self.folder / "s3.json"
         config.write_text(json.dumps(_identities()))
         (self.folder / "data").mkdir(exist_ok=True)
@@ -86,7 +91,8 @@ class SeaweedServer:
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         names = ("master", "volume", "filer", "s3")
         command += [f"-{name}.port={port}" for name, port in zip(names, self.ports[:4], strict=True)]
-        command += [f"-{name}.port.grpc={port}" for name, port in zip(names, self.ports[4:], strict=True)]
+        command += [f"-{name}.port.grpc={port}" for name, port in zip(names, self.ports[4:8], strict=True)]
+        command += [f"-metricsPort={self.metrics_port}", "-metricsIp=127.0.0.1"]
         with open(self.folder / "weed.log", "ab") as log:
             self.process = subprocess.Popen(
                 ["sh", "-c", _END_WITH_PARENT, "sh", *command],
