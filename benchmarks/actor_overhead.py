@@ -26,7 +26,7 @@ from grape_service.config.schema import Config
 from grape_service.rows.columns import SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import offsets_from_lengths
-from grape_service.score.shards import ShardFile
+from grape_service.score.shards import Shards
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 from workers.cluster.ray import ray_for
@@ -62,7 +62,7 @@ def main() -> None:
     storage = Storage(config.workspace_path)
     trial = make_shards(storage, 1, "trial")
     bare_tokens, bare_seconds = bare(config, storage, trial)
-    tokens_per_shard = trial[0].tokens
+    tokens_per_shard = trial.tokens
     count = max(4, round(arguments.seconds * bare_tokens / bare_seconds / tokens_per_shard))
     shards = make_shards(storage, count, "work")
     bare_tokens, bare_seconds = bare(config, storage, shards)
@@ -70,11 +70,11 @@ def main() -> None:
     show(count, bare_tokens, bare_seconds, stage_tokens, stage_seconds)
 
 
-def make_shards(storage: Storage, count: int, folder: str) -> list[ShardFile]:
+def make_shards(storage: Storage, count: int, folder: str) -> Shards:
     """Shards of random token ids, 8 candidates per prompt; about 2,000 tokens each."""
     random = np.random.default_rng(len(folder))
     schema = pa.schema([SHARD.field(name) for name in COLUMNS])
-    shards = []
+    num_rows = num_tokens = 0
     for number in range(count):
         rows: list[np.ndarray] = []
         for _ in range(2):
@@ -100,14 +100,14 @@ def make_shards(storage: Storage, count: int, folder: str) -> list[ShardFile]:
         ]
         path = f"shards/{folder}/shard-{number:05d}.parquet"
         write_parquet(storage, path, schema, [pa.RecordBatch.from_arrays(columns, schema=schema)])
-        shards.append(ShardFile(path, "b", len(rows), len(ids)))
-    return shards
+        num_rows, num_tokens = num_rows + len(rows), num_tokens + len(ids)
+    return Shards(f"shards/{folder}", "b", count, num_rows, num_tokens)
 
 
-def bare(config: Config, storage: Storage, shards: list[ShardFile]) -> tuple[int, float]:
+def bare(config: Config, storage: Storage, shards: Shards) -> tuple[int, float]:
     """Tokens and seconds of the engine alone, on batches that are in memory already."""
     engine = load_engine(config.target, config.target.model)
-    batches = [token_batch(read_rows(storage, shard.path)) for shard in shards]
+    batches = [token_batch(read_rows(storage, path)) for path in shards.paths]
     engine.score(batches[0])
     started = time.monotonic()
     for batch in batches:
@@ -115,17 +115,17 @@ def bare(config: Config, storage: Storage, shards: list[ShardFile]) -> tuple[int
             engine.score(batch.take(np.arange(start, stop)))
     seconds = time.monotonic() - started
     engine.close()
-    return sum(shard.tokens for shard in shards), seconds
+    return shards.tokens, seconds
 
 
-def staged(config: Config, shards: list[ShardFile]) -> tuple[int, float]:
+def staged(config: Config, shards: Shards) -> tuple[int, float]:
     """Tokens and seconds of the score stage, its engine started before."""
     with ray_for(config.workers), new_run(config) as run, engines_of(run) as engines:
-        engines.of(config.target, len(shards))
+        engines.of(config.target, shards.number)
         started = time.monotonic()
-        totals = score_shards(run, engines, config.target, shards, "score")
-        assert totals.rows == sum(shard.rows for shard in shards)
-        return sum(shard.tokens for shard in shards), time.monotonic() - started
+        totals = score_shards(run, engines, config.target, [shards], "score")
+        assert totals.rows == shards.rows
+        return shards.tokens, time.monotonic() - started
 
 
 def show(shards: int, bare_tokens: int, bare_seconds: float, stage_tokens: int, stage_seconds: float) -> None:

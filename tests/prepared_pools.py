@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from grape_service.config.schema import Config
 from grape_service.prepare.counts import PartitionCounts, ShardCounts, summarise_map
+from grape_service.prepare.deal import deal_group, next_level
 from grape_service.prepare.finish import finish_prepare
-from grape_service.prepare.map import Renders, map_piece
+from grape_service.prepare.map import MAPPED, Renders, map_piece
 from grape_service.prepare.plan import PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
@@ -77,6 +78,10 @@ def prepare(config: Config, storage: Storage, renderer: Renders | None = None) -
     plan = plan_prepare(config, "words", storage)
     counts = [map_piece(plan, piece, config, renderer, storage) for piece in plan.pieces]
     summary = summarise_map(plan, counts, config)
+    for bits in plan.level_bits[1:]:
+        dealt = summary.dealt
+        bounds = [deal_group(plan, dealt, bits, *group, MAPPED, storage) for group in dealt.groups(plan.fan_out)]
+        summary.dealt = next_level(plan, dealt, bits, bounds)
     partitions = (reduce_partition(plan, partition, config, summary, storage) for partition in plan.partitions)
     return plan, finish_prepare(plan, summary, partitions, config, storage)
 

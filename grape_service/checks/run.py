@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from grape_service.checks import texts, tokens
 from grape_service.checks.findings import FINDING, CheckCounts, Flagged
 from grape_service.config.checks import Check, ExactDuplicates
 from grape_service.storage.parquet import read_row_groups, read_tables, write_parquet
+from grape_service.storage.slices import SliceFiles, read_slice, write_slices
 from grape_service.storage.storage import Storage
 
 TOKEN_COLUMNS = ["prompt_id", "candidate_id", "input_ids", "loss_mask"]
@@ -36,7 +37,7 @@ ON_KEPT: dict[str, Callable[[pa.Table, Any], Flagged]] = {
 
 def check_partition(
     storage: Storage,
-    shards: list[str],
+    shards: Sequence[str],
     kept_path: str | None,
     checks: list[Check],
     grams: Grams,
@@ -83,7 +84,7 @@ def check_partition(
     return counts
 
 
-def _digests(storage: Storage, shards: list[str], min_tokens: int) -> pa.Table:
+def _digests(storage: Storage, shards: Sequence[str], min_tokens: int) -> pa.Table:
     tables = [DIGEST.empty_table()]
     for table in read_tables(storage, shards, TOKEN_COLUMNS):
         ids = [table["prompt_id"], table["candidate_id"]]
@@ -92,20 +93,18 @@ def _digests(storage: Storage, shards: list[str], min_tokens: int) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def shared_digests(storage: Storage, paths: list[str], bucket: int, buckets: int, out_path: str) -> CheckCounts:
-    """Responses that stand under several prompts, of one of `buckets` ranges of digests (a Ray task)."""
-    import pyarrow.parquet as pq
+def gather_digests(storage: Storage, paths: Sequence[str], num_buckets: int, out_path: str) -> list[int]:
+    """The digests of some partitions in one file, a slice for each of `num_buckets` ranges (a Ray task); its bounds."""
+    tables = [table for path in paths for table in read_row_groups(storage, path)]
+    table = pa.concat_tables([DIGEST.empty_table(), *tables])
+    buckets = table["digest"].to_numpy() // np.uint64(-(-(2**64) // num_buckets))
+    return write_slices(storage, out_path, table, buckets.astype(np.int64), num_buckets)
 
+
+def shared_digests(storage: Storage, files: SliceFiles, bucket: int, out_path: str) -> CheckCounts:
+    """Responses that stand under several prompts, of one range of digests (a Ray task)."""
     started = time.monotonic()
-    low, high = bucket * (2**64 // buckets), (bucket + 1) * (2**64 // buckets)
-    wanted = (pc.field("digest") >= pa.scalar(low, pa.uint64())) & (
-        pc.field("digest") <= pa.scalar(high - 1, pa.uint64())
-    )
-    tables = [
-        pq.read_table(storage.full(path), filesystem=storage.arrow, filters=wanted, page_checksum_verification=True)
-        for path in paths
-    ]
-    table = pa.concat_tables(tables)
+    table = read_slice(storage, files, bucket, DIGEST)
     prompts = table.group_by("digest").aggregate([("prompt_id", "count_distinct")])
     shared = prompts.filter(pc.greater(prompts["prompt_id_count_distinct"], 1))
     rows = table.join(shared, "digest", join_type="inner").sort_by(

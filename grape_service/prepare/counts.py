@@ -13,9 +13,11 @@ import numpy.typing as npt
 from grape_service.config.schema import Config
 from grape_service.pool.candidates import TOO_LONG, TRUNCATED
 from grape_service.pool.column_types import Kind, join_columns
+from grape_service.prepare.deal import Dealt, bounds_array
 from grape_service.prepare.groups import GroupCounts, check_columns
-from grape_service.prepare.plan import PreparePlan
+from grape_service.prepare.plan import PreparePlan, row_path
 from grape_service.rows.columns import OUR_COLUMNS
+from grape_service.storage.slices import SliceFiles
 
 MAX_NAMED_SOURCES = 4096
 SAME_CONTENT = "duplicate candidate"
@@ -69,7 +71,7 @@ class Rejects:
 
 @dataclass
 class PieceCounts:
-    """What a map task found in a piece; `map/piece-k.json`."""
+    """What a map task found in a piece; `dealt/piece-k.json`."""
 
     piece: int
     rows_in: int = 0
@@ -79,8 +81,8 @@ class PieceCounts:
     tokens: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     """By reason; what is wrong with each row is in the map's rejects."""
-    num_files: int = 0
-    """Arrow files of rows."""
+    bounds: list[list[int]] = field(default_factory=list)
+    """Of the slices of each Arrow file of rows; see deal.py."""
     num_reject_files: int = 0
     segment_lines: list[int] = field(default_factory=list)
     """Places of each segment: lines of a .jsonl, rows of others."""
@@ -88,6 +90,11 @@ class PieceCounts:
     """By index in the config's pool.groups."""
     other_columns: dict[str, Kind] = field(default_factory=dict)
     message_fields: list[str] = field(default_factory=list)
+
+    @property
+    def num_files(self) -> int:
+        """Arrow files of rows."""
+        return len(self.bounds)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "groups": {str(index): asdict(group) for index, group in self.groups.items()}}
@@ -147,8 +154,10 @@ class PartitionCounts:
         return cls(**value)
 
 
-def pack_ids(used: npt.NDArray[np.bool_]) -> str:
-    """A set of token ids, given as booleans [largest id + 1], as base64 of a bitmap."""
+def pack_ids(ids: npt.NDArray[np.integer]) -> str:
+    """The set of some token ids, as base64 of a bitmap."""
+    used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
+    used[ids] = True
     return base64.b64encode(np.packbits(used, bitorder="little").tobytes()).decode()
 
 
@@ -185,8 +194,8 @@ class MapSummary:
     rows: int = 0
     tokens: int = 0
     rejected: int = 0
-    num_files: list[int] = field(default_factory=list)
-    """Arrow files of each piece's rows."""
+    dealt: Dealt = field(default_factory=lambda: Dealt(SliceFiles([], np.zeros((0, 2), np.int64)), 0, 0))
+    """The pieces' rows, as the newest level has them."""
     num_reject_files: list[int] = field(default_factory=list)
     """Arrow files of each piece's rejects."""
     first_rows: list[list[int]] = field(default_factory=list)
@@ -199,23 +208,25 @@ class MapSummary:
 
 
 def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Config) -> MapSummary:
-    """Join the counts of all pieces, in any order.
+    """Join the counts of all pieces, in their order, as they come.
 
     Raises UserError where no row has a column that pool.where or the config's names need.
     """
     summary = MapSummary(groups=[GroupCounts() for _ in config.pool.groups])
     fields: set[str] = set()
     lines_before = [0] * len(plan.files)
-    by_piece = sorted(counts, key=lambda piece: piece.piece)
-    assert [one.piece for one in by_piece] == [piece.index for piece in plan.pieces], "every piece is counted once"
-    for piece, one in zip(plan.pieces, by_piece, strict=True):
+    paths: list[str] = []
+    bounds: list[npt.NDArray[np.int64]] = []
+    for piece, one in zip(plan.pieces, counts, strict=True):
+        assert one.piece == piece.index, "every piece is counted once"
         assert one.rows_in == one.filtered + one.rows + sum(one.rejects.values()), "no row of a piece is lost"
         summary.rows_in += one.rows_in
         summary.filtered += one.filtered
         summary.rows += one.rows
         summary.tokens += one.tokens
         summary.rejected += sum(one.rejects.values())
-        summary.num_files.append(one.num_files)
+        paths += [row_path(plan, piece, number) for number in range(one.num_files)]
+        bounds += [np.array(of_file) for of_file in one.bounds]
         summary.num_reject_files.append(one.num_reject_files)
         fields.update(one.message_fields)
         for index, group in one.groups.items():
@@ -226,6 +237,8 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
             first_rows.append(lines_before[segment.file])
             lines_before[segment.file] += lines
         summary.first_rows.append(first_rows)
+    bits = plan.level_bits[0]
+    summary.dealt = Dealt(SliceFiles(paths, bounds_array(bounds, len(paths), bits)), 0, bits)
     summary.message_fields = sorted(fields)
     check_columns(config, summary.groups)
     return summary

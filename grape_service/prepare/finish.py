@@ -17,7 +17,7 @@ from grape_service.prepare.counts import (
     union_of_ids,
 )
 from grape_service.prepare.groups import GroupCounts, add_counts
-from grape_service.prepare.plan import PreparePlan
+from grape_service.prepare.plan import FOLDER_OF_MAP, PREPARED, PreparePlan
 from grape_service.prepare.result import PartitionTotals, Prepared
 from grape_service.storage.storage import Storage
 
@@ -47,8 +47,8 @@ def finish_prepare(
     left = prepared.rejects.total + prepared.left_out.total
     assert prepared.rows_in == prepared.rows + prepared.filtered + left, "no row of a pool is lost"
     _check_usable(plan, prepared, config, storage)
-    storage.write_json(f"{plan.folder}/prepared.json", prepared.to_json())
-    storage.delete_folder(f"{plan.folder}/map")
+    storage.write_json(f"{plan.folder}/{PREPARED}", prepared.to_json())
+    storage.delete_folder(f"{plan.folder}/{FOLDER_OF_MAP}")
     return prepared
 
 
@@ -66,7 +66,7 @@ def _group(group: PoolGroup, counts: GroupCounts) -> dict[str, Any]:
 def load_prepared(plan: PreparePlan, storage: Storage) -> Prepared | None:
     """What an earlier run prepared, or None."""
     try:
-        return Prepared.from_json(storage.read_json(f"{plan.folder}/prepared.json"))
+        return Prepared.from_json(storage.read_json(f"{plan.folder}/{PREPARED}"))
     except FileNotFoundError:
         return None
 

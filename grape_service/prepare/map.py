@@ -20,13 +20,14 @@ from grape_service.pool.file_candidates import FileCandidates
 from grape_service.pool.lines import beginning
 from grape_service.prepare.counts import PieceCounts
 from grape_service.prepare.groups import GroupCounts
-from grape_service.prepare.plan import Piece, PreparePlan
+from grape_service.prepare.plan import FOLDER_OF_MAP, Piece, PreparePlan, reject_path, row_path
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import only_text, response_messages
-from grape_service.rows.partitions import partition_bits, prompt_order
+from grape_service.rows.partitions import prompt_order
 from grape_service.rows.ragged import list_array, offsets_from_lengths
+from grape_service.storage.slices import top_bits, write_slices
 from grape_service.storage.storage import Storage
 
 BATCH_ROWS = 1024
@@ -45,13 +46,14 @@ MAPPED = pa.schema(
         pa.field("prompt_digest", pa.string(), nullable=False),
         pa.field("content_digest", pa.string(), nullable=False),
         pa.field("rest_digest", pa.uint64(), nullable=False),  # of what the other digests leave out
+        pa.field("piece", pa.int32(), nullable=False),
         pa.field("segment", pa.int32(), nullable=False),  # of the piece
         pa.field("place", pa.int64(), nullable=False),  # in the segment
         pa.field("num_loss", pa.int32(), nullable=False),
         pa.field("other", pa.binary(), nullable=False),  # JSON object
     ]
 )
-"""Rows between map and reduce; each file has one record batch per partition, in the partitions' order."""
+"""Rows between map and reduce, in slices; see deal.py."""
 
 MAP_REJECT = pa.schema(
     [
@@ -80,16 +82,6 @@ class Placed:
     place: int
 
 
-def row_path(plan: PreparePlan, piece: Piece, number: int) -> str:
-    """An Arrow file of a piece's rows, MAPPED."""
-    return f"{plan.folder}/map/{piece.name}-{number:03d}.arrow"
-
-
-def reject_path(plan: PreparePlan, piece: Piece, number: int) -> str:
-    """An Arrow file of a piece's rejects, MAP_REJECT."""
-    return f"{plan.folder}/map/{piece.name}-rejects-{number:03d}.arrow"
-
-
 def map_piece(
     plan: PreparePlan,
     piece: Piece,
@@ -100,10 +92,10 @@ def map_piece(
 ) -> PieceCounts:
     """Read, filter, normalise and render a piece; returns at once what a finished task counted.
 
-    Writes `map/piece-k-000.arrow` and on, `map/piece-k-rejects-000.arrow` and on, then `map/piece-k.json`.
+    Writes `dealt/piece-k-000.arrow` and on, `dealt/piece-k-rejects-000.arrow` and on, then `dealt/piece-k.json`.
     Raises UserError where a file is damaged, gone or changed.
     """
-    done = f"{plan.folder}/map/{piece.name}.json"
+    done = f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json"
     if storage.exists(done):
         return PieceCounts.from_json(storage.read_json(done))
     task = _MapTask(plan, piece, config, renderer, storage)
@@ -187,7 +179,7 @@ class _MapTask:
         tokens = 0
         if good:
             self._learn_columns([item for _, item, _ in good])
-            rows = _record_batch(good)
+            rows = _record_batch(good, self.piece.index)
             tokens = sum(len(result.input_ids) for _, _, result in good)
             self.waiting.append(rows)
             self.waiting_bytes += rows.nbytes
@@ -247,23 +239,13 @@ class _MapTask:
         self.counts.num_reject_files += 1
 
     def _flush(self) -> None:
-        """Write what is waiting as one file with a record batch per partition."""
-        table = pa.Table.from_batches(self.waiting, MAPPED).combine_chunks()
+        """Write what is waiting as one file."""
+        table = pa.Table.from_batches(self.waiting, MAPPED)
         self.waiting, self.waiting_bytes = [], 0
-        num_partitions = self.plan.num_partitions
-        if num_partitions == 1:
-            partitions = np.zeros(table.num_rows, dtype=np.int64)
-        else:
-            shift = np.uint64(64 - partition_bits(num_partitions))
-            partitions = (table["prompt_order"].to_numpy() >> shift).astype(np.int64)
-        order = np.argsort(partitions, kind="stable")
-        bounds = np.searchsorted(partitions[order], np.arange(num_partitions + 1))
+        bits = self.plan.level_bits[0]
+        slices = top_bits(table["prompt_order"].to_numpy(), 0, bits)
         name = row_path(self.plan, self.piece, self.counts.num_files)
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with self.storage.open_write(name) as file, pa.ipc.new_file(file, MAPPED, options=options) as writer:
-            for start, end in itertools.pairwise(bounds.tolist()):
-                writer.write_batch(_one_batch(table.take(pa.array(order[start:end]))))
-        self.counts.num_files += 1
+        self.counts.bounds.append(write_slices(self.storage, name, table, slices, 1 << bits))
 
     def finish(self) -> PieceCounts:
         """Write what is left; the counts."""
@@ -279,12 +261,7 @@ class _MapTask:
         return counts
 
 
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    batches = table.combine_chunks().to_batches()
-    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=MAPPED)
-
-
-def _record_batch(good: list[tuple[Placed, Accepted, Rendered]]) -> pa.RecordBatch:
+def _record_batch(good: list[tuple[Placed, Accepted, Rendered]], piece: int) -> pa.RecordBatch:
     results = [result for _, _, result in good]
     candidates = [item.candidate for _, item, _ in good]
     offsets = offsets_from_lengths([len(result.input_ids) for result in results])
@@ -315,6 +292,7 @@ def _record_batch(good: list[tuple[Placed, Accepted, Rendered]]) -> pa.RecordBat
         "prompt_digest": [item.prompt_digest for _, item, _ in good],
         "content_digest": [item.content_digest for _, item, _ in good],
         "rest_digest": rest,
+        "piece": [piece] * len(good),
         "segment": [one.segment for one, _, _ in good],
         "place": [one.place for one, _, _ in good],
         "num_loss": [int(np.count_nonzero(result.loss_mask)) for result in results],

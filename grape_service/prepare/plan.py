@@ -19,7 +19,7 @@ from grape_service.pool.candidates import recorded_columns
 from grape_service.pool.files import PoolFile, open_pool_file, with_digests
 from grape_service.pool.listing import Listing, list_pool
 from grape_service.pool.reader import Segment, holds_document
-from grape_service.rows.partitions import partition_names
+from grape_service.rows.partitions import partition_bits, partition_names
 from grape_service.storage.storage import Storage
 
 FOLDER = "prepared"
@@ -28,6 +28,13 @@ FORMAT = 2
 COMPRESSION_RATIO = 6
 """Bytes of rows in a byte of a compressed file, about."""
 MAX_PARTITIONS = 2**16
+FAN_OUT = 64
+"""Buckets, at most, that a task deals rows to, and files that it reads to do so: a power of two."""
+PIECE_BYTES = 2 * 2**20
+"""A piece is not smaller, however small the partitions: it is a task with files of its own."""
+FOLDER_OF_MAP = "dealt"
+"""Below the plan's folder: what lies between map and reduce."""
+PREPARED = "prepared.json"
 SETTLED_NS = 2 * 10**9
 """A file that was written later than so long ago may be written again without another time stamp."""
 SMALL_PARQUET_BYTES = 4 * 2**20
@@ -36,7 +43,7 @@ SMALL_PARQUET_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """What one map task reads: segments of about workers.partition_bytes together."""
+    """What one map task reads: segments of about workers.partition_bytes together, or of PIECE_BYTES."""
 
     index: int
     segments: tuple[Segment, ...]
@@ -57,6 +64,14 @@ class PreparePlan:
     num_partitions: int
     passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Entries below the pool's path that are not read: by reason their count and some of them."""
+    fan_out: int = FAN_OUT
+
+    @property
+    def level_bits(self) -> list[int]:
+        """By how many bits of a prompt's order each level deals rows, the first to partitions' own; see deal.py."""
+        bits, most = partition_bits(self.num_partitions), partition_bits(self.fan_out)
+        num_levels = max(1, -(-bits // most))
+        return [(bits + level) // num_levels for level in range(num_levels)]
 
     @property
     def folder(self) -> str:
@@ -74,6 +89,16 @@ class PreparePlan:
         return sum(file.size for file in self.files)
 
 
+def row_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rows, MAPPED."""
+    return f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}-{number:03d}.arrow"
+
+
+def reject_path(plan: PreparePlan, piece: Piece, number: int) -> str:
+    """An Arrow file of a piece's rejects, MAP_REJECT."""
+    return f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}-rejects-{number:03d}.arrow"
+
+
 def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> PreparePlan:
     """Look at the pool's files and write `plan.json`.
 
@@ -82,13 +107,18 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     listing = _pool_files(config, storage)
     files = tuple(listing.files)
     sized = list(sized_segments(files, config))
-    pieces = tuple(_packed(sized, config.workers.partition_bytes))
+    pieces = tuple(_packed(sized, piece_bytes(config)))
     num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
     prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
     passed_over = {reason: asdict(passed) for reason, passed in sorted(listing.passed_over.items())}
     plan = PreparePlan(prepare_id, config.pool.address, files, pieces, num_partitions, passed_over)
     storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
     return plan
+
+
+def piece_bytes(config: Config) -> int:
+    """Bytes of pool in a piece, about."""
+    return max(PIECE_BYTES, config.workers.partition_bytes)
 
 
 def _pool_files(config: Config, storage: Storage) -> Listing:
@@ -154,7 +184,7 @@ def _packed(sized: Iterable[tuple[Segment, int]], piece_bytes: int) -> Iterator[
 
 def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tuple[Segment, int]]:
     """Segments of all files, and about how many bytes of rows each holds."""
-    most = config.workers.partition_bytes
+    most = piece_bytes(config)
     with ThreadPoolExecutor(16, thread_name_prefix="footers") as pool:
         footers = pool.map(lambda file: _row_group_bytes(file, config), files)
         in_lines = pool.map(lambda file: _is_cut_at_lines(file, config), files)
@@ -174,7 +204,7 @@ def _is_cut_at_lines(file: PoolFile, config: Config) -> bool:
     """Whether a file has a row a line and can be read in parts."""
     if file.format not in (".json", ".jsonl") or file.size == 0:
         return False
-    if file.size <= config.workers.partition_bytes:
+    if file.size <= piece_bytes(config):
         return file.format == ".jsonl"  # one part all the same
     return not holds_document(file, config.storage)
 
@@ -191,7 +221,7 @@ def _row_group_segments(index: int, row_groups: list[int], most: int) -> Iterato
 
 def _row_group_bytes(file: PoolFile, config: Config) -> list[int] | None:
     """Uncompressed bytes of each row group of a larger Parquet file; None for other files."""
-    if file.format != ".parquet" or file.size < min(SMALL_PARQUET_BYTES, config.workers.partition_bytes):
+    if file.format != ".parquet" or file.size < min(SMALL_PARQUET_BYTES, piece_bytes(config)):
         return None
     try:
         with open_pool_file(file, config.storage) as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,21 +25,28 @@ from grape_service.prepare.counts import (
     largest,
     pack_ids,
 )
-from grape_service.prepare.map import MAPPED, reject_path, row_path
-from grape_service.prepare.plan import Piece, PreparePlan
+from grape_service.prepare.map import MAPPED
+from grape_service.prepare.plan import Piece, PreparePlan, reject_path
 from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.messages import shown_content
+from grape_service.rows.partitions import partition_index
 from grape_service.rows.ragged import Int64s, offsets_from_lengths
 from grape_service.storage.parquet import write_parquet
+from grape_service.storage.slices import read_slice
 from grape_service.storage.storage import Storage
 
 SAME_ID = "candidate_id is used twice"
 TWO_PROMPTS = "prompt_id names two different prompts"
 
 
-def shard_path(plan_folder: str, partition: str, number: int) -> str:
-    """Path of a partition's shard in the workspace."""
-    return f"{plan_folder}/shards/{partition}/shard-{number:05d}.parquet"
+def shard_folder(plan_folder: str, partition: str) -> str:
+    """Where a partition's shards are in the workspace."""
+    return f"{plan_folder}/shards/{partition}"
+
+
+def shard_path(folder: str, number: int) -> str:
+    """A shard in its folder."""
+    return f"{folder}/shard-{number:05d}.parquet"
 
 
 def shard_schema(other_columns: dict[str, Kind]) -> pa.Schema:
@@ -75,40 +82,16 @@ def reduce_partition(
 def _reduce(
     plan: PreparePlan, partition: str, config: Config, summary: MapSummary, storage: Storage
 ) -> PartitionCounts:
-    index = plan.partitions.index(partition)
+    index = partition_index(partition)
     counts = PartitionCounts(partition)
     _write_piece_rejects(plan, index, summary, storage, counts)
-    table = _read_mapped(plan, index, summary, storage)
+    table = read_slice(storage, *summary.dealt.find(index), MAPPED).combine_chunks()
     if table.num_rows:
         kept, left_out = _choose(table)
         _write_left_out(plan, partition, table, left_out, summary, storage, counts)
         _write_shards(plan, partition, config, table, kept, summary, storage, counts)
         _describe(table, kept, counts)
     return counts
-
-
-def _read_mapped(plan: PreparePlan, partition: int, summary: MapSummary, storage: Storage) -> pa.Table:
-    """The partition's rows of all pieces, with a column `piece`, as one chunk a column."""
-    batches: list[pa.RecordBatch] = []
-    pieces: list[npt.NDArray[np.int32]] = []
-    for piece in plan.pieces:
-        for number in range(summary.num_files[piece.index]):
-            path = row_path(plan, piece, number)
-            with _open_at_places(storage, path) as file, pa.ipc.open_file(file) as reader:
-                batch = reader.get_batch(partition)
-            if batch.num_rows:
-                batches.append(batch)
-                pieces.append(np.full(batch.num_rows, piece.index, dtype=np.int32))
-    table = pa.Table.from_batches(batches, MAPPED).combine_chunks()
-    return table.append_column("piece", pa.array(np.concatenate([*pieces, np.zeros(0, np.int32)])))
-
-
-def _open_at_places(storage: Storage, path: str) -> IO[bytes]:
-    """A file of which a small part is read: nothing is read ahead."""
-    if not storage.is_s3:
-        return storage.open(path)
-    file: IO[bytes] = storage.fs.open(storage.full(path), "rb", cache_type="none")
-    return file
 
 
 def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
@@ -242,7 +225,7 @@ def _write_shards(
     for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
         rows = table.take(pa.array(kept[start:end]))
         shard = _shard(rows, schema, summary.other_columns)
-        write_parquet(storage, shard_path(plan.folder, partition, number), schema, [shard])
+        write_parquet(storage, shard_path(shard_folder(plan.folder, partition), number), schema, [shard])
         tokens, loss_tokens = int(lengths[start:end].sum()), int(loss[start:end].sum())
         counts.shards.append(ShardCounts(end - start, tokens, loss_tokens))
         counts.rows += end - start
@@ -276,10 +259,7 @@ def _describe(table: pa.Table, kept: Int64s, counts: PartitionCounts) -> None:
     """Token ids in use, sources, recorded log-probabilities."""
     rows = pa.array(kept)
     mask = pc.list_flatten(table["loss_mask"]).to_numpy() > 0
-    ids = pc.list_flatten(table["input_ids"]).to_numpy()[mask]
-    used = np.zeros(int(ids.max(initial=-1)) + 1, dtype=bool)
-    used[ids] = True
-    counts.used_ids = pack_ids(used)
+    counts.used_ids = pack_ids(pc.list_flatten(table["input_ids"]).to_numpy()[mask])
     counts.truncated = pc.sum(table["truncated"].take(rows)).as_py() or 0
     sources = _value_counts(table["source"].take(rows))
     counts.without_source = sources.pop(None, 0)

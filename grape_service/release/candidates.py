@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from grape_service.prepare.shards import shard_paths
 from grape_service.release.load import Release
 from grape_service.render.renderer import Renderer
 from grape_service.rows.columns import LOSS_TOKEN
-from grape_service.rows.partitions import partition_bits, partition_names
+from grape_service.rows.partitions import partition_bits
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.score.store import ScoreStore
 from grape_service.select.grape import grape_scores
@@ -52,9 +53,9 @@ class ScoredPool:
         """Candidates [N] of the prompts of each of `num_groups` parts of the pool, at most its partitions:
         prompt_id, candidate_id, source, tokens (counted ones), score (NaN where there is none)."""
         bits = partition_bits(num_groups)
-        for group in partition_names(num_groups):
-            names = [name for name in self.prepared.partitions if name[: 1 + bits] == group]
-            tables = [table for name in sorted(names) for table in self._partition(name)]
+        names = sorted(self.prepared.partitions)
+        for _, members in itertools.groupby(names, key=lambda name: name[: 1 + bits]):
+            tables = [table for name in members for table in self._partition(name)]
             yield pa.concat_tables(tables) if tables else EMPTY
 
     def _partition(self, partition: str) -> Iterator[pa.Table]:

@@ -18,7 +18,7 @@ from grape_service.release.lineage import trained_version, training_runs
 from grape_service.release.manifest import MANIFEST, Manifest, read_manifest
 from grape_service.release.reference import VERSION_PATTERN, Reference, parse_reference, version_folder, version_number
 from grape_service.release.tags import list_tags
-from grape_service.score.store import REPEAT_SUFFIX
+from grape_service.score.store import REPEAT_SUFFIX, SHUFFLED_SUFFIX
 from grape_service.storage.storage import FileInfo, Storage, json_bytes
 
 DAY = 86_400.0
@@ -318,7 +318,7 @@ def _delete_unused(workspace: Storage, unused: list[Garbage], now: float, stale_
 def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], before: float) -> list[Garbage]:
     used = [m for m, tagged in kept if tagged or _created(m) >= before]
     policies = {policy.policy_id for manifest in used for policy in manifest.parents.policies}
-    policies |= {f"{policy_id}{REPEAT_SUFFIX}" for policy_id in policies}
+    policies |= {f"{policy_id}{suffix}" for policy_id in policies for suffix in (REPEAT_SUFFIX, SHUFFLED_SUFFIX)}
     prepared = {manifest.parents.prepare_id for manifest in used}
     runs = {manifest.parents.run_id for manifest in used}
     garbage: list[Garbage] = []

@@ -11,6 +11,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from grape_service.prepare.counts import pack_ids, union_of_ids
 from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END, SHARD, message_type, release_schema
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import (
@@ -139,16 +140,16 @@ def write_kept_rows(
     other_fields: list[pa.Field],
     turn_end_id: int | None,
     keep_scores: bool,
-) -> tuple[int, npt.NDArray[np.int64]]:
+) -> tuple[int, str]:
     """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, and
-    the ids of their tokens with loss.
+    the ids of their tokens with loss (see `pack_ids`).
 
     `turn_end_id` is the target's: a token with loss that has this id and ends a span is a turn end. The target's
     log-probabilities are taken over when `keep_scores`, or null, to be scored again.
     """
     schema = pa.schema([*SHARD, *other_fields, *KEPT_COLUMNS])
     rows = 0
-    used = np.zeros(0, dtype=np.int64)
+    used = ""
 
     def tables() -> Iterator[pa.Table]:
         nonlocal rows, used
@@ -157,7 +158,7 @@ def write_kept_rows(
                 table = pa.Table.from_batches([batch])
                 rows += table.num_rows
                 kept = kept_rows(table, schema, turn_end_id, keep_scores)
-                used = np.union1d(used, tokens_with_loss(kept))
+                used = union_of_ids([used, tokens_with_loss(kept)])
                 yield kept
 
     write_parquet(workspace, kept_path, schema, tables())
@@ -253,11 +254,11 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def tokens_with_loss(kept: pa.Table) -> npt.NDArray[np.int64]:
-    """Ids of the tokens with loss of kept rows, ascending, each once."""
+def tokens_with_loss(kept: pa.Table) -> str:
+    """Ids of the tokens with loss of kept rows, packed."""
     _, ids = list_offsets_and_values(array_of(kept, "input_ids"))
     _, mask = list_offsets_and_values(array_of(kept, "loss_mask"))
-    return np.unique(ids[mask > 0]).astype(np.int64)
+    return pack_ids(ids[mask > 0])
 
 
 def other_fields_of(schema: pa.Schema) -> list[pa.Field]:

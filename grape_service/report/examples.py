@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +39,7 @@ FinalRows = dict[tuple[str, str], dict[str, Any]]
 COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "truncated", "messages"]
 
 
-def rows_of_prompts(storage: Storage, paths: list[str], prompt_ids: list[str], columns: list[str]) -> pa.Table:
+def rows_of_prompts(storage: Storage, paths: Sequence[str], prompt_ids: list[str], columns: list[str]) -> pa.Table:
     """The rows of some prompts in Parquet files; of files without one the ids alone are read."""
     wanted = pa.array(prompt_ids, type=pa.string())
     found = []
@@ -57,7 +57,7 @@ def rows_of_prompts(storage: Storage, paths: list[str], prompt_ids: list[str], c
 def read_examples(
     storage: Storage,
     partition: str,
-    shards: list[str],
+    shards: Sequence[str],
     store: ScoreStore | None,
     prompt_ids: list[str],
     select: SelectConfig,

@@ -23,6 +23,11 @@ def partition_name(index: int, num_partitions: int) -> str:
     return f"b{index:0{bits}b}" if bits else "b"
 
 
+def partition_index(name: str) -> int:
+    """The place of a partition among as many as its name has bits for: the inverse of partition_name."""
+    return int(name[1:] or "0", 2)
+
+
 def partition_names(num_partitions: int) -> list[str]:
     """Names of all partitions, in order."""
     return [partition_name(index, num_partitions) for index in range(num_partitions)]

@@ -7,19 +7,31 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from grape_service.prepare.reduce import shard_path
+from grape_service.prepare.shards import ShardPaths
 from grape_service.rows.ragged import list_offsets_and_values
 from grape_service.storage.parquet import array_of, write_parquet
 from grape_service.storage.storage import Storage
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """A file of rows to score."""
+class Shards:
+    """A partition's files of rows to score, `<folder>/shard-00000.parquet` and on: no object for each."""
 
-    path: str
+    folder: str
     partition: str
-    rows: int
+    number: int
+    rows: int  # of all of them
     tokens: int
+
+    @property
+    def paths(self) -> ShardPaths:
+        """Their paths, in order."""
+        return ShardPaths(self.folder, self.number)
+
+    def part(self, total: int, place: int) -> int:
+        """What one of them has of `rows` or `tokens`, about: they are of one size. All parts add up."""
+        return total * (place + 1) // self.number - total * place // self.number
 
 
 class ShardWriter:
@@ -27,7 +39,7 @@ class ShardWriter:
 
     def __init__(self, storage: Storage, folder: str, partition: str, shard_tokens: int):
         self.storage, self.folder, self.partition, self.shard_tokens = storage, folder, partition, shard_tokens
-        self.shards: list[ShardFile] = []
+        self.number = self.rows = self.tokens_written = 0
         self.waiting: list[pa.Table] = []
         self.tokens = 0
 
@@ -46,13 +58,14 @@ class ShardWriter:
 
     def _write(self) -> None:
         table = pa.concat_tables(self.waiting).combine_chunks()
-        path = f"{self.folder}/shard-{len(self.shards):05d}.parquet"
-        write_parquet(self.storage, path, table.schema, [table])
-        self.shards.append(ShardFile(path, self.partition, table.num_rows, self.tokens))
+        write_parquet(self.storage, shard_path(self.folder, self.number), table.schema, [table])
+        self.number += 1
+        self.rows += table.num_rows
+        self.tokens_written += self.tokens
         self.waiting, self.tokens = [], 0
 
-    def close(self) -> list[ShardFile]:
+    def close(self) -> Shards:
         """Write the rest; every shard that there is."""
         if self.waiting:
             self._write()
-        return self.shards
+        return Shards(self.folder, self.partition, self.number, self.rows, self.tokens_written)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,6 +33,9 @@ from grape_service.storage.storage import Storage
 PARTITION_PATTERN = re.compile(r"b[01]*")
 REPEAT_SUFFIX = "-repeat"
 """After a policy id: repeated scorings of a few rows, which show how much of the weights is the engine's noise."""
+SHUFFLED_SUFFIX = "-shuffled"
+"""After a policy id: scores of a few rows under other prompts. In the policy's own folder, where they belong to no
+partition, every stage would look at them for every partition."""
 METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
 
@@ -41,19 +46,32 @@ RowKeys: TypeAlias = Any
 class ScoreStore:
     """Scores of rows under one policy."""
 
-    def __init__(self, storage: Storage, policy_id: str):
+    def __init__(self, storage: Storage, policy_id: str, folders: frozenset[str] | None = None):
+        """`folders`: the partitions that have files, where that is known (see `with_folders`)."""
         self.storage = storage
         self.policy_id = policy_id
         self.folder = f"scores/{policy_id}"
+        self.folders = folders
+
+    def with_folders(self) -> ScoreStore:
+        """This store as a stage's tasks get it: which partitions have files is looked up here, once for all of them."""
+        return ScoreStore(self.storage, self.policy_id, frozenset(self._list_folders()))
+
+    def _list_folders(self) -> list[str]:
+        return [name for name in self.storage.folders(self.folder) if PARTITION_PATTERN.fullmatch(name)]
+
+    def related(self, partition: str) -> list[str]:
+        """Partitions with files that may hold scores of this partition's rows: its ancestors, itself, its parts."""
+        assert PARTITION_PATTERN.fullmatch(partition), partition
+        folders = self.folders if self.folders is not None else frozenset(self._list_folders())
+        found = [partition[:end] for end in range(1, len(partition) + 1) if partition[:end] in folders]
+        ordered = _sorted(folders)
+        first = bisect_right(ordered, partition)
+        return found + ordered[first : bisect_left(ordered, f"{partition}2", first)]
 
     def partition_files(self, partition: str) -> list[str]:
         """Files that may hold scores of a partition's rows, in the order in which they win."""
-        assert PARTITION_PATTERN.fullmatch(partition), partition
-        related = [
-            folder
-            for folder in self.storage.folders(self.folder)
-            if PARTITION_PATTERN.fullmatch(folder) and (folder.startswith(partition) or partition.startswith(folder))
-        ]
+        related = self.related(partition)
         files = [info.path for folder in related for info in self.storage.list(f"{self.folder}/{folder}")]
         return sorted(files, key=lambda path: (path.rsplit("/", 1)[-1], path))
 
@@ -137,6 +155,11 @@ class ScoreStore:
         except OSError as error:
             raise StageError(f"the score file {self.storage.url(path)} cannot be read: {error}") from error
         return _Found.concatenate(parts)
+
+
+@lru_cache(maxsize=8)
+def _sorted(folders: frozenset[str]) -> list[str]:
+    return sorted(folders)
 
 
 @dataclass(frozen=True)

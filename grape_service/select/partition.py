@@ -6,7 +6,7 @@ max_source_share is set, a few numbers per candidate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,7 +88,7 @@ class SelectObserver(Protocol):
 def select_partition(
     storage: Storage,
     partition: str,
-    shards: list[str],
+    shards: Sequence[str],
     store: ScoreStore | None,
     config: Config,
     failures: RowKeys | None,
@@ -141,7 +141,7 @@ def select_partition(
     return counts
 
 
-def _kept_schema(storage: Storage, shards: list[str]) -> pa.Schema:
+def _kept_schema(storage: Storage, shards: Sequence[str]) -> pa.Schema:
     if not shards:
         return pa.schema([*SHARD, *KEPT_COLUMNS])
     with open_parquet(storage, shards[0]) as file:

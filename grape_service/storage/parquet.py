@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -160,7 +160,7 @@ def open_checked(storage: Storage, path: str, sha256: str) -> pq.ParquetFile:
 
 
 def read_tables(
-    storage: Storage, paths: list[str], columns: list[str] | None = None, target_bytes: int = READ_BYTES
+    storage: Storage, paths: Sequence[str], columns: list[str] | None = None, target_bytes: int = READ_BYTES
 ) -> Iterator[pa.Table]:
     """Files one after the other in tables of at least `target_bytes`, the last one less; none without rows.
 
@@ -193,7 +193,7 @@ def read_row_groups(storage: Storage, path: str, columns: list[str] | None = Non
         raise StageError(f"{storage.url(path)} cannot be read: {error}") from error
 
 
-def _read_ahead(storage: Storage, paths: list[str], columns: list[str] | None) -> Iterator[pa.Table]:
+def _read_ahead(storage: Storage, paths: Sequence[str], columns: list[str] | None) -> Iterator[pa.Table]:
     ahead = 8 if storage.is_s3 else 1
     with ThreadPoolExecutor(ahead, thread_name_prefix="parquet") as pool:
         futures = [pool.submit(_read_file, storage, path, columns) for path in paths[:ahead]]

@@ -92,9 +92,9 @@ class RetryingS3(s3fs.S3FileSystem):
         endpoint = getattr(getattr(self._s3, "meta", None), "endpoint_url", None)
         return str(endpoint or self.endpoint_url or "its endpoint")
 
-    async def _read_object(self, bucket: str, key: str) -> tuple[bytes, str]:
+    async def _read_object(self, bucket: str, key: str, **more: str) -> tuple[bytes, str]:
         for attempt in range(6):
-            answer = await self._call_s3("get_object", Bucket=bucket, Key=key)
+            answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **more)
             try:
                 return await answer["Body"].read(), answer["ETag"].strip('"')
             except TRANSIENT_ERRORS as error:
@@ -105,7 +105,7 @@ class RetryingS3(s3fs.S3FileSystem):
         raise StorageUnavailable(f"s3://{bucket}/{key} broke off six times ({failure}): run again") from failure
 
     read_object = sync_wrapper(_read_object)
-    """A whole object and its etag in one GET. Raises FileNotFoundError."""
+    """A whole object, or the `Range` of it, and its etag in one GET. Raises FileNotFoundError."""
 
     def submit(self, method: str, **kwargs: Any) -> Future[Any]:
         """A request that runs in the background."""
@@ -228,6 +228,10 @@ class S3Files:
     def open(self, full: str) -> IO[bytes]:
         file: IO[bytes] = self.fs.open(full, "rb", block_size=8 * 2**20, cache_type="readahead")
         return file
+
+    def read_range(self, full: str, start: int, end: int) -> bytes:
+        data: bytes = self.fs.read_object(*_bucket_and_key(full), Range=f"bytes={start}-{end - 1}")[0]
+        return data
 
     def info(self, full: str) -> FileInfo:
         found = self.fs.call_s3("head_object", **_target(full))

@@ -20,7 +20,7 @@ import fsspec
 import orjson
 import pyarrow.fs as pafs
 
-from grape_service.errors import UserError
+from grape_service.errors import StageError, UserError
 from grape_service.storage.local import FileInfo, FileInfos, LocalFiles, Names
 
 __all__ = ["FileInfo", "Storage", "check_writable", "json_bytes", "normal_url", "refuse_secrets"]
@@ -102,6 +102,13 @@ class Storage:
         """A file for reading. Raises FileNotFoundError."""
         file: IO[bytes] = self._files.open(self.full(path))
         return file
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a file, in one request. Raises FileNotFoundError, StageError where there are fewer."""
+        data: bytes = self._files.read_range(self.full(path), start, end)
+        if len(data) != end - start:
+            raise StageError(f"{self.url(path)} is cut off: bytes {start} to {end} are not there; run again")
+        return data
 
     def info(self, path: str) -> FileInfo:
         """Size, etag and time. Raises FileNotFoundError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class BehaviorScores:
     """
 
     store: ScoreStore
-    row_paths: list[str]
+    row_paths: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def find_behavior_rows(
     return found, behaviors
 
 
-def read_columns(storage: Storage, paths: list[str], schema: pa.Schema) -> pa.Table:
+def read_columns(storage: Storage, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
     """Columns of all rows of some files, in one chunk each."""
     tables = [table for path in paths for table in read_row_groups(storage, path, schema.names)]
     return pa.concat_tables(

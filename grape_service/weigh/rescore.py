@@ -24,7 +24,7 @@ from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TURN_END, SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import offsets_from_lengths
-from grape_service.score.shards import ShardFile, ShardWriter
+from grape_service.score.shards import Shards, ShardWriter
 from grape_service.storage.parquet import open_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import RowBehaviors, row_behaviors
@@ -60,7 +60,7 @@ class Group:
 class GroupShards:
     """What `write_group_shards` wrote for a group."""
 
-    shards: list[ShardFile]
+    shards: Shards
     unrenderable: int  # rows that the behavior policy's template cannot take; they have no behavior
 
 

@@ -19,6 +19,8 @@ from grape_service.config.schema import WorkersConfig
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: the run joins that job's cluster."""
+CPUS_PER_CORE = 2
+"""CPUs that a private Ray is told it has for each core: an actor that holds one leaves room for tasks."""
 PRIVATE = "GRAPE_PRIVATE_RAY"
 """In the environment of every process of a private Ray: its scratch folder."""
 
@@ -43,7 +45,7 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
             scratch = os.environ[PRIVATE] = tempfile.mkdtemp(prefix="grape-ray-")
             ray.init(
                 address="local",
-                num_cpus=2 * num_cores(workers),
+                num_cpus=CPUS_PER_CORE * num_cores(workers),
                 include_dashboard=False,
                 log_to_driver=bool(os.environ.get("GRAPE_DEBUG")),
                 logging_level=logging.ERROR,
@@ -85,6 +87,11 @@ def _is_of(process: psutil.Process, scratch: str) -> bool:
 def num_cores(workers: WorkersConfig) -> int:
     """Tasks that a private Ray runs at the same time."""
     return workers.cpus or len(os.sched_getaffinity(0))
+
+
+def is_private() -> bool:
+    """Whether this process's Ray is its own."""
+    return not os.environ.get(IN_CLUSTER)
 
 
 def num_slots(workers: WorkersConfig) -> int:

@@ -1,16 +1,20 @@
-"""Functions as Ray tasks, a few in flight at a time."""
+"""Functions as Ray tasks: more of them submitted than there are CPUs, results in order as they come."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
-from workers.cluster.ray import import_path, num_slots
+from workers.cluster.ray import CPUS_PER_CORE, import_path, is_private, num_slots
 
 T = TypeVar("T")
 
@@ -19,22 +23,39 @@ ENGINE_CPUS = 0.001
 TASK_CPUS = 0.95
 """CPUs that a stage's task asks for: engines have room beside as many tasks as there are CPUs."""
 TASK_RETRIES = 3
+TASKS_AHEAD = 32
+"""Tasks, at least, that wait for a CPU: an autoscaler sees them, and a CPU that is free has work at once."""
+RESULTS_AHEAD = 256
+"""Results, at most, that wait for an earlier one."""
+SLOTS_SECONDS = 2.0
+"""How often it is asked how many CPUs a cluster has now."""
+TOGETHER_BYTES = 32 * 2**20
+MAX_TOGETHER = 64
+"""Partitions so small that fewer than TOGETHER_BYTES come together share a task: its start would outweigh them."""
+THREADS_TOGETHER = 8
+"""Of those, so many at the same time: what each mostly does is wait for storage."""
+
+Arguments = dict[str, Any]
 
 
 def run_tasks(
     function: Callable[..., T],
-    arguments: Sequence[tuple[Any, ...]],
+    arguments: Iterable[Arguments],
     workers: WorkersConfig,
-    done: Callable[[int, T], None] | None = None,
+    shared: Arguments | None = None,
+    done: Callable[[int], object] | None = None,
     threads: int = 1,
-) -> list[T]:
-    """Run `function(*arguments[i])` as Ray tasks, a few in flight at a time; results in order.
+    together: int = 1,
+) -> Iterator[T]:
+    """Call `function(**shared, **one)` for each of `arguments` as Ray tasks; results in order, as they come.
 
-    `done(i, result)` is called in the driver as each ends. A task that a lost process or node takes with it is
-    run again by Ray, up to 3 times, on whatever node is left; an exception of the function itself ends the stage
-    at once.
+    `shared` goes into the object store once, and each worker process reads it once. A task takes `together` calls.
+    `done(number)` is called as calls end, in any order. A task that a lost process or node takes with it is run again
+    by Ray, up to 3 times, on whatever node is left; an exception of the function itself ends the stage at once.
     """
-    remote = ray.remote(num_cpus=TASK_CPUS, max_retries=TASK_RETRIES)(function).options(
+    remote: Any = ray.remote(max_retries=TASK_RETRIES)(_calls).options(
+        name=function.__name__,
+        num_cpus=TASK_CPUS * (CPUS_PER_CORE if is_private() else 1),
         runtime_env={
             "env_vars": {
                 "PYTHONPATH": os.pathsep.join(import_path()),
@@ -42,32 +63,81 @@ def run_tasks(
                 "RAYON_NUM_THREADS": str(threads),
                 "TOKENIZERS_PARALLELISM": "true",
             }
-        }
+        },
     )
-    results: dict[int, T] = {}
-    in_flight: dict[ray.ObjectRef, int] = {}
-    queue = iter(range(len(arguments)))
-    slots = num_slots(workers)
+    held = [ray.put(shared or {})]
+    queue = _groups(arguments, together)
+    in_flight: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> place of the task, calls in it
+    finished: dict[int, list[T]] = {}
+    submitted = told = most = 0
+    looked = -SLOTS_SECONDS
     try:
         while True:
-            while len(in_flight) < slots and (index := next(queue, None)) is not None:
-                in_flight[remote.remote(*arguments[index])] = index
+            if time.monotonic() - looked >= SLOTS_SECONDS:
+                slots, looked = num_slots(workers), time.monotonic()
+                most = slots + max(slots, TASKS_AHEAD)
+            while len(in_flight) < most and submitted - told < most + RESULTS_AHEAD // together:
+                group = next(queue, None)
+                if group is None:
+                    break
+                in_flight[remote.remote(function, held, group)] = submitted, len(group)
+                submitted += 1
             if not in_flight:
-                return [results[index] for index in range(len(arguments))]
-            ready, _ = ray.wait(list(in_flight), num_returns=1)
-            index = in_flight.pop(ready[0])
-            try:
-                results[index] = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as error:
-                raise original(error) from None
-            except ray.exceptions.RayError as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise StageError(f"a task was lost with its process {TASK_RETRIES + 1} times: {reason}") from error
-            if done:
-                done(index, results[index])
+                return
+            ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=SLOTS_SECONDS)
+            for reference in ready:
+                place, calls = in_flight.pop(reference)
+                finished[place] = _results(reference)
+                if done:
+                    done(calls)
+            while told in finished:
+                yield from finished.pop(told)
+                told += 1
     finally:
         for reference in in_flight:
             ray.cancel(reference, force=True)
+
+
+def together(workers: WorkersConfig, number: int) -> int:
+    """How many of so many partitions one task takes: several where they are small."""
+    small = min(TOGETHER_BYTES // workers.partition_bytes, MAX_TOGETHER)
+    return max(1, min(small, number // (4 * num_slots(workers))))
+
+
+def _groups(arguments: Iterable[Arguments], size: int) -> Iterator[list[Arguments]]:
+    waiting = iter(arguments)
+    while group := list(islice(waiting, size)):
+        yield group
+
+
+def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments]) -> list[T]:
+    """The calls of one task, in a worker."""
+    shared = _shared(held[0])
+    if len(group) == 1:
+        return [function(**shared, **group[0])]
+    with ThreadPoolExecutor(THREADS_TOGETHER) as pool:
+        running = [pool.submit(function, **shared, **one) for one in group]
+        try:
+            return [one.result() for one in running]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@lru_cache(maxsize=1)
+def _shared(reference: ray.ObjectRef) -> Arguments:
+    """What all calls of a stage are given: unpacked once a process, whatever its size."""
+    found: Arguments = ray.get(reference)
+    return found
+
+
+def _results(reference: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise original(error) from None
+    except ray.exceptions.RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"a task was lost with its process {TASK_RETRIES + 1} times: {reason}") from error
 
 
 def original(error: ray.exceptions.RayTaskError) -> Exception:

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from workers.cluster.tasks import ENGINE_CPUS
 from workers.run import utc_now
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.scoring.metrics import ScoringMetrics
+from workers.scoring.queue import WorkQueue
 
 WAITING = 1
 """Units that a replica reads ahead while others are on its engine."""
@@ -195,9 +195,8 @@ class Replicas:
             stats["gpu_seconds"] = self.gpus * seconds
         return found
 
-    def score(self, works: Sequence[Work], advance: Callable[[int], None]) -> ScoreTotals:
+    def score(self, queue: WorkQueue[Work], advance: Callable[[int], None]) -> ScoreTotals:
         """Score every unit; `advance(tokens)` is called about once a second while it goes on."""
-        queue = deque(works)
         totals = ScoreTotals()
         last_progress = last_ready = time.monotonic()
         while queue or any(replica.in_flight for replica in self.replicas):
@@ -231,7 +230,7 @@ class Replicas:
         reference = replica.actor.score.remote(work.call, work.unit, work.store_id, work.temperature)
         replica.in_flight[reference] = work
 
-    def _collect(self, reference: ray.ObjectRef, queue: deque[Work], totals: ScoreTotals) -> None:
+    def _collect(self, reference: ray.ObjectRef, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
         replica = next(replica for replica in self.replicas if reference in replica.in_flight)
         oldest = next(iter(replica.in_flight)) == reference
         work = replica.in_flight.pop(reference)
@@ -280,7 +279,7 @@ class Replicas:
         replica.actor, replica.started, replica.is_ready = fresh.actor, fresh.started, False
         replica.asked, replica.tokens_seen = None, 0
 
-    def _again(self, work: Work, reason: str, queue: deque[Work], totals: ScoreTotals) -> None:
+    def _again(self, work: Work, reason: str, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
         """Put a unit back in front; after the last attempt it is recorded as failed."""
         if work.attempts >= ATTEMPTS:
             totals.failed_units.append((work, reason))

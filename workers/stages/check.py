@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,21 @@ import pyarrow.compute as pc
 from grape_service.checks.evaluation_sets import evaluation_items
 from grape_service.checks.findings import FINDING, CheckCounts, result_of
 from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
-from grape_service.checks.run import check_partition, shared_digests
+from grape_service.checks.run import check_partition, gather_digests, shared_digests
 from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams
 from grape_service.config.checks import Check, Contamination, Sources, UntrustedTarget
 from grape_service.errors import StageError
+from grape_service.prepare.reduce import shard_path
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
 from grape_service.rows.columns import SHARD
-from grape_service.score.shards import ShardFile
-from grape_service.score.store import ScoreStore
+from grape_service.score.shards import Shards
+from grape_service.score.store import SHUFFLED_SUFFIX, ScoreStore
 from grape_service.storage.parquet import array_of, write_parquet
-from workers.cluster.tasks import run_tasks
+from grape_service.storage.slices import SliceFiles
+from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
 from workers.stages.score import score_shards
@@ -75,24 +78,54 @@ def _check_partitions(
             items = evaluation_items(item.files, run.config.storage)
             grams = evaluation_grams(items, item.n)
     partitions = [name for name, totals in prepared.partitions.items() if totals.num_shards]
-    digests = [f"{run.folder}/digests/{name}.parquet" for name in partitions]
-    arguments = [
-        (workspace, shard_paths(prepared, p), kept.paths.get(p), checks, grams, f"{folder}/{p}.parquet", digest)
-        for p, digest in zip(partitions, digests, strict=True)
-    ]
-    reporter().begin("check", len(arguments), "partitions")
-    done = run_tasks(check_partition, arguments, workers, done=lambda *_: reporter().advance("check", 1))
+    digests = {name: f"{run.folder}/digests/{name}.parquet" for name in partitions}
+    reporter().begin("check", len(partitions), "partitions")
+    done = run_tasks(
+        check_partition,
+        (
+            {
+                "shards": shard_paths(prepared, name),
+                "kept_path": kept.paths.get(name),
+                "out_path": f"{folder}/{name}.parquet",
+                "digests_path": digests[name],
+            }
+            for name in partitions
+        ),
+        workers,
+        shared={"storage": workspace, "checks": checks, "grams": grams},
+        done=lambda number: reporter().advance("check", number),
+        together=together(workers, len(partitions)),
+    )
+    totals = {item.name: CheckCounts() for item in checks}
+    for found in done:
+        for name, counts in found.items():
+            totals[name] += counts
     reporter().end("check")
-    totals = {item.name: sum((found[item.name] for found in done), CheckCounts()) for item in checks}
     if "exact_duplicates" in totals:
-        buckets = min(MAX_BUCKETS, len(partitions))
-        shared = run_tasks(
-            shared_digests,
-            [(workspace, digests, n, buckets, f"{folder}/duplicates-{n:02}.parquet") for n in range(buckets)],
-            workers,
-        )
-        totals["exact_duplicates"] += sum(shared, CheckCounts())
+        for counts in _shared_digests(run, list(digests.values()), folder):
+            totals["exact_duplicates"] += counts
     return totals
+
+
+def _shared_digests(run: Run, paths: list[str], folder: str) -> Iterator[CheckCounts]:
+    """Look at the digests of all partitions, one range of them after the other; each file is opened once."""
+    workspace, workers = run.workspace, run.config.workers
+    buckets = min(MAX_BUCKETS, len(paths))
+    groups = [paths[start : start + MAX_BUCKETS] for start in range(0, len(paths), MAX_BUCKETS)]
+    gathered = [f"{run.folder}/digests/from-{number:05d}.arrow" for number in range(len(groups))]
+    bounds = run_tasks(
+        gather_digests,
+        ({"paths": group, "out_path": path} for group, path in zip(groups, gathered, strict=True)),
+        workers,
+        shared={"storage": workspace, "num_buckets": buckets},
+    )
+    files = SliceFiles(gathered, np.array(list(bounds), dtype=np.int64).reshape(len(groups), buckets + 1))
+    return run_tasks(
+        shared_digests,
+        ({"bucket": n, "out_path": f"{folder}/duplicates-{n:02}.parquet"} for n in range(buckets)),
+        workers,
+        shared={"storage": workspace, "files": files},
+    )
 
 
 def _check_target(
@@ -103,15 +136,15 @@ def _check_target(
     columns = [*SHARD.names, "target_logprobs"]
     sample = sample_kept(run, kept, item.rows, None, columns, _loss_at_the_end) if kept.has_scores else None
     if sample is not None and sample.num_rows > 1:
-        path = f"{run.folder}/shuffled/shard-00000.parquet"
         other_prompts = shuffled(sample)
-        write_parquet(run.workspace, path, SHARD, [other_prompts])
+        shard_folder = f"{run.folder}/shuffled"
+        write_parquet(run.workspace, shard_path(shard_folder, 0), SHARD, [other_prompts])
         num_tokens = int(pc.sum(pc.list_value_length(other_prompts["input_ids"])).as_py())
-        shard = ShardFile(path, "b", other_prompts.num_rows, num_tokens)
-        score_shards(run, engines, run.config.target, [shard], "score responses under shuffled prompts")
-        found = ScoreStore(run.workspace, run.policy_id(run.config.target)).read(
-            "b", array_of(other_prompts, "row_key")
-        )
+        shard = Shards(shard_folder, "b", 1, other_prompts.num_rows, num_tokens)
+        store = ScoreStore(run.workspace, f"{run.policy_id(run.config.target)}{SHUFFLED_SUFFIX}")
+        title = "score responses under shuffled prompts"
+        score_shards(run, engines, run.config.target, [shard], title, store_id=store.policy_id)
+        found = store.read("b", array_of(other_prompts, "row_key"))
         usable = np.flatnonzero(found.finite())
         if len(usable):
             real = mean_scores([sample["target_logprobs"][int(row)].as_py() for row in usable])

@@ -13,9 +13,10 @@ from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOK
 from grape_service.models.files import folder_here
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.prepare.counts import PieceCounts, summarise_map
+from grape_service.prepare.deal import Dealt, deal_group, next_level
 from grape_service.prepare.finish import finish_prepare, load_prepared
-from grape_service.prepare.map import map_piece
-from grape_service.prepare.plan import Piece, PreparePlan, plan_prepare
+from grape_service.prepare.map import MAPPED, map_piece
+from grape_service.prepare.plan import PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
@@ -23,7 +24,7 @@ from grape_service.render.renderer import Renderer
 from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
 from workers.cluster.ray import num_cores, num_slots
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.metrics import count_rejects
 
@@ -50,30 +51,58 @@ def prepare(run: Run) -> Prepared:
 def _read_pool(run: Run, plan: PreparePlan) -> Prepared:
     config, workspace = run.config, run.workspace
     threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
-    digest = run.target_renderer.digest()
     reporter().begin("prepare", len(plan.pieces), "pieces")
     pieces = run_tasks(
         map_task,
-        [(plan, piece, config, run.target_files.folder, digest, workspace) for piece in plan.pieces],
+        ({"piece": piece.index} for piece in plan.pieces),
         config.workers,
-        done=lambda *_: reporter().advance("prepare", 1),
+        shared={
+            "plan": plan,
+            "config": config,
+            "folder": run.target_files.folder,
+            "digest": run.target_renderer.digest(),
+            "workspace": workspace,
+        },
+        done=lambda number: reporter().advance("prepare", number),
         threads=threads,
     )
-    reporter().end("prepare")
     summary = summarise_map(plan, pieces, config)
+    reporter().end("prepare")
+    for bits in plan.level_bits[1:]:
+        summary.dealt = _deal(run, plan, summary.dealt, bits)
     reporter().begin("shard", plan.num_partitions, "partitions")
     partitions = run_tasks(
         reduce_partition,
-        [(plan, partition, config, summary, workspace) for partition in plan.partitions],
+        ({"partition": partition} for partition in plan.partitions),
         config.workers,
-        done=lambda *_: reporter().advance("shard", 1),
+        shared={"plan": plan, "config": config, "summary": summary, "storage": workspace},
+        done=lambda number: reporter().advance("shard", number),
+        together=together(config.workers, plan.num_partitions),
     )
+    prepared = finish_prepare(plan, summary, partitions, config, workspace)
     reporter().end("shard")
-    return finish_prepare(plan, summary, partitions, config, workspace)
+    return prepared
+
+
+def _deal(run: Run, plan: PreparePlan, dealt: Dealt, bits: int) -> Dealt:
+    """A level between map and reduce."""
+    groups = list(dealt.groups(plan.fan_out))
+    reporter().begin("deal", len(groups), "buckets")
+    bounds = run_tasks(
+        deal_group,
+        ({"bucket": bucket, "first": first} for bucket, first in groups),
+        run.config.workers,
+        shared={"plan": plan, "dealt": dealt, "bits": bits, "schema": MAPPED, "storage": run.workspace},
+        done=lambda number: reporter().advance("deal", number),
+        together=together(run.config.workers, len(groups)),
+    )
+    found = next_level(plan, dealt, bits, bounds)
+    reporter().end("deal")
+    return found
 
 
 def map_task(
-    plan: PreparePlan, piece: Piece, config: Config, folder: str, digest: str, workspace: Storage
+    piece: int, plan: PreparePlan, config: Config, folder: str, digest: str, workspace: Storage
 ) -> PieceCounts:
     """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
     renderer = Renderer.load(folder_here(config.target, folder, config.storage), config.target, config.render)
@@ -82,7 +111,7 @@ def map_task(
             f"the tokenizer or chat template of {config.target.model} on {socket.gethostname()} is not "
             "that of the run: give every node the same model files"
         )
-    return map_piece(plan, piece, config, renderer, workspace)
+    return map_piece(plan, plan.pieces[piece], config, renderer, workspace)
 
 
 def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:

@@ -26,7 +26,7 @@ from grape_service.report.page import facts_of_fields, render_page
 from grape_service.rows.columns import RELEASE_FORMAT, release_schema
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
 from workers.provenance import parents, policies_used
 from workers.run import Run
@@ -110,18 +110,18 @@ def report_examples(run: Run, prepared: Prepared, kept: Kept, weighed: Weighed) 
     store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
     chosen = kept.statistics.examples.chosen
     arguments = [
-        (run.workspace, p, shard_paths(prepared, p), store, ids, run.config.select, weighed.paths.get(p))
+        {"partition": p, "shards": shard_paths(prepared, p), "prompt_ids": ids, "final_path": weighed.paths.get(p)}
         for p, ids in chosen_by_partition(chosen, prepared.num_partitions).items()
     ]
-    return read_all_examples(run, arguments, chosen)
+    return read_all_examples(run, arguments, {"store": store, "select": run.config.select}, chosen)
 
 
 def read_all_examples(
-    run: Run, arguments: list[tuple[Any, ...]], chosen: dict[str, list[list[Any]]]
+    run: Run, arguments: list[dict[str, Any]], shared: dict[str, Any], chosen: dict[str, list[list[Any]]]
 ) -> list[dict[str, Any]]:
     """`read_examples` of each partition as Ray tasks, in the order of `chosen`."""
     prompts: dict[str, dict[str, Any]] = {}
-    for found in run_tasks(read_examples, arguments, run.config.workers):
+    for found in run_tasks(read_examples, arguments, run.config.workers, {"storage": run.workspace, **shared}):
         prompts.update(found)
     return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
 
@@ -180,12 +180,22 @@ def publish_rows(
                 move_tag(output, name, tag, same, who="grape", reason="unchanged content")
         return same, False
     with claim_version(output, name) as claim:
-        arguments = [
-            (run.workspace, output, claim.folder, index, file, columns, factor) for index, file in enumerate(files)
-        ]
-        reporter().begin("release", len(arguments), "files")
-        entries = run_tasks(
-            write_part_task, arguments, run.config.workers, done=lambda *_: reporter().advance("release", 1)
+        reporter().begin("release", len(files), "files")
+        entries = list(
+            run_tasks(
+                write_part_task,
+                ({"index": index, "weighed": file} for index, file in enumerate(files)),
+                run.config.workers,
+                shared={
+                    "workspace": run.workspace,
+                    "output": output,
+                    "version_folder": claim.folder,
+                    "columns": columns,
+                    "factor": factor,
+                },
+                done=lambda number: reporter().advance("release", number),
+                together=together(run.config.workers, len(files)),
+            )
         )
         reporter().end("release")
         manifest_fields = ManifestFields(content_digest=digest, tags=run.config.output.tags, **fields)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
+from grape_service.prepare.counts import union_of_ids, unpack_ids
 from grape_service.release.load import Release
+from grape_service.release.manifest import FileEntry
 from grape_service.release.rows import other_fields_of, write_kept_rows
 from grape_service.report.examples import chosen_by_partition
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
 from grape_service.select.partition import SelectCounts
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
 from workers.provenance import common_parents, policies_used
 from workers.run import Run
@@ -35,26 +35,42 @@ def load_kept(run: Run, release: Release) -> Kept:
     target_id = run.policy_id(run.config.target)
     same_target = any(p.role == "target" and p.policy_id == target_id for p in release.manifest.parents.policies)
     other = other_fields_of(release.schema)
-    paths: dict[str, str] = {}
-    arguments = []
-    for entry in release.manifest.files:
-        partition = getattr(entry, "partition", "b")
-        paths[partition] = f"{run.folder}/kept/{partition}.parquet"
-        part = f"{release.folder}/{entry.path}"
-        turn_end = run.target_renderer.turn_end_id
-        arguments.append(
-            (release.storage, part, entry.sha256, run.workspace, paths[partition], other, turn_end, same_target)
-        )
+    paths = {_partition(entry): f"{run.folder}/kept/{_partition(entry)}.parquet" for entry in release.manifest.files}
     with run.stage("load kept rows"):
-        done = run_tasks(write_kept_rows, arguments, run.config.workers)
-    used = np.unique(np.concatenate([ids for _, ids in done]))
+        done = run_tasks(
+            write_kept_rows,
+            (
+                {
+                    "part_path": f"{release.folder}/{entry.path}",
+                    "sha256": entry.sha256,
+                    "kept_path": paths[_partition(entry)],
+                }
+                for entry in release.manifest.files
+            ),
+            run.config.workers,
+            shared={
+                "output": release.storage,
+                "workspace": run.workspace,
+                "other_fields": other,
+                "turn_end_id": run.target_renderer.turn_end_id,
+                "keep_scores": same_target,
+            },
+            together=together(run.config.workers, len(paths)),
+        )
+        rows, packed = 0, ""
+        for count, ids in done:
+            rows, packed = rows + count, union_of_ids([packed, ids])
+    used = unpack_ids(packed)
     if len(used) and used[-1] >= run.target_renderer.vocab_size:
         raise UserError(f"{run.config.target.model} does not have the tokens of {release.reference}: token {used[-1]}")
     check_compatibility(run, used)
-    rows = sum(count for count, _ in done)
     prompts = release.manifest.counts.get("select", {}).get("kept_prompts", rows)
     names = (_old_report(release).get("select") or {}).get("names") or source_names({})
     return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target, SelectStatistics.empty(names))
+
+
+def _partition(entry: FileEntry) -> str:
+    return getattr(entry, "partition", "b")
 
 
 def _old_report(release: Release) -> dict[str, Any]:
@@ -119,11 +135,11 @@ def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[dict[str
     wanted = chosen_by_partition(chosen, num_partitions)
     select = SelectConfig.model_validate(release.manifest.config.get("select") or {})
     arguments = [
-        (run.workspace, partition, [path], None, wanted[partition], select, path)
+        {"partition": partition, "shards": [path], "prompt_ids": wanted[partition], "final_path": path}
         for partition, path in weighed.paths.items()
         if partition in wanted
     ]
-    return read_all_examples(run, arguments, chosen)
+    return read_all_examples(run, arguments, {"store": None, "select": select}, chosen)
 
 
 def _extra_names(release: Release) -> set[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from grape_service.config.policy import PolicyConfig
@@ -13,14 +15,15 @@ from grape_service.estimate.eta import record_rate
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
-from grape_service.score.shards import ShardFile, ShardWriter
+from grape_service.score.shards import Shards, ShardWriter
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.actor import Unit, read_rows, write_failures
 from workers.scoring.engines import Engines
 from workers.scoring.metrics import ScoringMetrics
+from workers.scoring.queue import WorkQueue
 from workers.scoring.replicas import ScoreTotals, Work
 
 
@@ -28,7 +31,7 @@ def score_shards(
     run: Run,
     engines: Engines,
     policy: PolicyConfig,
-    shards: Sequence[ShardFile],
+    shards: Sequence[Shards],
     stage: str,
     temperature: float = 1.0,
     store_id: str | None = None,
@@ -38,17 +41,18 @@ def score_shards(
     Scores are kept under the policy's id at this temperature, unless a `store_id` is given.
     """
     store_id = store_id or run.policy_id(policy, temperature)
-    units, reused = plan_units(run, store_id, shards)
-    totals = ScoreTotals(reused=reused)
+    left = plan_units(run, store_id, shards)
+    reused = sum(one.stored for one in left)
+    num_units = sum(one.num_units for one in left)
     ScoringMetrics(run.name, store_id, gpus=0).add("grape_rows_reused", reused)
-    if not units:
+    if not num_units:
         run.event(f"{stage}: all {reused:,} rows have stored scores, no engine is started")
-        return totals
-    replicas = engines.of(policy, len(units))
-    reporter().begin(stage, sum(unit.tokens for unit in units), "tokens")
-    works = [Work(unit, store_id, temperature) for unit in units]
+        return ScoreTotals(reused=reused)
+    replicas = engines.of(policy, num_units)
+    reporter().begin(stage, sum(one.tokens for one in left), "tokens")
+    works = (Work(unit, store_id, temperature) for one in left for unit in one.units())
     began = time.monotonic()
-    totals = replicas.score(works, lambda tokens: reporter().advance(stage, tokens))
+    totals = replicas.score(WorkQueue(works, num_units), lambda tokens: reporter().advance(stage, tokens))
     totals.reused += reused
     reporter().end(stage)
     record_rate(run.workspace, store_id, totals.tokens, time.monotonic() - began)
@@ -56,53 +60,85 @@ def score_shards(
     return totals
 
 
-def plan_units(run: Run, store_id: str, shards: Sequence[ShardFile]) -> tuple[list[Unit], int]:
-    """The units that are left of `shards`, and how many rows have scores already."""
-    by_partition: dict[str, list[ShardFile]] = {}
-    for shard in shards:
-        by_partition.setdefault(shard.partition, []).append(shard)
-    folder = f"{run.folder}/todo/{store_id}"
-    shard_tokens = run.config.workers.shard_tokens
-    arguments = [(run.workspace, store_id, group, folder, shard_tokens) for group in by_partition.values()]
-    planned = run_tasks(plan_partition, arguments, run.config.workers)
-    return [unit for units, _ in planned for unit in units], sum(stored for _, stored in planned)
+@dataclass(frozen=True)
+class Left:
+    """What is left to score of a partition: some of its shards as they are, and shards that were put together."""
+
+    shards: Shards
+    whole: npt.NDArray[np.int32] | None = None
+    """Which shards; None for all of them."""
+    rest: Shards | None = None
+    stored: int = 0
+    """Rows that have a score."""
+
+    @property
+    def num_units(self) -> int:
+        whole = self.shards.number if self.whole is None else len(self.whole)
+        return whole + (self.rest.number if self.rest is not None else 0)
+
+    @property
+    def tokens(self) -> int:
+        return sum(unit.tokens for unit in self.units()) if self.whole is not None else self.shards.tokens
+
+    def units(self) -> Iterator[Unit]:
+        """A unit for each shard, made as it is asked for."""
+        whole = range(self.shards.number) if self.whole is None else self.whole.tolist()
+        for shards, places in ((self.shards, whole), (self.rest, range(self.rest.number if self.rest else 0))):
+            for place in places:
+                assert shards is not None
+                rows, tokens = shards.part(shards.rows, place), shards.part(shards.tokens, place)
+                yield Unit(shards.paths[place], shards.partition, rows, tokens, check=False)
 
 
-def plan_partition(
-    storage: Storage, store_id: str, shards: list[ShardFile], folder: str, shard_tokens: int
-) -> tuple[list[Unit], int]:
-    """The units of one partition and its rows that have scores (a Ray task).
+def plan_units(run: Run, store_id: str, shards: Sequence[Shards]) -> list[Left]:
+    """What is left to score of each partition. Those without any score are not looked at."""
+    store = ScoreStore(run.workspace, store_id).with_folders()
+    scored = [one for one in shards if store.related(one.partition)]
+    workers = run.config.workers
+    planned = run_tasks(
+        plan_partition,
+        ({"shards": one} for one in scored),
+        workers,
+        shared={"store": store, "folder": f"{run.folder}/todo/{store_id}", "shard_tokens": workers.shard_tokens},
+        together=together(workers, len(scored)),
+    )
+    found = {one.shards.partition: one for one in planned}
+    return [found.get(one.partition) or Left(one) for one in shards]
+
+
+def plan_partition(shards: Shards, store: ScoreStore, folder: str, shard_tokens: int) -> Left:
+    """What is left to score of a partition (a Ray task).
 
     A shard without any score is a unit as it is. What is missing of the others is put together in files of
     about `shard_tokens` tokens, so that a pool that grew by a tenth is a tenth of the work in full units.
     """
-    partition = shards[0].partition
-    store = ScoreStore(storage, store_id)
-    if not store.partition_files(partition):
-        return [Unit(shard.path, partition, shard.rows, shard.tokens, check=False) for shard in shards], 0
-    keys = [read_rows(storage, shard.path, ["row_key"]) for shard in shards]
+    storage, partition = store.storage, shards.partition
+    keys = [read_rows(storage, path, ["row_key"]) for path in shards.paths]
     missing = store.missing(partition, pa.concat_tables(keys)["row_key"])
-    units: list[Unit] = []
+    whole: list[int] = []
     rest = ShardWriter(storage, f"{folder}/{partition}", partition, shard_tokens)
     ends = np.cumsum([table.num_rows for table in keys])[:-1]
-    for shard, here in zip(shards, np.split(missing, ends), strict=True):
+    for place, here in enumerate(np.split(missing, ends)):
         if here.all():
-            units.append(Unit(shard.path, partition, shard.rows, shard.tokens, check=False))
+            whole.append(place)
         elif here.any():
-            rest.add(read_rows(storage, shard.path).filter(pa.array(here)))
-    units += [Unit(shard.path, partition, shard.rows, shard.tokens, check=False) for shard in rest.close()]
-    return units, int((~missing).sum())
+            rest.add(read_rows(storage, shards.paths[place]).filter(pa.array(here)))
+    return Left(shards, np.array(whole, dtype=np.int32), rest.close(), int((~missing).sum()))
 
 
 def record_failed_units(run: Run, totals: ScoreTotals) -> None:
     """Write the rows of units that failed too often to the failures table and count them."""
     for work, reason in totals.failed_units:
         run.event(f"shard {work.unit.path} failed its last attempt and is skipped: {reason}")
-    arguments = [(run.workspace, run.run_id, work.store_id, work.unit, reason) for work, reason in totals.failed_units]
-    failed = run_tasks(record_failed_unit, arguments, run.config.workers)
+    failed = run_tasks(
+        record_failed_unit,
+        ({"store_id": work.store_id, "unit": work.unit, "reason": reason} for work, reason in totals.failed_units),
+        run.config.workers,
+        shared={"storage": run.workspace, "run_id": run.run_id},
+    )
     for (work, _), rows in zip(totals.failed_units, failed, strict=True):
         ScoringMetrics(run.name, work.store_id, gpus=0).add("grape_failures", rows)
-    totals.failed += sum(failed)
+        totals.failed += rows
 
 
 def record_failed_unit(storage: Storage, run_id: str, store_id: str, unit: Unit, reason: str) -> int:
@@ -119,10 +155,10 @@ def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
     """log p of every response token of the pool under the target policy."""
     if not run.config.select.needs_scores:
         return ScoreTotals()
-    shards = []
-    for partition, totals in prepared.partitions.items():
-        for path in shard_paths(prepared, partition):
-            rows, tokens = totals.rows // totals.num_shards, totals.tokens // totals.num_shards
-            shards.append(ShardFile(path, partition, rows, tokens))
+    shards = [
+        Shards(shard_paths(prepared, partition).folder, partition, totals.num_shards, totals.rows, totals.tokens)
+        for partition, totals in prepared.partitions.items()
+        if totals.num_shards
+    ]
     with run.stage("score"):
         return score_shards(run, engines, run.config.target, shards, "score target")

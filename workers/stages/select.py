@@ -23,7 +23,7 @@ from grape_service.score.store import ScoreStore
 from grape_service.select.partition import SelectCounts, select_partition
 from grape_service.storage.parquet import read_row_groups
 from grape_service.storage.storage import Storage
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 
 
@@ -34,28 +34,42 @@ def select(run: Run, prepared: Prepared) -> Kept:
     store = ScoreStore(run.workspace, run.policy_id(config.target)) if config.select.needs_scores else None
     paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
     names = source_names(prepared.sources, prepared.without_source)
-    arguments = [
-        (run.workspace, partition, shard_paths(prepared, partition), store, config, path, names)
-        for partition, path in paths.items()
-    ]
     with run.stage("select"):
-        reporter().begin("select", len(arguments), "partitions")
-        done = run_tasks(select_task, arguments, config.workers, done=lambda *_: reporter().advance("select", 1))
+        reporter().begin("select", len(paths), "partitions")
+        done = run_tasks(
+            select_task,
+            (
+                {"partition": partition, "shards": shard_paths(prepared, partition), "out_path": path}
+                for partition, path in paths.items()
+            ),
+            config.workers,
+            shared={
+                "storage": run.workspace,
+                "store": store.with_folders() if store is not None else None,
+                "config": config,
+                "names": names,
+            },
+            done=lambda number: reporter().advance("select", number),
+            together=together(config.workers, len(paths)),
+        )
+        total, statistics = SelectCounts(), SelectStatistics.empty(names)
+        kept = {}
+        for (partition, path), (counts, found) in zip(paths.items(), done, strict=True):
+            total += counts
+            statistics += found
+            if counts.kept_rows:
+                kept[partition] = path
         reporter().end("select")
-    counts = [count for count, _ in done]
-    rows = {partition: count.kept_rows for partition, count in zip(partitions, counts, strict=True)}
-    total = sum(counts, SelectCounts())
     if total.kept_rows == 0:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
         raise UserError(f"no prompt is left after selection ({reasons or 'the pool has no rows'})")
-    statistics = sum((found for _, found in done), SelectStatistics.empty(names))
-    return Kept({p: path for p, path in paths.items() if rows[p]}, total, config.select.needs_scores, statistics)
+    return Kept(kept, total, config.select.needs_scores, statistics)
 
 
 def select_task(
     storage: Storage,
     partition: str,
-    shards: list[str],
+    shards: Sequence[str],
     store: ScoreStore | None,
     config: Config,
     out_path: str,
@@ -101,11 +115,15 @@ def sample_kept(
                 if not may[row]:
                     continue
                 if rows == max_rows or (max_tokens is not None and tokens + lengths[row] > max_tokens):
-                    return _joined([*found, table.take(chosen)])
+                    return _joined([*found, _taken(table, chosen)])
                 chosen.append(row)
                 rows, tokens = rows + 1, tokens + lengths[row]
-            found.append(table.take(chosen))
+            found.append(_taken(table, chosen))
     return _joined(found)
+
+
+def _taken(table: pa.Table, rows: list[int]) -> pa.Table:
+    return table.take(pa.array(rows, pa.int64()))
 
 
 def _joined(found: list[pa.Table]) -> pa.Table | None:

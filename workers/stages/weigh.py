@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import pyarrow.compute as pc
 
 from grape_service.config.schema import Config
 from grape_service.estimate.eta import winners_stage
+from grape_service.prepare.reduce import shard_path
+from grape_service.prepare.shards import ShardPaths
 from grape_service.progress.reporter import reporter
 from grape_service.report.statistics import WeighStatistics
 from grape_service.rows.columns import SHARD
-from grape_service.score.shards import ShardFile
+from grape_service.score.shards import Shards
 from grape_service.score.store import REPEAT_SUFFIX, ScoreStore
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
 from grape_service.weigh.partition import REPEAT_PARTITION, BehaviorScores, WeighCounts, dataset_factor, weigh_partition
 from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
-from workers.cluster.tasks import run_tasks
+from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
 from workers.scoring.replicas import ScoreTotals
 from workers.stages.score import score_shards
 from workers.stages.select import Kept, sample_kept
+
+T = TypeVar("T")
 
 
 def policy_groups(run: Run, kept: Kept) -> list[Group]:
@@ -32,8 +38,8 @@ def policy_groups(run: Run, kept: Kept) -> list[Group]:
     assert config.behavior is not None
     target, files = config.target, run.target_files
     temperatures = [] if kept.has_scores else [1.0]
-    arguments = [(run.workspace, path, config.behavior) for path in kept.paths.values()]
-    temperatures += sorted({t for found in run_tasks(recorded_temperatures, arguments, config.workers) for t in found})
+    found = _on_kept(run, kept, recorded_temperatures, behavior=config.behavior)
+    temperatures += sorted({t for of_partition in found for t in of_partition})
     groups = [
         Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, place=None) for t in temperatures
     ]
@@ -41,6 +47,14 @@ def policy_groups(run: Run, kept: Kept) -> list[Group]:
         folder = run.files_of(policy).folder
         groups.append(Group(f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place))
     return groups
+
+
+def _on_kept(run: Run, kept: Kept, function: Callable[..., T], **shared: Any) -> Iterator[T]:
+    """`function(storage, kept_path, **shared)` for each kept file, in order."""
+    workers = run.config.workers
+    paths = ({"kept_path": path} for path in kept.paths.values())
+    several = together(workers, len(kept.paths))
+    return run_tasks(function, paths, workers, shared={"storage": run.workspace, **shared}, together=several)
 
 
 @dataclass
@@ -59,27 +73,32 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
         return PolicyScores()
     groups = policy_groups(run, kept)
     with run.stage("score behavior"):
-        arguments = [
-            (
-                run.workspace,
-                partition,
-                path,
-                f"{run.folder}/rescore/{partition}",
-                groups,
-                config.behavior,
-                config.render,
-                run.target_renderer.turn_end_id,
-                config.workers.shard_tokens,
+        policy_scores = PolicyScores(groups)
+        if groups:
+            made = run_tasks(
+                write_group_shards,
+                (
+                    {"partition": partition, "kept_path": path, "out_folder": f"{run.folder}/rescore/{partition}"}
+                    for partition, path in kept.paths.items()
+                ),
+                config.workers,
+                shared={
+                    "storage": run.workspace,
+                    "groups": groups,
+                    "behavior": config.behavior,
+                    "render": config.render,
+                    "target_turn_end_id": run.target_renderer.turn_end_id,
+                    "shard_tokens": config.workers.shard_tokens,
+                },
+                together=together(config.workers, len(kept.paths)),
             )
-            for partition, path in kept.paths.items()
-        ]
-        made = run_tasks(write_group_shards, arguments if groups else [], config.workers)
-        policy_scores = PolicyScores(groups, dict(zip(kept.paths, made, strict=bool(groups))))
+            policy_scores.shards = dict(zip(kept.paths, made, strict=True))
 
         behavior = config.behavior
 
         def score_group(group: Group) -> None:
-            shards = [shard for by_group in policy_scores.shards.values() for shard in by_group[group.name].shards]
+            shards = [by_group[group.name].shards for by_group in policy_scores.shards.values()]
+            shards = [one for one in shards if one.number]
             if shards:
                 stage = winners_stage(behavior, group.place, group.temperature)
                 totals = score_shards(run, engines, group.policy, shards, stage, group.temperature)
@@ -128,26 +147,49 @@ def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
     """Importance weights for the tokens of kept rows; without `weights`, 1 each."""
     config, partitions = run.config, list(kept.paths)
     if config.weights is None:
-        found = run_tasks(Storage.sha256, [(run.workspace, path) for path in kept.paths.values()], config.workers)
+        digests = dict(zip(partitions, _on_kept(run, kept, sha256_of), strict=True))
         counts = WeighCounts(rows=kept.counts.kept_rows, prompts=kept.counts.kept_prompts)
-        return Weighed(kept.paths, dict(zip(partitions, found, strict=True)), counts, factor=1.0)
+        return Weighed(kept.paths, digests, counts, factor=1.0)
     names = kept.statistics.names
-    arguments = [
-        (run.workspace, partition, kept.paths[partition], _lookups(run, policy_scores, partition), config, out, names)
-        for partition, out in ((partition, f"{run.folder}/weighed/{partition}.parquet") for partition in partitions)
-    ]
+    paths = {partition: f"{run.folder}/weighed/{partition}.parquet" for partition in partitions}
     with run.stage("weigh"):
         if config.behavior is not None and config.behavior.missing == "error":
             refuse_missing_behavior(run, kept)
-        reporter().begin("weigh", len(arguments), "partitions")
-        done = run_tasks(weigh_task, arguments, config.workers, done=lambda *_: reporter().advance("weigh", 1))
+        reporter().begin("weigh", len(partitions), "partitions")
+        done = run_tasks(
+            weigh_task,
+            (
+                {
+                    "partition": partition,
+                    "kept_path": kept.paths[partition],
+                    "behavior_rows": _behavior_rows(policy_scores, partition),
+                    "out_path": path,
+                }
+                for partition, path in paths.items()
+            ),
+            config.workers,
+            shared={
+                "storage": run.workspace,
+                "lookups": _lookups(run, policy_scores),
+                "config": config,
+                "names": names,
+            },
+            done=lambda number: reporter().advance("weigh", number),
+            together=together(config.workers, len(partitions)),
+        )
+        counts, statistics = WeighCounts(), WeighStatistics.empty(names)
+        digests = {}
+        for partition, (count, digest, found) in zip(partitions, done, strict=True):
+            counts += count
+            statistics += found
+            digests[partition] = digest
         reporter().end("weigh")
-    counts = sum((count for count, _, _ in done), WeighCounts())
-    statistics = sum((found for _, _, found in done), WeighStatistics.empty(names))
-    factor = dataset_factor(counts, config.weights)
-    paths = {partition: arguments[place][-2] for place, partition in enumerate(partitions)}
-    digests = {partition: digest for partition, (_, digest, _) in zip(partitions, done, strict=True)}
-    return Weighed(paths, digests, counts, factor, statistics)
+    return Weighed(paths, digests, counts, dataset_factor(counts, config.weights), statistics)
+
+
+def sha256_of(storage: Storage, kept_path: str) -> str:
+    """Hex sha256 of a file (a Ray task)."""
+    return storage.sha256(kept_path)
 
 
 @dataclass(frozen=True)
@@ -155,36 +197,49 @@ class Lookups:
     """Where weigh finds the scores that are not in the kept rows themselves."""
 
     target: ScoreStore | None
-    behaviors: list[BehaviorScores]
+    behaviors: list[ScoreStore]
     at_temperature: dict[float, ScoreStore]
     repeat: ScoreStore
 
 
-def _lookups(run: Run, policy_scores: PolicyScores, partition: str) -> Lookups:
+def _lookups(run: Run, policy_scores: PolicyScores) -> Lookups:
     target, behaviors, at_temperature = None, [], {}
     for group in policy_scores.groups:
-        store = ScoreStore(run.workspace, group.policy_id)
+        store = ScoreStore(run.workspace, group.policy_id).with_folders()
         if group.is_target and group.temperature == 1.0:
             target = store
         elif group.is_target:
             at_temperature[group.temperature] = store
         else:
-            paths = [shard.path for shard in policy_scores.shards[partition][group.name].shards]
-            behaviors.append(BehaviorScores(store, paths))
-    return Lookups(target, behaviors, at_temperature, repeat_store(run))
+            behaviors.append(store)
+    return Lookups(target, behaviors, at_temperature, repeat_store(run).with_folders())
+
+
+def _behavior_rows(policy_scores: PolicyScores, partition: str) -> list[ShardPaths]:
+    """For each behavior policy the files with the rows that it scored."""
+    made = policy_scores.shards.get(partition, {})
+    return [made[group.name].shards.paths for group in policy_scores.groups if not group.is_target]
 
 
 def weigh_task(
-    storage: Storage, partition: str, kept_path: str, lookups: Lookups, config: Config, out_path: str, names: list[str]
+    storage: Storage,
+    partition: str,
+    kept_path: str,
+    behavior_rows: list[ShardPaths],
+    lookups: Lookups,
+    config: Config,
+    out_path: str,
+    names: list[str],
 ) -> tuple[WeighCounts, str, WeighStatistics]:
     """weigh_partition, the digest of what it wrote and its statistics for the report (a Ray task)."""
     statistics = WeighStatistics.empty(names)
+    behaviors = [BehaviorScores(*pair) for pair in zip(lookups.behaviors, behavior_rows, strict=True)]
     counts = weigh_partition(
         storage,
         partition,
         kept_path,
         lookups.target,
-        lookups.behaviors,
+        behaviors,
         config,
         out_path,
         at_temperature=lookups.at_temperature,
@@ -196,9 +251,8 @@ def weigh_task(
 
 def refuse_missing_behavior(run: Run, kept: Kept) -> None:
     """Raises UserError when kept rows have no behavior policy and the config says that this is an error."""
-    arguments = [(run.workspace, path, run.config.behavior) for path in kept.paths.values()]
     census: dict[str, dict[str, int]] = {}
-    for found in run_tasks(behavior_census, arguments, run.config.workers):
+    for found in _on_kept(run, kept, behavior_census, behavior=run.config.behavior):
         census = add_census(census, found)
     refuse_missing(census)
 
@@ -217,10 +271,10 @@ def score_sample_again(run: Run, engines: Engines, kept: Kept) -> None:
     sample = sample_kept(run, kept, REPEAT_ROWS, REPEAT_TOKENS) if engines.are_up(target) else None
     if sample is None:
         return
-    path = f"{run.folder}/rescore/repeat/shard-00000.parquet"
-    write_parquet(run.workspace, path, SHARD, [sample])
+    folder = f"{run.folder}/rescore/repeat"
+    write_parquet(run.workspace, shard_path(folder, 0), SHARD, [sample])
     tokens = int(pc.sum(pc.list_value_length(sample["input_ids"])).as_py())
-    shard = ShardFile(path, REPEAT_PARTITION, sample.num_rows, tokens)
+    shard = Shards(folder, REPEAT_PARTITION, 1, sample.num_rows, tokens)
     score_shards(
         run, engines, target, [shard], "score a sample again under the target", store_id=repeat_store(run).policy_id
     )

@@ -13,7 +13,7 @@ import pytest
 from grape_service.checks.evaluation_sets import evaluation_items
 from grape_service.checks.findings import FINDING, CheckCounts, result_of
 from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
-from grape_service.checks.run import check_partition, shared_digests
+from grape_service.checks.run import check_partition, gather_digests, shared_digests
 from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams, language_of
 from grape_service.config.checks import ChecksConfig
@@ -21,6 +21,7 @@ from grape_service.config.loading import parse_config
 from grape_service.errors import UserError
 from grape_service.rows.columns import SHARD
 from grape_service.storage.parquet import read_tables, write_parquet
+from grape_service.storage.slices import SliceFiles
 from grape_service.storage.storage import Storage
 from tests.grape_service.checks.made_checks import CLEAN, check_of, clean_rows, row, table
 
@@ -38,7 +39,9 @@ def found_in(folder: Path, rows: list[dict[str, Any]], names: list[str]) -> tupl
     arguments = (["shard.parquet"], "shard.parquet", checks, grams, "found.parquet", "digests.parquet")
     counts = check_partition(storage, *arguments)
     if "exact_duplicates" in names:
-        parts = [shared_digests(storage, ["digests.parquet"], n, 2, f"dup-{n}.parquet") for n in range(2)]
+        bounds = gather_digests(storage, ["digests.parquet"], 2, "digests.arrow")
+        files = SliceFiles(["digests.arrow"], np.array([bounds]))
+        parts = [shared_digests(storage, files, n, f"dup-{n}.parquet") for n in range(2)]
         counts["exact_duplicates"] += sum(parts, CheckCounts())
     paths = [info.path for info in storage.list() if info.path.startswith(("found", "dup"))]
     findings = pa.concat_tables([FINDING.empty_table(), *read_tables(storage, paths)]).to_pylist()

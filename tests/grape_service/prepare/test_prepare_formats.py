@@ -191,7 +191,7 @@ def test_shards_hold_whole_prompts_of_their_partition_of_about_the_same_size(tmp
     seen: list[str] = []
     for partition in plan.partitions:
         shards = partition_shards(storage, prepared, partition)
-        assert [path for path, _ in shards] == shard_paths(prepared, partition)
+        assert [path for path, _ in shards] == list(shard_paths(prepared, partition))
         for path, counts in shards:
             table = read_shard(storage, path, ["prompt_id", "input_ids"])
             prompts = table["prompt_id"].to_pylist()

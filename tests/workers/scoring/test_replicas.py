@@ -22,7 +22,7 @@ from grape_service.config.schema import Config
 from grape_service.errors import StageError
 from grape_service.rows.columns import SHARD
 from grape_service.rows.keys import row_keys
-from grape_service.score.shards import ShardFile
+from grape_service.score.shards import Shards
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
@@ -30,6 +30,7 @@ from tests import tiny_models
 from workers.cluster.ray import ray_for
 from workers.run import Run, new_run
 from workers.scoring.engines import engines_of
+from workers.scoring.queue import WorkQueue
 from workers.scoring.replicas import Replicas, Work
 from workers.stages.score import plan_units, score_shards
 
@@ -75,10 +76,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         os.environ.update(before)
 
 
-def make_shards(storage: Storage, num_shards: int, rows: int = 4, tokens: int = 20) -> list[ShardFile]:
+def make_shards(storage: Storage, num_shards: int, rows: int = 4, tokens: int = 20) -> list[Shards]:
     """Shards of random token ids below 400; id 450 marks a row by hand."""
     random = np.random.default_rng(7)
-    shards = []
     names = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "prompt_len")
     schema = pa.schema([SHARD.field(name) for name in names])
     for number in range(num_shards):
@@ -102,8 +102,7 @@ def make_shards(storage: Storage, num_shards: int, rows: int = 4, tokens: int = 
         )
         path = f"shards/shard-{number:05d}.parquet"
         write_parquet(storage, path, schema, [batch])
-        shards.append(ShardFile(path, "b", rows, rows * tokens))
-    return shards
+    return [Shards("shards", "b", num_shards, rows * num_shards, rows * tokens * num_shards)]
 
 
 def stored_keys(run: Run) -> list[bytes]:
@@ -128,9 +127,9 @@ def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> Non
         replicas.wait_ready(2)
         assert len(replicas.replicas) == 2
         store_id = run.policy_id(run.config.target)
-        units, _ = plan_units(run, store_id, shards)
+        units = [unit for left in plan_units(run, store_id, shards) for unit in left.units()]
         started = time.monotonic()
-        totals = replicas.score([Work(unit, store_id) for unit in units], lambda _: None)
+        totals = replicas.score(WorkQueue([Work(unit, store_id) for unit in units], len(units)), lambda _: None)
         took = time.monotonic() - started
         ideal = num_shards * seconds / (1 + 1 / factor)
         print(f"{num_shards} shards, one replica {factor} times slower: {took:.1f} s, ideal {ideal:.1f} s")

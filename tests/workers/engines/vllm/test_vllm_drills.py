@@ -20,7 +20,7 @@ from grape_service.progress.reporter import Silent, set_reporter
 from grape_service.rows.columns import SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import TokenBatch, list_array
-from grape_service.score.shards import ShardFile
+from grape_service.score.shards import Shards
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import write_parquet
 from tests.workers.engines.vllm.reference import load_reference, random_ids, reference_scores, row, tiny_model
@@ -38,7 +38,7 @@ def keys_of(batch: TokenBatch) -> Any:
     return row_keys(batch.input_ids, batch.mask.astype(np.uint8), batch.offsets)
 
 
-def make_shards(run: Run) -> Iterator[tuple[ShardFile, TokenBatch]]:
+def make_shards(run: Run) -> Iterator[TokenBatch]:
     """Shards of four candidates of a prompt, as prepare writes them."""
     schema = pa.schema([SHARD.field(name) for name in COLUMNS])
     for number in range(NUM_SHARDS):
@@ -54,7 +54,7 @@ def make_shards(run: Run) -> Iterator[tuple[ShardFile, TokenBatch]]:
         }
         path = f"shards/shard-{number:05d}.parquet"
         write_parquet(run.workspace, path, schema, [pa.table(columns, schema=schema)])
-        yield ShardFile(path, "b", len(batch), batch.num_tokens), batch
+        yield batch
 
 
 class Killer(Silent):
@@ -95,7 +95,9 @@ def test_a_killed_worker_and_a_killed_actor(tmp_path: Path, monkeypatch: pytest.
     before = set(psutil.Process().children(recursive=True))
     seen: set[psutil.Process] = set()
     with ray_for(config.workers), new_run(config) as run:
-        shards, batches = zip(*make_shards(run), strict=True)
+        batches = list(make_shards(run))
+        tokens = sum(batch.num_tokens for batch in batches)
+        shards = [Shards("shards", "b", len(batches), sum(map(len, batches)), tokens)]
         store = ScoreStore(run.workspace, run.policy_id(config.target))
         with engines_of(run) as engines:
             killer = Killer(engines.of(config.target, NUM_SHARDS), store)
