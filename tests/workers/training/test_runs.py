@@ -341,8 +341,8 @@ def test_a_deployment_needs_somebody_who_knows_prefect(reference: str) -> None:
 @pytest.mark.parametrize(
     ("section", "sentence"),
     [
-        ({"sft": {"learnin_rate": 1}}, "train.sft: unknown key 'learnin_rate'; did you mean 'learning_rate'?"),
-        ({"rl": {"num_generation": 1}}, "train.rl: unknown key 'num_generation'; did you mean 'num_generations'?"),
+        ({"sft": {"learnin_rate": 1}}, "unknown key 'train.sft.learnin_rate'; did you mean 'learning_rate'?"),
+        ({"rl": {"num_generation": 1}}, "unknown key 'train.rl.num_generation'; did you mean 'num_generations'?"),
         ({"sft": {"command": ["a", "{dataset_pth}"]}}, "'{dataset_pth}' is not filled in; known are {dataset_path}"),
         ({"sft": {"command": ["a"], "learning_rate": 1}}, "'learning_rate' is for the built-in trainer"),
         ({"sft": {"command": ["a"], "webhook": "http://b"}}, "not command and webhook"),
