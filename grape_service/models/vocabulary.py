@@ -26,6 +26,7 @@ class Vocabulary:
         self.size = int(ids.max()) + 1
         self._known = np.zeros(self.size, dtype=bool)
         self._known[ids] = True
+        self._lengths: npt.NDArray[np.int32] | None = None
 
     @property
     def added(self) -> dict[int, str]:
@@ -62,6 +63,17 @@ class Vocabulary:
     def bytes_of(self, ids: Iterable[int]) -> list[bytes | None]:
         """The bytes that each id decodes to inside of a text; None for an id that is no token."""
         return [self._bytes_of(int(id_)) for id_ in ids]
+
+    def num_bytes(self, ids: npt.NDArray[np.integer]) -> int:
+        """How many bytes ids decode to inside of a text."""
+        if self._lengths is None:
+            self._lengths = np.full(self.size, -1, dtype=np.int32)
+        lengths = self._lengths[ids]
+        if (lengths < 0).any():
+            for id_ in np.unique(ids[lengths < 0]).tolist():
+                self._lengths[id_] = len(self._bytes_of(id_) or b"")
+            lengths = self._lengths[ids]
+        return int(lengths.sum())
 
     def _bytes_of(self, id_: int) -> bytes | None:
         if id_ in self._added:

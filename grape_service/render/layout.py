@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.encoding import Ids
 from grape_service.render.messages import RESPONSE_ROLES
-from grape_service.rows.candidate import Message, Rejection
+from grape_service.rows.candidate import Message, Rejection, Rendered
+from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 
 
 @dataclass
@@ -20,6 +22,8 @@ class Span:
     """Index into the batch's texts."""
     is_rendered: bool = False
     """Whether `text` counts among the texts that a template rendered, or among the pool's own."""
+    lead: int = 0
+    """Characters of `text` that the template puts before the response, as one text with it."""
     ids: Ids | None = None
     """The tokens, where they are known."""
     turn_end: int | None = None
@@ -27,7 +31,7 @@ class Span:
 
 @dataclass
 class Plan:
-    """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index rendered texts."""
+    """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index the batch's."""
 
     contexts: list[int]
     spans: list[Span]
@@ -38,13 +42,25 @@ class Plan:
 class Batch:
     """The texts of a batch, each to be encoded once."""
 
-    rendered: list[str] = field(default_factory=list)
+    contexts: list[str] = field(default_factory=list)
+    """What a template, or the prompt in plain mode, puts before what was written."""
+    after: list[int | None] = field(default_factory=list)
+    """For each context the turn end that it follows; None where it begins a sequence."""
+    written: list[str] = field(default_factory=list)
+    """What a template rendered of a policy's messages."""
     texts: list[str] = field(default_factory=list)
+    """Responses of the pool."""
 
-    def add_rendered(self, text: str) -> int:
-        """Index of a text that a template rendered."""
-        self.rendered.append(text)
-        return len(self.rendered) - 1
+    def add_context(self, text: str, after: int | None = None) -> int:
+        """Index of a context."""
+        self.contexts.append(text)
+        self.after.append(after)
+        return len(self.contexts) - 1
+
+    def add_written(self, text: str) -> int:
+        """Index of a text that a template rendered of what was written."""
+        self.written.append(text)
+        return len(self.written) - 1
 
     def add_text(self, text: str) -> int:
         """Index of a text of the pool."""
@@ -82,3 +98,33 @@ def recorded_logprobs(values: list[float] | None, num_ids: int) -> npt.NDArray[n
 def recorded_mismatch(detail: str) -> Rejection:
     """The rejection of a row whose recorded log-probabilities are not those of its ids."""
     return Rejection("recorded log-probabilities do not match response_ids", detail)
+
+
+def shared_spans(
+    target: Rendered,
+    target_turn_end_id: int | None,
+    vocabulary: Vocabulary,
+    turn_end_id: int | None,
+    stop_ids: frozenset[int],
+) -> list[Span] | Rejection:
+    """The target's spans with loss as a policy with this vocabulary and these turn ends gets them."""
+    ids, mask = target.input_ids, target.loss_mask
+    with_loss = mask != LOSS_NONE
+    ends = with_loss & ~np.append(with_loss[1:], False) | (mask == LOSS_TURN_END)
+    unknown = ids[(mask == LOSS_TOKEN) & ~vocabulary.knows(ids)]
+    if len(unknown):
+        return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the behavior policy")
+    spans: list[Span] = []
+    start = 0
+    for end in np.flatnonzero(ends):
+        start += int(np.argmax(with_loss[start:]))
+        written, last = ids[start : end + 1], int(ids[end])
+        start = int(end) + 1
+        if mask[end] != LOSS_TURN_END:
+            spans.append(Span(ids=written))
+            continue
+        own = last if last != target_turn_end_id and last in stop_ids else turn_end_id
+        if own is None:
+            return Rejection("no turn end", "the behavior policy has no token that ends a turn")
+        spans.append(Span(ids=written[:-1], turn_end=own))
+    return spans

@@ -15,16 +15,27 @@ from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
 from grape_service.models.tokenizer import folder_stamp, load_tokenizer, position_limit, stop_token_ids
 from grape_service.models.vocabulary import Vocabulary
+from grape_service.render.assemble import Assembler
+from grape_service.render.conversation import repeated
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.layout import Batch, Plan, Span, recorded_logprobs, recorded_mismatch, trajectory_problem
+from grape_service.render.fields import left_out_field, left_out_words
+from grape_service.render.layout import (
+    Batch,
+    Plan,
+    Span,
+    recorded_logprobs,
+    recorded_mismatch,
+    shared_spans,
+    trajectory_problem,
+)
 from grape_service.render.messages import MessageError, template_messages
+from grape_service.render.proof import prove_renderer
 from grape_service.render.template import ChatTemplate, RenderingError
 from grape_service.render.trajectory import SplitError, split_trajectory, turn_end_pattern
 from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
-from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 from grape_service.rows.messages import only_text
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same settings come to give other tokens."""
 
 
@@ -53,11 +64,11 @@ class Renderer:
             raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json), which rendering needs")
         self.config = config
         self.system_prompt = system_prompt
-        self.max_tokens = config.max_tokens or max_tokens
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
         self._encoder = Encoder(tokenizer)
         self.mode: Literal["chat", "plain"] = self._resolve_mode()
+        self._assembler = Assembler(self._encoder, self.vocabulary, is_plain=self.mode == "plain")
         self._template: ChatTemplate | None = None
         if self.mode == "chat":
             self._template = ChatTemplate(tokenizer, config.chat_template, config.template_kwargs)
@@ -73,6 +84,8 @@ class Renderer:
         self._encoder.make_special(stop_texts)
         self._turn_ends = turn_end_pattern(stop_texts)
         self._id_of_stop = {self.vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self.vocabulary.added}
+        prove_renderer(self)
+        self._assembler.max_tokens = config.max_tokens or max_tokens
 
     @classmethod
     def load(cls, folder: str, policy: PolicyConfig, config: RenderConfig, own_template: bool = False) -> Renderer:
@@ -82,6 +95,11 @@ class Renderer:
         was written for another policy.
         """
         return _load(folder, folder_stamp(folder), policy.model_dump_json(), config.model_dump_json(), own_template)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Longer sequences are rejected; None: no limit is known."""
+        return self._assembler.max_tokens
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +144,7 @@ class Renderer:
         plans: list[Plan | Rejection] = []
         for candidate, prompt in zip(candidates, self._prompts(candidates, batch), strict=True):
             plans.append(prompt if isinstance(prompt, Rejection) else self._plan(candidate, prompt, batch))
-        return self._encode(plans, batch)
+        return self._assembler.sequences(plans, batch)
 
     def render_behavior(
         self,
@@ -143,19 +161,56 @@ class Renderer:
         plans: list[Plan | Rejection] = []
         prompts = self._prompts(candidates, batch)
         for candidate, target, prompt in zip(candidates, targets, prompts, strict=True):
-            spans = self._shared_spans(target, target_turn_end_id)
+            spans = shared_spans(target, target_turn_end_id, self.vocabulary, self.turn_end_id, self.stop_ids)
             if isinstance(prompt, Rejection):
                 plans.append(prompt)
             elif isinstance(spans, Rejection):
                 plans.append(spans)
             elif len(spans) == 1:
-                plans.append(Plan([prompt], spans))
+                written = spans[0].ids
+                assert written is not None, "shared spans have ids"
+                plans.append(Plan([self._own_context(candidate, prompt, written, batch)], spans))
             else:
                 own = self._plan_trajectory(candidate, prompt, batch)
                 if isinstance(own, Plan) and len(own.spans) != len(spans):
                     own = Rejection("rendering cannot be split", "the two policies split the response differently")
                 plans.append(own if isinstance(own, Rejection) else Plan(own.contexts, spans))
-        return self._encode(plans, batch)
+        return self._assembler.sequences(plans, batch)
+
+    # What a proof asks (proof.py)
+
+    @property
+    def sequence_prefix(self) -> Ids:
+        """What the tokenizer puts in front of a text in plain mode."""
+        return self._encoder.sequence_prefix
+
+    @property
+    def unicode_forms(self) -> list[str]:
+        """Normal forms that the tokenizer brings texts into."""
+        return self._encoder.unicode_forms
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text of the pool holds the string of a special token."""
+        return self._encoder.has_special(text)
+
+    def encode_whole(self, text: str) -> Ids:
+        """Ids of a whole text in one go; in plain mode nothing in it is special."""
+        return self._encoder.encode_start([text])[0] if self._template is None else self._encoder.whole(text)
+
+    def context_of(self, candidate: Candidate) -> tuple[str | None, str]:
+        """What stands before a text response, and the part of it that follows the generation prompt."""
+        text, response = self._prompt_text(candidate), only_text(candidate.response)
+        if isinstance(text, Rejection) or response is None:
+            return None, ""
+        header = self._before(response)[0] if self._template is not None else ""
+        return text + header, header
+
+    def whole_text(self, candidate: Candidate) -> str:
+        """The template's rendering of prompt and response. Raises RenderingError."""
+        assert self._template is not None, "only a template renders conversations"
+        messages = self._with_system(template_messages(candidate.prompt))
+        answer = {"role": "assistant", "content": only_text(candidate.response)}
+        return self._template.render([*messages, answer], candidate.tools)
 
     # Prompts
 
@@ -166,7 +221,7 @@ class Renderer:
         for candidate in candidates:
             if previous is None or candidate.prompt != previous.prompt or candidate.tools != previous.tools:
                 text = self._prompt_text(candidate)
-                prompts.append(text if isinstance(text, Rejection) else batch.add_rendered(text))
+                prompts.append(text if isinstance(text, Rejection) else batch.add_context(text))
             else:
                 prompts.append(prompts[-1])
             previous = candidate
@@ -180,14 +235,21 @@ class Renderer:
             if self._template is None:
                 text = self._plain_prompt(candidate, messages)
             else:
-                text = self._template.render(
-                    self._with_system(self._encoder.protect(messages)),
-                    self._encoder.protect(candidate.tools),
-                    generation_prompt=True,
-                )
+                text = self._chat_prompt(self._template, messages, candidate.tools)
         except (MessageError, RenderingError) as error:
             return Rejection("prompt cannot be rendered", str(error))
         return text if is_encodable(text) else Rejection("not UTF-8", "the prompt holds a lone surrogate")
+
+    def _chat_prompt(self, template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """The rendering of a prompt. Raises RenderingError where it has not all of it."""
+        shown, offered = self._with_system(self._encoder.protect(messages)), self._encoder.protect(tools)
+        text = template.render(shown, offered, generation_prompt=True)
+        if self._encoder.is_cut(text):
+            raise RenderingError("the template cuts the text at a special token that a message holds")
+        missing = left_out_words(text, shown, offered) or left_out_field(template, shown, offered, None)
+        if missing is not None:
+            raise RenderingError(f"the template leaves out {missing}")
+        return text
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.system_prompt is None or messages[0].get("role") in ("system", "developer"):
@@ -215,7 +277,24 @@ class Renderer:
         if not is_encodable(text):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
         turn_end = None if candidate.truncated else self.turn_end_id
-        return Plan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
+        if self._template is None:
+            return Plan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
+        before = batch.contexts[prompt]
+        header, lead = self._before(text)
+        text = text.removeprefix(repeated(before, text)[1])
+        if not text:
+            return Rejection("empty response", "it only repeats the end of the generation prompt")
+        context = batch.add_context(before + header) if header else prompt
+        return Plan([context], [Span(batch.add_text(lead + text), lead=len(lead), turn_end=turn_end)])
+
+    def _before(self, response: str) -> tuple[str, str]:
+        """What the template puts between generation prompt and response: (as context, as one text with the response).
+
+        A space is one text with the response where decoding drops it, as models with SentencePiece write it.
+        """
+        assert self._template is not None, "only templates have frames"
+        before = self._template.frame.before(response)
+        return ("", before) if before == " " and self._encoder.drops_space else (before, "")
 
     def _plan_ids(self, candidate: Candidate, prompt: int) -> Plan | Rejection:
         if isinstance(candidate.response, list) and len(candidate.response) != 1:
@@ -270,85 +349,40 @@ class Renderer:
             return Rejection("empty response", "an assistant message of the response is empty")
         if not all(is_encodable(turn.context) and is_encodable(turn.written) for turn in turns):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
-        if turns[0].context != batch.rendered[prompt]:
+        if any(self._encoder.is_cut(turn.context) or self._encoder.is_cut(turn.written) for turn in turns):
+            return Rejection("rendering cannot be split", "the template cuts the text at a special token in a message")
+        if turns[0].context != batch.contexts[prompt]:
             return Rejection("rendering cannot be split", "the template renders the same prompt in two ways")
-        contexts = [prompt, *(batch.add_rendered(turn.context) for turn in turns[1:])]
+        ends = [self.turn_end_id if turn.turn_end is None else self._id_of_stop[turn.turn_end] for turn in turns]
+        contexts = [prompt, *(batch.add_context(turn.context, end) for turn, end in zip(turns[1:], ends, strict=False))]
         spans = [
-            Span(
-                batch.add_rendered(turn.written),
-                is_rendered=True,
-                turn_end=self.turn_end_id if turn.turn_end is None else self._id_of_stop[turn.turn_end],
-            )
-            for turn in turns
+            Span(batch.add_written(turn.written), is_rendered=True, turn_end=end)
+            for turn, end in zip(turns, ends, strict=True)
         ]
         if candidate.truncated:
             spans[-1].turn_end = None
         return Plan(contexts, spans)
 
-    def _shared_spans(self, target: Rendered, target_turn_end_id: int | None) -> list[Span] | Rejection:
-        """The target's spans with loss as this policy gets them."""
-        ids, mask = target.input_ids, target.loss_mask
-        with_loss = mask != LOSS_NONE
-        ends = with_loss & ~np.append(with_loss[1:], False) | (mask == LOSS_TURN_END)
-        unknown = ids[(mask == LOSS_TOKEN) & ~self.vocabulary.knows(ids)]
-        if len(unknown):
-            return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the behavior policy")
-        spans: list[Span] = []
-        start = 0
-        for end in np.flatnonzero(ends):
-            start += int(np.argmax(with_loss[start:]))
-            written, last = ids[start : end + 1], int(ids[end])
-            start = int(end) + 1
-            if mask[end] != LOSS_TURN_END:
-                spans.append(Span(ids=written))
-                continue
-            own = last if last != target_turn_end_id and last in self.stop_ids else self.turn_end_id
-            if own is None:
-                return Rejection("no turn end", "the behavior policy has no token that ends a turn")
-            spans.append(Span(ids=written[:-1], turn_end=own))
-        return spans
+    def _own_context(self, candidate: Candidate, prompt: int, written: Ids, batch: Batch) -> int:
+        """This policy's context around a response whose tokens are another's.
 
-    # Tokens
-
-    def _encode(self, plans: list[Plan | Rejection], batch: Batch) -> list[Rendered | Rejection]:
-        rendered = self._encode_rendered(batch.rendered)
-        texts = self._encoder.encode_text(batch.texts)
-        return [plan if isinstance(plan, Rejection) else self._assemble(plan, rendered, texts) for plan in plans]
-
-    def _encode_rendered(self, texts: list[str]) -> list[Ids]:
-        if self.mode == "chat":
-            return self._encoder.encode_rendered(texts)
-        prefix = self._encoder.sequence_prefix
-        encoded = self._encoder.encode_text(texts)
-        return [np.concatenate([prefix, ids]) for ids in encoded] if len(prefix) else encoded
-
-    def _assemble(self, plan: Plan, rendered: list[Ids], texts: list[Ids]) -> Rendered | Rejection:
-        pieces: list[Ids] = []
-        values: list[int] = []
-        for context, span in zip(plan.contexts, plan.spans, strict=True):
-            ids = span.ids
-            if ids is None:
-                assert span.text is not None, "a span has ids or a text"
-                ids = (rendered if span.is_rendered else texts)[span.text]
-                if len(ids) == 0:
-                    return Rejection("empty response", "the response has no tokens")
-            pieces += [rendered[context], ids]
-            values += [LOSS_NONE, LOSS_TOKEN]
-            if span.turn_end is not None:
-                pieces.append(np.array([span.turn_end], dtype=np.int32))
-                values.append(LOSS_TURN_END)
-        lengths = [len(piece) for piece in pieces]
-        if lengths[0] == 0:
-            return Rejection("empty prompt", "the prompt has no tokens")
-        total = sum(lengths)
-        if self.max_tokens is not None and total > self.max_tokens:
-            return Rejection("longer than max_tokens", f"{total} tokens; the limit is {self.max_tokens}")
-        return Rendered(
-            input_ids=np.concatenate(pieces),
-            loss_mask=np.repeat(np.array(values, dtype=np.uint8), lengths),
-            prompt_len=lengths[0],
-            recorded_logprobs=plan.recorded_logprobs,
-        )
+        What the other's generation prompt holds already, such as <think>, is not among the tokens; what this one's
+        holds and is among them is left out here.
+        """
+        text, before = only_text(candidate.response), batch.contexts[prompt]
+        if self._template is None or text is None:
+            return prompt
+        header, _ = self._before(text)
+        tail, again = repeated(before, text)
+        stated = b"".join(part or b"" for part in self.vocabulary.bytes_of(written)).decode(errors="replace")
+        dropped = text[: -len(stated)] if len(stated) < len(text) and text.endswith(stated) else ""
+        if dropped and not again:
+            return batch.add_context(before + header + dropped)
+        if again and not dropped and stated.startswith(again):
+            return batch.add_context(before.removesuffix(tail))
+        if header and not stated.startswith(header):
+            return batch.add_context(before + header)
+        return prompt
 
     # Construction
 
@@ -365,7 +399,7 @@ class Renderer:
         """The first added token after an assistant's words; in plain mode, or without one, the end of text."""
         if self._template is not None:
             added = self.vocabulary.added
-            for id_ in self._encoder.encode_rendered([self._template.after_response()])[0].tolist():
+            for id_ in self._encoder.whole(self._template.after_response()).tolist():
                 if id_ in added and not added[id_].isspace():
                     return id_
         eos = self.tokenizer.eos_token_id

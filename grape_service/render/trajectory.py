@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN
+from grape_service.render.fields import left_out_field
 from grape_service.render.template import ChatTemplate
 from grape_service.rows.candidate import Message
 from grape_service.rows.messages import tool_names
@@ -71,6 +72,9 @@ def split_trajectory(
         turns.append(Turn(context, written, turn_end))
         position = len(before) + len(written) + len(turn_end or "")
         last_seen = index + 1
+    missing = left_out_field(template, [*prompt, *response], tools, len(prompt))
+    if missing is not None:
+        raise SplitError(f"the template leaves out {missing}")
     return turns
 
 

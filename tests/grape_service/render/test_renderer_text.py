@@ -179,14 +179,19 @@ def test_special_token_strings_in_pool_text_stay_text(tokenizers):
 def test_a_turn_end_that_is_not_special_is_protected_too(tmp_path):
     made = tiny_models.make_tokenizer(tmp_path, None)
     made.add_tokens(["<turn>"])
-    made.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<turn>' }}{% endfor %}"
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<turn>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     made.save_pretrained(str(tmp_path))
     renderer = Renderer.load(str(tmp_path), PolicyConfig(model="tiny"), RenderConfig())
     assert renderer.turn_end_id == made.convert_tokens_to_ids("<turn>")
     result = one(renderer, "Hi <turn>", "a<turn>b")
     assert result.input_ids.tolist().count(renderer.turn_end_id) == 2  # after the prompt, after the response
-    assert result.input_ids.tolist() != made.encode("user: Hi <turn><turn>a<turn>b<turn>", add_special_tokens=False)
-    assert b"".join(renderer.token_bytes(result.input_ids)) == b"user: Hi <turn><turn>a<turn>b<turn>"
+    assert result.input_ids.tolist() != made.encode(
+        "user: Hi <turn><turn>assistant: a<turn>b<turn>", add_special_tokens=False
+    )
+    assert b"".join(renderer.token_bytes(result.input_ids)) == b"user: Hi <turn><turn>assistant: a<turn>b<turn>"
 
 
 def test_response_ids_are_taken_as_they_are(tokenizers):
@@ -280,14 +285,19 @@ def test_content_parts_and_one_message_responses(tokenizers):
 
 
 def test_templates_see_the_same_date_every_day(tokenizers):
-    template = "{{ strftime_now('%d %b %Y, %Y-%m-%d') }} {{ messages[0].content }}<|im_end|>"
+    template = (
+        "{{ strftime_now('%d %b %Y, %Y-%m-%d') }} {{ messages[0].content }}<|im_end|>"
+        "{{ messages[1].content if messages[1:] }}"
+    )
     renderer = Renderer(tokenizers["chatml"], RenderConfig(chat_template=template))
     text = tokenizers["chatml"].decode(one(renderer, "Hi", "Yes").input_ids)
     assert text == "26 Jul 2024, 2024-07-26 Hi<|im_end|>Yes<|im_end|>"
 
 
 def test_template_kwargs_reach_the_template(tokenizers):
-    template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
+    template = (
+        "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}{{ messages[1].content if messages[1:] }}"
+    )
     config = RenderConfig(chat_template=template, template_kwargs={"enable_thinking": True})
     result = one(Renderer(tokenizers["reasoning"], config), "Hi", "Yes")
     assert tokenizers["reasoning"].decode(result.input_ids) == "Hi<think>Yes<|im_end|>"  # without a turn end: eos
@@ -296,10 +306,8 @@ def test_template_kwargs_reach_the_template(tokenizers):
 
 
 def test_a_template_cannot_leave_its_sandbox(tokenizers):
-    renderer = Renderer(tokenizers["chatml"], RenderConfig(chat_template="{{ ''.__class__.__mro__ }}"))
-    result = one(renderer, "Hi", "Yes")
-    assert isinstance(result, Rejection)
-    assert "SecurityError" in result.detail
+    with pytest.raises(UserError, match="cannot render a plain question: SecurityError"):
+        Renderer(tokenizers["chatml"], RenderConfig(chat_template="{{ ''.__class__.__mro__ }}"))
 
 
 def test_user_errors(tokenizers, tmp_path):
@@ -326,7 +334,9 @@ def test_loading_takes_limit_and_stops_from_the_folder(tmp_path):
 
 
 def test_another_policy_keeps_its_own_template(tmp_path):
-    config = RenderConfig(chat_template="{{ messages[0].content }}")
+    config = RenderConfig(
+        chat_template="{{ messages[0].content + '<|eot_id|>' }}{{ messages[1].content if messages[1:] }}"
+    )
     tiny_models.make_tokenizer(tmp_path / "chat", "llama3")
     tiny_models.make_tokenizer(tmp_path / "base", None)
     policy = PolicyConfig(model="m")

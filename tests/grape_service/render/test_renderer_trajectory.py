@@ -171,7 +171,7 @@ REWRITES = {
         ],
     ),
     "counts messages in front": (
-        "{{ messages | length }}"
+        "{{ messages | length if messages | length > 2 }}"
         "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],

@@ -32,7 +32,7 @@ def load_model(policy: PolicyConfig, folder: str, device: torch.device, is_wrapp
     """
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[policy.dtype],
                 trust_remote_code=policy.trust_remote_code,
@@ -46,6 +46,7 @@ def load_model(policy: PolicyConfig, folder: str, device: torch.device, is_wrapp
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model '{policy.model}' cannot be loaded by transformers: {reason}") from error
+    model, info = loaded
     _refuse_other_weights(info, policy)
     _refuse_not_finite(model, policy)
     if policy.adapter is not None:
@@ -95,8 +96,8 @@ def _with_adapter(model: Any, adapter: str, dtype: str) -> Any:
     for names, what in ((wanted - stored, "lacks"), (stored - wanted - set(adapted.state_dict()), "holds besides")):
         if names and stored:
             raise UserError(
-                f"adapter '{adapter}' {what} {min(names)}: give the adapter of this base model, with the settings of its "
-                "own adapter_config.json"
+                f"adapter '{adapter}' {what} {min(names)}: give the adapter of this base model, with its own "
+                "adapter_config.json"
             )
     return adapted.merge_and_unload() if dtype == "float32" else adapted.get_base_model()
 
