@@ -13,6 +13,7 @@ import numpy.typing as npt
 from grape_service.config.policy import PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
+from grape_service.estimate.tokens import look_at_tokens
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.models.weights import check_policy
@@ -58,7 +59,8 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
         return
     target = renderers["target"]
     rendered = target.render(candidates)
-    yield _tokens(target, rendered)
+    folder = resolve_model(config.target, config.storage).folder
+    yield _look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder))
     good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
     for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
@@ -117,18 +119,6 @@ def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str
     if found.unchecked:
         return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
     return "ok", f"{detail}{', quantised: ' + files.quantization if files.quantization else ''}"
-
-
-def _tokens(renderer: Renderer, rendered: list[Rendered | Rejection]) -> Finding:
-    good = [r for r in rendered if isinstance(r, Rendered)]
-    bad = [r for r in rendered if isinstance(r, Rejection)]
-    if not good:
-        return Finding("tokens", "error", f"no row of the sample can be rendered: {bad[0].reason}")
-    lengths = np.array([len(r.input_ids) for r in good])
-    detail = f"{lengths.mean():.0f} tokens per row on average, {lengths.max()} at most; turn end {renderer.turn_end_id}"
-    if bad:
-        return Finding("tokens", "warning", f"{detail}; {len(bad)} rows cannot be rendered: {bad[0].reason}")
-    return Finding("tokens", "ok", detail)
 
 
 def _recorded_sources(config: Config) -> dict[str, RecordedBehavior]:

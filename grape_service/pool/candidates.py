@@ -13,6 +13,7 @@ from grape_service.config.schema import Config
 from grape_service.pool.column_types import Kind
 from grape_service.pool.files import PoolFile
 from grape_service.pool.filters import MISSING, passes, value_at
+from grape_service.pool.finish_reasons import is_truncation
 from grape_service.pool.lines import beginning
 from grape_service.pool.messages import (
     Unusable,
@@ -23,6 +24,7 @@ from grape_service.pool.messages import (
     response_of,
     tools_of,
     with_system_prompt,
+    without_nulls,
 )
 from grape_service.pool.shapes import (
     DEALT_NAMES,
@@ -40,6 +42,7 @@ RECORDED = "behavior_logprobs"
 CONSTANT_SOURCE = "\0source"
 """Under which a row has the source of its group of files."""
 TRUNCATED = "truncated"
+MESSAGE_COLUMNS = ("prompt", "response", "tools")
 TOO_LONG = "longer than max_tokens"
 EXACT_IN_FLOAT = 2.0**53
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
@@ -94,6 +97,7 @@ class Normaliser:
         self.group = config.pool.groups[file.group if file is not None else 0]
         self.where = self.group.where
         self.truncated = config.pool.truncated
+        self._has_structs = file is not None and file.format == ".parquet"
         self.folders = dict(file.folders) if file is not None else {}
         behavior = config.behavior
         self._behavior_of_source = (behavior.sources if behavior is not None else None) or {}
@@ -250,18 +254,19 @@ class Normaliser:
 
     def _accepted(self, fields: dict[str, Any]) -> Accepted:
         def value(name: str) -> Any:
-            return fields.get(self._theirs[name])
+            found = fields.get(self._theirs[name])
+            return without_nulls(found) if self._has_structs and name in MESSAGE_COLUMNS else found
 
         prompt = with_system_prompt(value("system_prompt"), prompt_messages(value("prompt")))
         response = response_of(value("response"))
         source = _text(value("source"), "source")
         tools = tools_of(value("tools"))
         finish_reason = value("finish_reason")
-        if isinstance(finish_reason, list | dict):
+        if finish_reason is not None and finish_reason == finish_reason and not isinstance(finish_reason, str):
             raise Unusable("finish_reason has the wrong type", f"it is a {type(finish_reason).__name__}, not text")
-        truncated = finish_reason == "length"
+        truncated = is_truncation(finish_reason)
         if truncated and self.truncated == "reject":
-            raise Unusable(TRUNCATED, "its finish_reason is 'length'")
+            raise Unusable(TRUNCATED, f"its finish_reason is '{finish_reason}'")
         prompt_digest, content_digest = _digests(prompt, tools, source, response)
         candidate = Candidate(
             prompt=prompt,
@@ -277,6 +282,7 @@ class Normaliser:
             ),
             sampling=_sampling(value("sampling")),
             truncated=truncated,
+            finish_reason=finish_reason if isinstance(finish_reason, str) else None,
             tools=tools,
             other={name: content for name, content in fields.items() if name not in self._taken},
         )

@@ -129,6 +129,13 @@ def parsed_json(text: str) -> Any:
     return value if isinstance(value, list | dict) else None
 
 
+def without_nulls(value: Any) -> Any:
+    """A value of a Parquet file without the keys that are null: an Arrow struct has the keys of all rows together."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _role(message: dict[str, Any]) -> Any:
     return message.get("role") if message.get("role") is not None else message.get("from")
 

@@ -21,6 +21,8 @@ from grape_service.pool.lines import beginning
 from grape_service.prepare.counts import PieceCounts
 from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import FOLDER_OF_MAP, Piece, PreparePlan, reject_path, row_path
+from grape_service.render.proof import problem_of
+from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.keys import row_keys
@@ -62,6 +64,9 @@ MAP_REJECT = pa.schema(
         *(REJECT.field(name) for name in ("prompt_id", "candidate_id", "reason", "detail", "text")),
     ]
 )
+
+PROVED_ROWS = 16
+"""Rows of each file group whose tokens a task compares with those of the whole conversation."""
 
 Progress = Callable[[int, int], None]
 """Called with rows and tokens since the last call."""
@@ -129,6 +134,7 @@ class _MapTask:
         self.counts = PieceCounts(piece.index)
         self.kinds: dict[str, Kind] = {}
         self.message_fields: set[str] = set()
+        self.proved: dict[int, int] = {}
         self.waiting: list[pa.RecordBatch] = []
         self.waiting_bytes = 0
         self.rejects: list[pa.RecordBatch] = []
@@ -161,6 +167,19 @@ class _MapTask:
             group.add_file(segment.start == 0, num_parsed, columns, candidates.normaliser)
             self.counts.segment_lines.append(candidates.reader.num_lines)
 
+    def _prove(self, one: Placed, item: Accepted, rendered: Rendered) -> None:
+        """Compare the first rows of each file group with their text and with the whole conversation encoded in one go.
+
+        Raises UserError for a row whose tokens are not its conversation's.
+        """
+        file = self.plan.files[self.piece.segments[one.segment].file]
+        if not isinstance(self.renderer, Renderer) or self.proved.get(file.group, 0) >= PROVED_ROWS:
+            return
+        self.proved[file.group] = self.proved.get(file.group, 0) + 1
+        problem = problem_of(self.renderer, item.candidate, rendered)
+        if problem is not None:
+            raise UserError(f"the pool file '{file.url}', row {one.place} of its part: {problem}")
+
     def render(self, batch: list[Placed]) -> tuple[int, int]:
         """Render a batch and keep it as Arrow data; (rows, tokens)."""
         accepted = [(one, one.item) for one in batch if isinstance(one.item, Accepted)]
@@ -173,6 +192,7 @@ class _MapTask:
                 text = only_text(item.candidate.response) or item.candidate.prompt[-1]["content"]
                 rejected.append((one, Rejected(replace(result, text=beginning(text)), *ids)))
             else:
+                self._prove(one, item, result)
                 good.append((one, item, result))
         if rejected:
             self._reject(rejected)

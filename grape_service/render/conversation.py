@@ -15,7 +15,7 @@ from typing import Protocol
 from grape_service.errors import UserError
 from grape_service.rows.candidate import Message
 
-USER, ANSWER, THOUGHTS = "grape7sentinel7text", "grape7sentinel7answer", "grape7sentinel7thoughts"
+USER, ANSWER, THOUGHTS = "qzx7user", "qzx7answer", "qzx7thoughts"
 THINKING_ANSWER = f"<think>\n{THOUGHTS}\n</think>\n\n{ANSWER}"
 TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 LONGEST_TAIL = 300
@@ -40,6 +40,8 @@ class AnswerFrame:
     """Before an answer without thoughts: nothing, white space, or a header such as gpt-oss's final channel."""
     thinking: str
     """Before one that begins with <think> or closes its thoughts."""
+    opens_thoughts: bool = False
+    """Whether the generation prompt ends with <think>."""
 
     def before(self, response: str) -> str:
         """What stands before this response."""
@@ -72,13 +74,14 @@ def answer_frame(template: Renders, name: str) -> AnswerFrame:
             f"{name} does not write {plain!r} when it is asked for a generation prompt: "
             "add '{% if add_generation_prompt %}' and that text to it, and give it as render.chat_template"
         )
+    opens = prompt.rstrip().endswith("<think>") and "</think>" not in plain
     try:
         whole = template.render([*user, {"role": "assistant", "content": THINKING_ANSWER}])
     except RenderingError:
-        return AnswerFrame(plain, "")
+        return AnswerFrame(plain, "", opens)
     place = whole.find(THINKING_ANSWER)
     thinking = _gap(prompt, whole[:place]) if place >= 0 else None
-    return AnswerFrame(plain, thinking or "")
+    return AnswerFrame(plain, thinking or "", opens)
 
 
 def _whole(template: Renders, user: list[Message], answer: str, name: str) -> str:
@@ -92,6 +95,8 @@ def _gap(prompt: str, head: str) -> str | None:
     """What stands between a generation prompt and the answer in a whole conversation; None where they part."""
     if head.startswith(prompt):
         return head[len(prompt) :]
+    if "".join(head.split()) == "".join(prompt.split()):
+        return ""  # white space apart, as where the generation prompt is written inside of the loop
     common = common_prefix(prompt, head)
     if common.rfind("<") > common.rfind(">"):  # not in the middle of a tag
         common = common[: common.rfind("<")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -128,3 +129,16 @@ def shared_spans(
             return Rejection("no turn end", "the behavior policy has no token that ends a turn")
         spans.append(Span(ids=written[:-1], turn_end=own))
     return spans
+
+
+def valid_ids(values: Any, vocabulary: Vocabulary) -> Ids | Rejection:
+    """Response ids of the pool as int32, each of them a token."""
+    ids = np.asarray(values)
+    if ids.size == 0:
+        return Rejection("empty response", "response_ids are empty")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        return Rejection("response_ids are not integers")
+    unknown = ids[~vocabulary.knows(ids)]
+    if len(unknown):
+        return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the policy")
+    return ids.astype(np.int32)

@@ -52,16 +52,16 @@ def problem_of(renderer: Renderer, candidate: Candidate, rendered: Rendered) -> 
     prompt_ids = rendered.input_ids[: rendered.prompt_len]
     stated = _bytes(renderer, prompt_ids).decode(errors="replace")
     plain = text.replace(MARK_OPEN, "").replace(MARK_CLOSE, "")
-    prefix = _bytes(renderer, renderer.sequence_prefix).decode()
+    prefix = _bytes(renderer, renderer.encoder.sequence_prefix).decode()
     if renderer.mode == "plain":
         plain = prefix + plain
-    if not same_words(_letters(stated), _letters(plain), renderer.unicode_forms):
+    if not same_words(_letters(stated), _letters(plain), renderer.encoder.unicode_forms):
         return f"the tokens of the prompt say {_part(stated, plain)} where its text says {_part(plain, stated)}"
 
-    if MARK_OPEN in text or renderer.has_special(response):  # in one go it would become what it is not
+    if MARK_OPEN in text or renderer.encoder.has_special(response):  # in one go it would become what it is not
         return None
     if renderer.mode == "plain":
-        whole = np.concatenate([renderer.sequence_prefix, renderer.encode_whole(text + response)])
+        whole = np.concatenate([renderer.encoder.sequence_prefix, renderer.encode_whole(text + response)])
     else:
         try:
             conversation = renderer.whole_text(candidate)

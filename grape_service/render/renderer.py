@@ -27,6 +27,7 @@ from grape_service.render.layout import (
     recorded_mismatch,
     shared_spans,
     trajectory_problem,
+    valid_ids,
 )
 from grape_service.render.messages import MessageError, template_messages
 from grape_service.render.proof import prove_renderer
@@ -66,9 +67,9 @@ class Renderer:
         self.system_prompt = system_prompt
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
-        self._encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer)
         self.mode: Literal["chat", "plain"] = self._resolve_mode()
-        self._assembler = Assembler(self._encoder, self.vocabulary, is_plain=self.mode == "plain")
+        self._assembler = Assembler(self.encoder, self.vocabulary, is_plain=self.mode == "plain")
         self._template: ChatTemplate | None = None
         if self.mode == "chat":
             self._template = ChatTemplate(tokenizer, config.chat_template, config.template_kwargs)
@@ -81,7 +82,7 @@ class Renderer:
         ids = {*stop_ids, *([] if self.turn_end_id is None else [self.turn_end_id]), *([] if eos is None else [eos])}
         self.stop_ids = frozenset(int(id_) for id_ in ids if 0 <= id_ < self.vocab_size)
         stop_texts = [self.vocabulary.added[id_] for id_ in self.stop_ids if id_ in self.vocabulary.added]
-        self._encoder.make_special(stop_texts)
+        self.encoder.make_special(stop_texts)
         self._turn_ends = turn_end_pattern(stop_texts)
         self._id_of_stop = {self.vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self.vocabulary.added}
         prove_renderer(self)
@@ -180,22 +181,13 @@ class Renderer:
     # What a proof asks (proof.py)
 
     @property
-    def sequence_prefix(self) -> Ids:
-        """What the tokenizer puts in front of a text in plain mode."""
-        return self._encoder.sequence_prefix
-
-    @property
-    def unicode_forms(self) -> list[str]:
-        """Normal forms that the tokenizer brings texts into."""
-        return self._encoder.unicode_forms
-
-    def has_special(self, text: str) -> bool:
-        """Whether a text of the pool holds the string of a special token."""
-        return self._encoder.has_special(text)
+    def opens_thoughts(self) -> bool:
+        """Whether the generation prompt opens thoughts that the policy is to close."""
+        return self._template is not None and self._template.frame.opens_thoughts
 
     def encode_whole(self, text: str) -> Ids:
         """Ids of a whole text in one go; in plain mode nothing in it is special."""
-        return self._encoder.encode_start([text])[0] if self._template is None else self._encoder.whole(text)
+        return self.encoder.encode_start([text])[0] if self._template is None else self.encoder.whole(text)
 
     def context_of(self, candidate: Candidate) -> tuple[str | None, str]:
         """What stands before a text response, and the part of it that follows the generation prompt."""
@@ -242,9 +234,9 @@ class Renderer:
 
     def _chat_prompt(self, template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         """The rendering of a prompt. Raises RenderingError where it has not all of it."""
-        shown, offered = self._with_system(self._encoder.protect(messages)), self._encoder.protect(tools)
+        shown, offered = self._with_system(self.encoder.protect(messages)), self.encoder.protect(tools)
         text = template.render(shown, offered, generation_prompt=True)
-        if self._encoder.is_cut(text):
+        if self.encoder.is_cut(text):
             raise RenderingError("the template cuts the text at a special token that a message holds")
         missing = left_out_words(text, shown, offered) or left_out_field(template, shown, offered, None)
         if missing is not None:
@@ -294,12 +286,12 @@ class Renderer:
         """
         assert self._template is not None, "only templates have frames"
         before = self._template.frame.before(response)
-        return ("", before) if before == " " and self._encoder.drops_space else (before, "")
+        return ("", before) if before == " " and self.encoder.drops_space else (before, "")
 
     def _plan_ids(self, candidate: Candidate, prompt: int) -> Plan | Rejection:
         if isinstance(candidate.response, list) and len(candidate.response) != 1:
             return Rejection("rendering cannot be split", "response_ids of several messages do not say which are whose")
-        ids = self._valid_ids(candidate.response_ids)
+        ids = valid_ids(candidate.response_ids, self.vocabulary)
         if isinstance(ids, Rejection):
             return ids
         recorded = recorded_logprobs(candidate.recorded_logprobs, len(ids))
@@ -314,17 +306,6 @@ class Renderer:
             recorded = np.append(recorded, np.float32(np.nan))
         return Plan([prompt], [Span(ids=ids, turn_end=turn_end)], recorded)
 
-    def _valid_ids(self, values: Any) -> Ids | Rejection:
-        ids = np.asarray(values)
-        if ids.size == 0:
-            return Rejection("empty response", "response_ids are empty")
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            return Rejection("response_ids are not integers")
-        unknown = ids[~self.vocabulary.knows(ids)]
-        if len(unknown):
-            return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the policy")
-        return ids.astype(np.int32)
-
     def _plan_trajectory(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
         response = candidate.response
         assert isinstance(response, list), "text is planned elsewhere"
@@ -336,9 +317,9 @@ class Renderer:
         try:
             turns = split_trajectory(
                 self._template,
-                self._with_system(self._encoder.protect(template_messages(candidate.prompt))),
-                self._encoder.protect(template_messages(response)),
-                self._encoder.protect(candidate.tools),
+                self._with_system(self.encoder.protect(template_messages(candidate.prompt))),
+                self.encoder.protect(template_messages(response)),
+                self.encoder.protect(candidate.tools),
                 self._turn_ends,
             )
         except (MessageError, RenderingError) as error:
@@ -349,7 +330,7 @@ class Renderer:
             return Rejection("empty response", "an assistant message of the response is empty")
         if not all(is_encodable(turn.context) and is_encodable(turn.written) for turn in turns):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
-        if any(self._encoder.is_cut(turn.context) or self._encoder.is_cut(turn.written) for turn in turns):
+        if any(self.encoder.is_cut(turn.context) or self.encoder.is_cut(turn.written) for turn in turns):
             return Rejection("rendering cannot be split", "the template cuts the text at a special token in a message")
         if turns[0].context != batch.contexts[prompt]:
             return Rejection("rendering cannot be split", "the template renders the same prompt in two ways")
@@ -399,7 +380,7 @@ class Renderer:
         """The first added token after an assistant's words; in plain mode, or without one, the end of text."""
         if self._template is not None:
             added = self.vocabulary.added
-            for id_ in self._encoder.whole(self._template.after_response()).tolist():
+            for id_ in self.encoder.whole(self._template.after_response()).tolist():
                 if id_ in added and not added[id_].isspace():
                     return id_
         eos = self.tokenizer.eos_token_id

@@ -31,6 +31,8 @@ class Candidate:
     """temperature, top_p, top_k under which the response was sampled."""
     truncated: bool = False
     """finish_reason was 'length': no turn end is added."""
+    finish_reason: str | None = None
+    """Why it ended, in the words of the pool."""
     tools: list[dict[str, Any]] | None = None
     """Tool definitions for the template."""
     other: dict[str, Any] = field(default_factory=dict)

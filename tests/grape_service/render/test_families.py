@@ -108,3 +108,13 @@ def test_turns_of_a_trajectory_are_those_of_the_whole_conversation(family: str) 
     assert result.input_ids.tolist() == expected
     written = make(family).decode(result.input_ids[result.loss_mask == 1])
     assert written.replace(" ", "") == "Letmelook.ItisRome."
+
+
+def test_a_generation_prompt_that_differs_in_white_space_alone_is_taken() -> None:
+    """As in Zephyr's own template, which writes it inside of the loop, before the last line's end."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    result = render("zephyr", QUESTION, "Paris.", chat_template=template)
+    assert make("zephyr").decode(result.input_ids).endswith("<|assistant|>\nParis.</s>")
