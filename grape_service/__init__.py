@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grape_service.config.schema import Config
     from grape_service.release.load import Release
 
 __version__ = "0.1.0"
@@ -19,3 +22,25 @@ def load(reference: str, storage: dict[str, Any] | None = None, check_files: boo
     from grape_service.release.load import load as load_release
 
     return load_release(reference, storage, check_files)
+
+
+def run(config: dict[str, Any] | str | Path | Config, force: bool = False, overrides: Sequence[str] = ()) -> Release:
+    """Do the whole job of a config, as `grape run` does, and open the version that it made.
+
+    `config` is a dict, the path of a YAML file, or a Config; `overrides` are those of `--set`, such as
+    "select.keep=2". The same config gives the same version again unless `force`. Progress is shown in a terminal and
+    in Jupyter. Raises UserError with one plain sentence for a user error, StageError for a stage that failed.
+    """
+    from grape_service.config.loading import read_config
+    from grape_service.progress.bars import shown
+
+    settings = read_config(config, overrides)
+    from workers.pipeline import run_pipeline
+
+    with shown():
+        outcome = run_pipeline(settings, force=force)
+    assert outcome.reference is not None
+    return load(outcome.reference, settings.storage)
+
+
+__all__ = ["load", "run"]

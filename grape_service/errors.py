@@ -25,6 +25,10 @@ class UserError(ValueError):
     def __init__(self, text: object = ""):
         super().__init__(without_url_secrets(str(text)))
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the sentence."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class StageError(RuntimeError):
     """A stage failed although its input was fine. The CLI prints it and exits with status 1. URLs in it lose their
@@ -32,6 +36,10 @@ class StageError(RuntimeError):
 
     def __init__(self, text: object = ""):
         super().__init__(without_url_secrets(str(text)))
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the sentence."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 @contextlib.contextmanager

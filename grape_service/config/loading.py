@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
@@ -16,6 +17,22 @@ from grape_service.config.limits import MAX_BYTES, MAX_DEPTH, check_size
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
+
+
+def read_config(config: dict[str, Any] | str | Path | Config, overrides: Sequence[str] = ()) -> Config:
+    """A config from a dict, the path of a YAML file or a Config, with `overrides` put over it. Raises UserError."""
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    if isinstance(config, Config):
+        if not overrides:
+            return config
+        config = config.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(config, dict):
+        raise UserError(f"a config is a dict, the path of a YAML file or a Config, not a {type(config).__name__}")
+    values = copy.deepcopy(config)
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +75,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"--set {override} is not key=value: write --set select.keep=2")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {key}: '{text}' is not a YAML value: {getattr(error, 'problem', error)}") from None
     place: Any = values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
@@ -44,6 +45,8 @@ class Bars:
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr)
+        widgets = self.console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+        self.live = self.console.is_terminal or widgets
         self.progress = Progress(
             TextColumn("{task.description:<18}"),
             BarColumn(bar_width=30),
@@ -52,7 +55,7 @@ class Bars:
             TimeElapsedColumn(),
             Remaining(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.live,
         )
         self.run = RunClock()
         self.whole = self.progress.add_task("whole run", total=None, clock=self.run)
@@ -89,7 +92,7 @@ class Bars:
         eta = self.run.eta
         if eta is not None:
             self.progress.update(self.whole, total=self.run.seconds + eta, completed=self.run.seconds)
-        if not self.console.is_terminal and time.monotonic() - self.last_line > LOG_SECONDS:
+        if not self.live and time.monotonic() - self.last_line > LOG_SECONDS:
             self.last_line = time.monotonic()
             left = f", ETA {duration(clock.eta)}" if clock.eta is not None else ""
             whole = f"; whole run: ETA {duration(eta)}" if eta is not None else ""
@@ -99,7 +102,7 @@ class Bars:
     def end(self, stage: str) -> None:
         clock = self.run.end(stage)
         self.progress.update(self.tasks[stage], completed=max(clock.total, 1))
-        if not self.console.is_terminal:
+        if not self.live:
             self._line(f"{stage}: {clock.done:,} {clock.unit} in {clock.seconds:.1f} s")
 
     def event(self, text: str) -> None:

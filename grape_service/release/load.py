@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from grape_service.display import visible
 from grape_service.errors import UserError
 from grape_service.release.manifest import Column, FileEntry, Manifest, columns_of, read_manifest
 from grape_service.release.reference import Reference, parse_reference, version_folder
@@ -22,6 +25,8 @@ _READERS = 4
 
 if TYPE_CHECKING:
     import datasets
+    import pandas
+    import polars
 
 
 class Release:
@@ -35,7 +40,15 @@ class Release:
         self.folder = version_folder(manifest.name, manifest.version)
 
     def __repr__(self) -> str:
-        return f"Release({self.reference!r}, rows={self.row_count})"
+        manifest = self.manifest
+        columns = ", ".join(f"{visible(column.name)} ({column.type})" for column in manifest.columns)
+        shown = textwrap.fill(columns, 110, initial_indent="columns: ", subsequent_indent="  ", break_on_hyphens=False)
+        return (
+            f"Release {self.reference}\n"
+            f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; "
+            f"published {manifest.created}\n{shown}\n"
+            "go on with .to_hf(), .to_pandas(), .to_polars(), .dataset (pyarrow, with columns and filters), .manifest"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Release, (self.storage, self.manifest)
@@ -128,6 +141,33 @@ class Release:
             for _ in pool.map(check, self.manifest.files):
                 pass
 
+    def to_table(self, columns: list[str] | None = None, filter: pads.Expression | None = None) -> pa.Table:
+        """The rows, in memory. Raises UserError where a column does not exist or a data file is missing or damaged."""
+        unknown = [name for name in columns or [] if name not in self.schema.names]
+        if unknown:
+            raise UserError(
+                f"{self.reference} has no column {unknown[0]!a}: its columns are {', '.join(self.schema.names)}"
+            )
+        batches = list(self.batches(columns, filter, batch_rows=65_536))
+        if not batches:
+            schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+            return schema.empty_table()
+        return pa.Table.from_batches(batches)
+
+    def to_pandas(self, columns: list[str] | None = None, filter: pads.Expression | None = None) -> pandas.DataFrame:
+        """The rows as a pandas DataFrame, in memory; lists are numpy arrays. Raises UserError like `to_table`."""
+        _require("pandas")
+        return self.to_table(columns, filter).to_pandas()
+
+    def to_polars(self, columns: list[str] | None = None, filter: pads.Expression | None = None) -> polars.DataFrame:
+        """The rows as a polars DataFrame, in memory. Raises UserError like `to_table`."""
+        _require("polars")
+        import polars
+
+        found = polars.from_arrow(self.to_table(columns, filter))
+        assert isinstance(found, polars.DataFrame)
+        return found
+
     def to_hf(self, streaming: bool = False, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
         """The rows as a Hugging Face dataset; `streaming` reads them as they are used. `options` go to load_dataset."""
         import datasets
@@ -191,6 +231,11 @@ def schema_difference(columns: list[Column], schema: pa.Schema) -> str | None:
         if found[name].type != expected[name].type:
             return f"column {name!a} is {found[name].type}, not {expected[name].type}"
     return None
+
+
+def _require(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"to_{package} needs the package {package}: pip install {package}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from grape_service.config.schema import NAME_PATTERN
 from grape_service.errors import StageError, UserError
 from grape_service.release.catalog import CatalogEntry, list_datasets, read_catalog
 from grape_service.release.load import Release, load, resolve_version
 from grape_service.release.manifest import Manifest, read_manifest
 from grape_service.release.reference import Reference, check_name
-from grape_service.release.tags import Tag, list_tag_names, read_tag
+from grape_service.release.tags import Tag, read_tag
 from grape_service.report.notices import Warning, warnings_of
 from grape_service.report.page import facts_of_manifest
-from grape_service.storage.storage import Storage
+from grape_service.storage.storage import FileInfo, Storage
 
 READERS = 32
 """Requests to storage at the same time."""
@@ -51,6 +52,7 @@ class Folder:
         self.storage = storage
         self.workspaces = [Storage(workspace or f"{storage.root}/.grape", options)]
         self._told: dict[tuple[str, str, str], tuple[str, str, int | None]] = {}
+        self._tags: dict[str, tuple[str, Tag | None]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -58,15 +60,11 @@ class Folder:
         """What people call it."""
         return f"{self.storage.root}/{self.only}" if self.only else self.storage.root
 
-    def names(self) -> list[str]:
-        """The datasets."""
-        return [self.only] if self.only else list_datasets(self.storage)
-
     def summaries(self) -> list[Summary]:
-        """Every dataset in a line, in the order of their names."""
-        names = self.names()
+        """Every dataset in a line, in the order of their names. A few requests for each, all at the same time."""
+        names = [self.only] if self.only else [n for n in self.storage.folders() if NAME_PATTERN.fullmatch(n)]
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self._summary, names))
+            return [summary for summary in pool.map(self._summary, names) if summary is not None]
 
     def versions(self, name: str) -> list[CatalogEntry]:
         """A dataset's versions, newest first. Raises UserError where there is no such dataset."""
@@ -80,13 +78,23 @@ class Folder:
         """A dataset's tags, and a sentence for each that cannot be read."""
         found: list[Tag] = []
         problems: list[str] = []
-        for tag_name in list_tag_names(self.storage, name):
+        for info in self.storage.list(f"{name}/tags"):
             try:
-                tag = read_tag(self.storage, name, tag_name)
+                tag = self._tag(name, info)
                 found += [tag] if tag is not None else []
             except UserError as error:
                 problems.append(str(error))
         return found, problems
+
+    def _tag(self, name: str, info: FileInfo) -> Tag | None:
+        """A tag of a listing; what was read is kept for as long as its file does not change."""
+        with self._lock:
+            known = self._tags.get(info.path)
+        if known is None or known[0] != info.etag:
+            known = info.etag, read_tag(self.storage, name, info.path.rpartition("/")[2].removesuffix(".json"))
+            with self._lock:
+                self._tags[info.path] = known
+        return known[1]
 
     def tags_of(self, name: str, version: str) -> list[str]:
         """Names of the tags that point to a version."""
@@ -112,10 +120,13 @@ class Folder:
         """The workspace that holds this path. Those that manifests name are not looked at: they open no doors."""
         return next((workspace for workspace in self.workspaces if workspace.exists(path)), None)
 
-    def _summary(self, name: str) -> Summary:
+    def _summary(self, name: str) -> Summary | None:
+        """A dataset in a line; None for a folder that is none."""
         try:
             entries = read_catalog(self.storage, name)
             if not entries:
+                if not self.storage.folders(f"{name}/versions"):
+                    return None
                 return Summary(name, problem="no version was finished yet")
             newest = entries[-1]
             tags = self.tags_of(name, newest.version)
