@@ -20,7 +20,7 @@ def plan(
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Scoring engines at the same time.")] = 1,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="Device to plan for, such as H100; default: that of earlier runs, else H100."),
+        typer.Option("--device", help="Device to plan for, such as H100; default: this machine's, or the cluster's."),
     ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option("--tokens-per-second", min=0.001, help="Of one replica, where you know it.")
@@ -43,10 +43,11 @@ def plan(
         [p.role, p.model, f"{p.rows:,.0f}", f"{p.tokens:,.0f}", f"{p.tokens_per_second:,.0f}", f"{p.gpu_hours:,.3g}"]
         for p in made.policies
     ]
-    print_table("to score", ["policy", "model", "rows", "tokens", "tokens/s a replica", "GPU hours"], rows)
+    unit = "CPU" if made.policies and all(p.device == "cpu" for p in made.policies) else "GPU"
+    print_table("to score", ["policy", "model", "rows", "tokens", "tokens/s a replica", f"{unit} hours"], rows)
     for origin in sorted({f"{p.device}: {p.origin}" for p in made.policies}):
         say(f"tokens/s on {origin}")
-    say(f"GPU time   {made.gpu_hours:,.3g} hours")
+    say(f"{unit} time   {made.gpu_hours:,.3g} hours")
     say(f"wall time  {duration(made.wall_seconds)} of scoring with {replicas} replica{'s' * (replicas > 1)}")
     if made.cost is not None:
         say(f"cost       {made.cost:,.2f} at {price:g} a GPU hour")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ TABLE: dict[tuple[str, str], list[Measured]] = {
 cpu: two cores, transformers. Other sizes follow by tokens x parameters; other devices are not in the table."""
 
 
+DEVICES = {"H100": "one H100 80 GB", "cpu": "two cores"}
+
+
 @dataclass(frozen=True)
 class Throughput:
     """Tokens a second of one replica, and where the figure comes from."""
@@ -48,15 +52,37 @@ class Throughput:
 
 
 def expected_throughput(config: Config, policy: PolicyConfig, device: str | None) -> Throughput:
-    """For `policy` on `device` (None: the one that earlier runs had, else an H100).
+    """For `policy` on `device`; None: where the run would score, on this machine, or on its cluster as earlier runs did.
 
-    Raises UserError for a device without any figure.
+    What was measured on this machine goes before what was measured elsewhere, and that before the table. Raises
+    UserError for a device without any figure, and for a cluster of which nothing is known.
     """
-    found = _from_manifests(config, policy, device)
-    return found or _from_table(config, policy, device or "H100")
+    if device is None and config.workers.ray_address != "auto":
+        found = _from_manifests(config, policy, None)
+        if found is None:
+            raise UserError(
+                f"no earlier manifest tells how fast {policy.model} is on the cluster at {config.workers.ray_address}: "
+                f"give --device ({', '.join(sorted({name for name, _ in TABLE}))}) or --tokens-per-second"
+            )
+        return found
+    device = device or device_here()
+    return (
+        _from_manifests(config, policy, device, host=socket.gethostname())
+        or _from_manifests(config, policy, device)
+        or _from_table(config, policy, device)
+    )
 
 
-def _from_manifests(config: Config, policy: PolicyConfig, device: str | None) -> Throughput | None:
+def device_here() -> str:
+    """What engines on this machine run on: its first GPU by name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _from_manifests(
+    config: Config, policy: PolicyConfig, device: str | None, host: str | None = None
+) -> Throughput | None:
     storage = Storage(config.output.path, config.storage)
     wanted = policy_id(policy, resolve_model(policy, config.storage))
     newest = [
@@ -68,14 +94,19 @@ def _from_manifests(config: Config, policy: PolicyConfig, device: str | None) ->
         except UserError:  # a damaged version is no reason to plan nothing
             continue
         of_policy = [
-            e for e in engines if e["policy_id"] == wanted and (device is None or same_device(device, e["device"]))
+            e
+            for e in engines
+            if e["policy_id"] == wanted
+            and (device is None or same_device(device, e["device"]))
+            and (host is None or e.get("host") == host)
         ]
         seconds = sum(e["stats"].get("seconds", 0.0) for e in of_policy)
         if seconds >= MIN_SECONDS:
             rate = sum(e["stats"]["tokens"] for e in of_policy) / seconds
-            return Throughput(
-                rate, of_policy[0]["device"], f"{name}@{version}, {len(of_policy)} engines of this policy"
-            )
+            where = "on this machine" if host else "by an earlier run"
+            engines_of = f"{len(of_policy)} engine{'s' * (len(of_policy) > 1)}"
+            origin = f"measured {where}: {name}@{version}, {engines_of} of this policy for {seconds:,.0f} s"
+            return Throughput(rate, of_policy[0]["device"], origin)
     return None
 
 
@@ -97,7 +128,10 @@ def _from_table(config: Config, policy: PolicyConfig, device: str) -> Throughput
     parameters = resolve_model(policy, config.storage).num_parameters
     rate = interpolate(TABLE[key], parameters) * policy.tensor_parallel
     return Throughput(
-        rate, key[0], f"the table of measured figures, {key[0]} {key[1]}, scaled to {parameters / 1e9:.3g}B parameters"
+        rate,
+        key[0],
+        f"the table of measured figures, {DEVICES[key[0]]}, {key[1]}, scaled to {parameters / 1e9:.3g}B parameters; "
+        "a run of this config measures it",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -107,6 +108,7 @@ class ScoringActor:
         """The engine's description and running counts, JSON-able."""
         return {
             **asdict(self.engine.description),
+            "host": socket.gethostname(),
             "stats": self.engine.stats(),
             "pid": os.getpid(),
             "num_callers": num_callers(self.engine),

@@ -56,7 +56,7 @@ def test_a_plan_a_run_and_a_plan_from_its_manifest(tmp_path: Path) -> None:
 
         write_jsonl(tmp_path / "pool" / "later.jsonl", pool_rows(3, start=12))
         again = _plan_json(job)
-        assert again["policies"][0]["origin"].startswith("tiny@v0001")
+        assert again["policies"][0]["origin"].startswith("measured on this machine: tiny@v0001")
         assert again["policies"][0]["device"] == "cpu"
         measured = against["actual"]["tokens_per_second"]
         assert again["policies"][0]["tokens_per_second"] == pytest.approx(measured, rel=0.01)

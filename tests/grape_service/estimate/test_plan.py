@@ -121,3 +121,17 @@ def test_an_unknown_device_needs_a_figure(tmp_path: Path, model: str) -> None:
     write_jsonl(tmp_path / "pool" / "pool.jsonl", pool_rows(2))
     with pytest.raises(UserError, match="--tokens-per-second"):
         make_plan(_config(tmp_path, model), device="abacus")
+
+
+def test_a_machine_without_a_gpu_is_never_given_the_time_of_one(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", pool_rows(2))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = make_plan(_config(tmp_path, model))
+    assert plan.policies[0].device == "cpu"
+    assert "the table of measured figures, two cores" in plan.policies[0].origin
+    cluster = {"ray_address": "http://head:8265"}
+    with pytest.raises(UserError, match="no earlier manifest tells how fast .* on the cluster at http://head:8265"):
+        make_plan(_config(tmp_path, model, workers=cluster))
+    assert make_plan(_config(tmp_path, model, workers=cluster), device="H100").policies[0].device == "H100"
