@@ -1,6 +1,7 @@
 """Small runs over and over on S3 while actors, workers, the Prefect server and the S3 server are killed at random.
 
     python benchmarks/soak.py --minutes 20
+    python benchmarks/soak.py --single-kills 30     # one kill in each run, see single_kills.py
 
 Each round lets the pool grow, runs `grape run` until it succeeds (a killed run resumes from its scores), verifies
 the release (digests, one row for each prompt, every candidate scored) and collects garbage. At the end a run
@@ -33,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 import grape_service
-from grape_service.release.catalog import read_catalog
+from benchmarks.single_kills import single_kills
+from grape_service.release.catalog import list_datasets, read_catalog
 from grape_service.release.claim import CLAIM
 from grape_service.release.gc import collect
 from grape_service.release.manifest import read_manifest
@@ -227,7 +229,8 @@ def one_round(
     if left:
         tally.problems.append(f"processes are left after round {number}: {list(left.values())[:5]}")
     output, workspace = Storage(job.config["output"]["path"]), Storage(job.config["workspace"])
-    collect(output, workspace, keep_days=0, keep_versions=2, dry_run=False, stale_seconds=60)
+    if list_datasets(output):
+        collect(output, workspace, keep_days=0, keep_versions=2, dry_run=False, stale_seconds=60)
     tally.samples.append({"seconds": round(time.monotonic() - started), **sample(job, output, workspace)})
     return outcome["reference"] if outcome else None
 
@@ -300,12 +303,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--single-kills", type=int, default=0, help="instead: so many runs, one kill in each")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left behind
     with (
         tempfile.TemporaryDirectory(prefix="grape-soak-", ignore_cleanup_errors=True) as out,
         tempfile.TemporaryDirectory(prefix="soak", ignore_cleanup_errors=True) as scratch,  # short: socket paths
     ):
+        if arguments.single_kills:
+            found = single_kills(arguments.single_kills, arguments.seed, Path(out), Path(scratch))
+            print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+            sys.exit(1 if found["problems"] else 0)
         tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out), Path(scratch))
     summary = {"rounds": tally.rounds, "attempts": tally.attempts, "rows_verified": tally.rows, "kills": tally.kills}
     summary |= {"first": tally.samples[0], "last": tally.samples[-1], "problems": tally.problems}

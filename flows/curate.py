@@ -5,16 +5,18 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.artifacts import show_outcome, shown
-from flows.tasks import TIMEOUT_SECONDS, as_task
-from flows.train import train
+from flows.secrets import restored
+from flows.tasks import TIMEOUT_SECONDS, as_task, run_name, user_errors_are_final
+from flows.train import train_hidden
 from grape_service.config.schema import Config
 from workers.outcome import Outcome
 from workers.pipeline import Until, run_pipeline
 
 
-@flow(name="curate", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
+@flow(name="curate", flow_run_name=run_name, persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def curate(config: Config, until: Until = "release", force: bool = False) -> Outcome:
     """Score a pool with the model to be trained, keep what fits it best, weigh it, release it."""
-    outcome = run_pipeline(config, until, force, as_task, shown, train)
+    with user_errors_are_final():
+        outcome = run_pipeline(restored(config), until, force, as_task, shown, train_hidden)
     show_outcome(config, outcome)
     return outcome

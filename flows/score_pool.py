@@ -5,15 +5,17 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.artifacts import show_outcome, shown
-from flows.tasks import TIMEOUT_SECONDS, as_task
+from flows.secrets import restored
+from flows.tasks import TIMEOUT_SECONDS, as_task, run_name, user_errors_are_final
 from grape_service.config.schema import Config
 from workers.outcome import Outcome
 from workers.pipeline import run_pipeline
 
 
-@flow(name="score-pool", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
+@flow(name="score-pool", flow_run_name=run_name, persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def score_pool(config: Config) -> Outcome:
     """Score the rows of a pool that have no score yet under the target. An unchanged pool starts no engine."""
-    outcome = run_pipeline(config, until="score", as_stage=as_task, watch=shown)
+    with user_errors_are_final():
+        outcome = run_pipeline(restored(config), until="score", as_stage=as_task, watch=shown)
     show_outcome(config, outcome)
     return outcome

@@ -9,7 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from flows.deployments import PrefectDeployments
-from flows.tasks import TIMEOUT_SECONDS
+from flows.secrets import hidden, kept, restored
+from flows.tasks import TIMEOUT_SECONDS, run_name, user_errors_are_final
 from grape_service.config.training import TrainConfig
 from grape_service.progress.reporter import Silent, reporter
 from workers.stages.train import open_run
@@ -29,7 +30,7 @@ def rl(run: TrainingRun) -> Record:
     return run.do("rl")
 
 
-@flow(name="train", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
+@flow(name="train", flow_run_name=run_name, persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def train(
     reference: str,
     config: TrainConfig,
@@ -40,9 +41,20 @@ def train(
     """Start the training jobs of a release one after the other; the run's record."""
     logger = get_run_logger()
     say = logger.info if isinstance(reporter(), Silent) else reporter().event
-    with open_run(reference, config, ray_address, storage_options, key, say, PrefectDeployments()) as run:
+    with (
+        user_errors_are_final(),
+        open_run(
+            reference, restored(config, "train"), ray_address, storage_options, key, say, PrefectDeployments()
+        ) as run,
+    ):
         if "sft" in run.stages:
             sft(run)
         if "rl" in run.stages:
             rl(run)
     return run.record
+
+
+def train_hidden(reference: str, config: TrainConfig, ray_address: str, storage_options: dict[str, Any]) -> Record:
+    """`train` as a part of another flow, which keeps the secrets of its config out of Prefect."""
+    with kept(config, "train"):
+        return train(reference, hidden(config), ray_address, storage_options)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.artifacts import shown
-from flows.tasks import TIMEOUT_SECONDS, as_task
+from flows.secrets import restored
+from flows.tasks import TIMEOUT_SECONDS, as_task, run_name, user_errors_are_final
 from grape_service.config.schema import Config
 from workers.outcome import Outcome
 from workers.pipeline import reweigh
 
 
-@flow(name="weigh", persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
+@flow(name="weigh", flow_run_name=run_name, persist_result=False, timeout_seconds=TIMEOUT_SECONDS)
 def weigh_release(reference: str, config: Config, force: bool = False) -> Outcome:
     """Make a new version with weights from the rows of an existing one, scoring only what is missing."""
-    return reweigh(reference, config, force, as_task, shown)
+    with user_errors_are_final():
+        return reweigh(reference, restored(config), force, as_task, shown)

@@ -11,6 +11,7 @@ from grape_service.cli import (
     check_commands,
     cluster_commands,
     dataset_commands,
+    deploy_commands,
     plan_commands,
     report_commands,
     run_commands,
@@ -50,6 +51,7 @@ dataset_commands.register(app)
 plan_commands.register(app)
 cluster_commands.register(app)
 train_commands.register(app)
+deploy_commands.register(app)
 report_commands.register(app)
 schema_commands.register(app)
 ui_commands.register(app)

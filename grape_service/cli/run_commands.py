@@ -90,9 +90,11 @@ def weigh(
     settings = config_of(config, sets)
     with prefect_or_direct() as with_prefect:
         if with_prefect:
+            from flows.secrets import hidden, kept
             from flows.weigh import weigh_release
 
-            outcome = weigh_release(reference, settings, force=force)
+            with kept(settings):
+                outcome = weigh_release(reference, hidden(settings), force=force)
         else:
             from workers.pipeline import reweigh
 
@@ -115,8 +117,10 @@ def run_until(
     with prefect_or_direct() as with_prefect:
         if with_prefect:
             from flows.curate import curate
+            from flows.secrets import hidden, kept
 
-            return curate(config, until=until, force=force)
+            with kept(config):
+                return curate(hidden(config), until=until, force=force)
         from workers.pipeline import run_pipeline
 
         return run_pipeline(config, until, force, train=train_directly)

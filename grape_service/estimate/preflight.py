@@ -18,6 +18,7 @@ from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.models.weights import check_policy
 from grape_service.pool.sample import sample_candidates
+from grape_service.release.manifest import secret_places
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
@@ -28,6 +29,11 @@ SAMPLE_ROWS = 64
 RESCORED_ROWS = 8
 SUSPICIOUS_MEAN = 0.02
 """Mean difference per token, recorded against scored again, above which recorded values are not the policy's."""
+
+SECRETS_ARE_HIDDEN = (
+    "{} may hold a secret: *** stands for it in the workspace, in manifests and in Prefect's database "
+    "(`grape deploy` keeps it in a secret block there)"
+)
 
 Score = Callable[[PolicyConfig, str, TokenBatch, float], npt.NDArray[np.float32]]
 """(policy, folder, batch, temperature) -> log-probabilities [L]; the caller brings the engine."""
@@ -49,6 +55,9 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
     """Storage, pool sample, model files, tokens, behavior policies, recorded values; continues after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
+    if places := secret_places(config.model_dump(mode="json")):
+        keys = ", ".join(".".join(map(str, place)) for place in places)
+        yield Finding("secrets", "ok", SECRETS_ARE_HIDDEN.format(keys))
     if config.checks.enabled():
         yield _look("checks", partial(_checks, config))
     candidates: list[Candidate] = []

@@ -52,7 +52,7 @@ class Throughput:
 
 
 def expected_throughput(config: Config, policy: PolicyConfig, device: str | None) -> Throughput:
-    """For `policy` on `device`; None: where the run would score, on this machine, or on its cluster as earlier runs did.
+    """For `policy` on `device`; None: where the run would score: on this machine, or on the cluster of earlier runs.
 
     What was measured on this machine goes before what was measured elsewhere, and that before the table. Raises
     UserError for a device without any figure, and for a cluster of which nothing is known.

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grape_service.errors import UserError
+from grape_service.errors import UserError, without_url_secrets
 from grape_service.release.reference import version_folder
 from grape_service.storage.storage import Storage, json_bytes
 
@@ -21,7 +21,6 @@ HIDDEN = "***"
 
 _SECRET_KEY = re.compile(r".*(secret|token|password|passwd|credential|api_?key|customerkey).*|key|webhook", re.I)
 _NOT_SECRET = re.compile(r".*(tokens|tokenizer|token_ids?|turn_end_token|num_.*)$|tokens.*|max_.*token.*", re.I)
-_USER_IN_URL = re.compile(r"(\w+://)[^/@\s]+@")
 
 
 class _Part(BaseModel):
@@ -212,8 +211,17 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     if isinstance(value, str):
-        return _USER_IN_URL.sub(rf"\1{HIDDEN}@", value)
+        return without_url_secrets(value)
     return value
+
+
+def secret_places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where `without_secrets` hides something: the keys, and places in lists, that lead there."""
+    if not isinstance(value, dict | list):
+        return [above]
+    hidden = without_secrets(value)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [place for key, item in items if item != hidden[key] for place in secret_places(item, (*above, key))]
 
 
 def _is_secret(key: Any, value: Any) -> bool:

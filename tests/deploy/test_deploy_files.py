@@ -149,6 +149,17 @@ def test_prefect_settings_exist() -> None:
                 assert name in known, f"{path.name}: {name}"
 
 
+def test_automations_are_what_prefect_takes() -> None:
+    from prefect.events.schemas.automations import AutomationCore
+
+    found = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    made = {one["name"]: AutomationCore.model_validate(one) for one in found}
+    assert set(made) == {"grape-lost-runs", "grape-start-again"}
+    frequency = yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["definitions"]["work_pool"]["job_variables"]
+    beat = int(frequency["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert made["grape-lost-runs"].trigger.within.total_seconds() >= 3 * beat
+
+
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
 def test_container_files_copy_what_exists_and_their_shell_is_clean(name: str, tmp_path: Path) -> None:
     text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker" / name).read_text())

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tests import tiny_models
 from tests.flows.test_curate import num_scores, wait_for_scores
@@ -167,11 +169,52 @@ def test_the_form_shows_every_key_and_refuses_bad_values(service: Service) -> No
     assert "keep" in answer.text or "minimum" in answer.text
 
 
-def test_a_run_that_fails_is_retried(service: Service, tmp_path: Path) -> None:
-    config = {**service.job.config, "name": "late", "pool": {"path": str(tmp_path / "late")}}
+def test_one_command_deploys_a_config(service: Service) -> None:
+    secret = "https://hooks.example/canary-51c0"
+    job = Job(service.job.folder / "one", {**service.job.config, "name": "nightly"}, service.job.environment)
+    job.folder.mkdir()
+    job.config["notify"] = {"webhook": secret}
+    refused = job.grape("deploy", str(job.config_path), "--pool", "absent")
+    assert refused.returncode == 2
+    assert "there is no work pool 'absent'" in refused.stderr
+    refused = job.grape("deploy", str(job.config_path), "--pool", "grape", "--cron", "at night")
+    assert refused.returncode == 2
+    assert "--cron 'at night'" in refused.stderr
+    for cron in ("0 4 * * 2", "0 4 * * 1"):  # again replaces it
+        done = job.grape("deploy", str(job.config_path), "--pool", "grape", "--cron", cron, "--json")
+        assert done.returncode == 0, done.stderr
+    made = orjson.loads(done.stdout)
+    assert made["name"] == "curate/nightly"
+    assert made["url"] == f"{service.api.removesuffix('/api')}/deployments/deployment/{made['id']}"
+    deployment = service.deployment("curate/nightly")
+    assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 4 * * 1"]
+    assert deployment["parameters"]["config"]["notify"] == {"webhook": "***"}
+    assert deployment["parameter_openapi_schema"]["definitions"]["PoolConfig"]["properties"]["path"]["description"]
+    variable = deployment["job_variables"]["env"]["GRAPE_CONFIG_SECRETS"]
+    assert variable == "{{ prefect.blocks.secret.grape-nightly }}"
+    assert secret.encode() not in b"".join(path.read_bytes() for path in (service.job.folder / "prefect").glob("*.db*"))
+
+
+def test_a_user_error_is_final(service: Service, tmp_path: Path) -> None:
+    config = {**service.job.config, "name": "mistaken", "pool": {"path": str(tmp_path / "nowhere")}}
     run_id = service.run("score-pool/score-pool", parameters={"config": config})
+    run = service.wait_final(run_id)
+    assert (run["state_type"], run["run_count"]) == ("FAILED", 1)
+    assert run["name"] == "mistaken"
+
+
+def test_an_outage_is_tried_again(service: Service, tmp_path: Path, model: str) -> None:
+    drill = tmp_path / "drill.json"
+    config = {**service.job.config, "name": "late", "output": {"path": str(tmp_path / "datasets")}}
+    token = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|im_start|>")
+    drill.write_bytes(orjson.dumps({"name": "late", "fail_token": token}))
+    environment = service.deployment("score-pool/score-pool")["job_variables"]["env"]
+    environment |= {"GRAPE_ENGINE_CLASS": "tests.drill_engines:DrillEngine", "DRILL_FILE": str(drill)}
+    run_id = service.run(
+        "curate/curate", parameters={"config": config, "until": "release"}, job_variables={"env": environment}
+    )
     service.wait(lambda: service.state(run_id)["state_name"] == "AwaitingRetry", 240, "it does not fail")
-    write_jsonl(tmp_path / "late" / "pool.jsonl", pool_rows(2))
+    drill.write_bytes(orjson.dumps({"name": "late"}))
     run = service.wait_final(run_id)
     assert run["state_type"] == "COMPLETED", "\n".join(service.logs(run_id))
     assert run["run_count"] >= 2
@@ -201,6 +244,7 @@ def test_a_cancelled_run_is_gone_in_30_seconds_and_the_next_goes_on(service: Ser
         time.sleep(0.5)
     assert left == {}
     assert service.wait_final(run_id, 60)["state_name"] == "Cancelled"
+    assert not [line for line in service.logs(run_id) if "Traceback" in line]
     stored = num_scores(probe)
     assert 0 < stored < 160
     next_id = service.run("curate/curate", parameters={"config": config})

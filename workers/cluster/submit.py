@@ -94,9 +94,18 @@ def for_cluster(config: Config) -> dict[str, Any]:
 
     A local path has to be the same folder on every node (a shared file system).
     """
+    values = with_absolute_paths(config)
+    values["workers"] = {**values.get("workers", {}), "ray_address": "auto"}
+    return values
+
+
+def with_absolute_paths(config: Config) -> dict[str, Any]:
+    """The config's values with local paths that mean the same from every folder."""
     values: dict[str, Any] = orjson.loads(config.model_dump_json(exclude_unset=True))
-    for section, key in (("pool", "path"), ("output", "path")):
-        values[section][key] = _absolute(values[section][key])
+    pool = values["pool"]
+    for group in pool["path"] if isinstance(pool["path"], list) else [pool]:
+        group["path"] = _absolute(group["path"])
+    values["output"]["path"] = _absolute(values["output"]["path"])
     if values.get("workspace"):
         values["workspace"] = _absolute(values["workspace"])
     behavior = values.get("behavior") or {}
@@ -104,7 +113,6 @@ def for_cluster(config: Config) -> dict[str, Any]:
         for key in ("model", "adapter"):
             if policy.get(key) and Path(policy[key]).expanduser().is_dir():
                 policy[key] = _absolute(policy[key])
-    values["workers"] = {**values.get("workers", {}), "ray_address": "auto"}
     return values
 
 

@@ -143,7 +143,21 @@ def test_references_that_are_none(
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "check", "plan", "score", "select", "weigh", "submit", "train", "export", "report", "explain", "compare"]
+    [
+        "run",
+        "check",
+        "plan",
+        "score",
+        "select",
+        "weigh",
+        "submit",
+        "deploy",
+        "train",
+        "export",
+        "report",
+        "explain",
+        "compare",
+    ]
     + [f"datasets {name}" for name in ("list", "show", "diff", "tag", "verify", "gc")],
 )
 def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

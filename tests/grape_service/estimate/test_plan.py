@@ -132,6 +132,6 @@ def test_a_machine_without_a_gpu_is_never_given_the_time_of_one(
     assert plan.policies[0].device == "cpu"
     assert "the table of measured figures, two cores" in plan.policies[0].origin
     cluster = {"ray_address": "http://head:8265"}
-    with pytest.raises(UserError, match="no earlier manifest tells how fast .* on the cluster at http://head:8265"):
+    with pytest.raises(UserError, match=r"no earlier manifest tells how fast .* on the cluster at http://head:8265"):
         make_plan(_config(tmp_path, model, workers=cluster))
     assert make_plan(_config(tmp_path, model, workers=cluster), device="H100").policies[0].device == "H100"

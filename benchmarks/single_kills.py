@@ -1,0 +1,171 @@
+"""A drill of single kills over S3: one process of a run is killed, at any moment, and nothing is lost or hangs.
+
+    python benchmarks/soak.py --single-kills 30
+
+Each time a run without earlier scores begins, one process of it (or the S3 server) gets SIGKILL, and the run has to
+end by itself within HANG_SECONDS. If it failed, the same command is run once more and has to succeed. The release has
+to hold the rows that an undisturbed run chose, no score may have been made twice, and no process may be left.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+import grape_service
+from grape_service.release.verify import verify
+from grape_service.score.store import REPEAT_SUFFIX
+from grape_service.storage.parquet import open_parquet
+from grape_service.storage.storage import Storage
+from tests import tiny_models
+from tests.jobs import Job, pool_rows, tiny_job
+from tests.seaweed import BUCKET, SeaweedServer, running_server
+
+VICTIMS = {
+    "driver": ("grape_service.cli",),
+    "engine": ("ray::ScoringActor",),
+    "worker": ("ray::",),
+    "raylet": ("raylet/raylet",),
+    "gcs": ("gcs_server",),
+    "agent": ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
+    "s3": (),
+}
+"""What is killed, and how its command line is known; of several, one."""
+HANG_SECONDS = 300.0
+"""A run that takes longer hangs: the raylet's end shows within 30 s, and a busy machine is slow."""
+LEFT_SECONDS = 60.0
+PROMPTS = 20
+COLUMNS = ["prompt_id", "candidate_id", "grape_score", "input_ids"]
+
+
+def single_kills(kills: int, seed: int, out: Path, scratch: Path) -> dict[str, Any]:
+    """Do `kills` of them, each kind in turn; counts, and what went wrong."""
+    draw = random.Random(seed)
+    model = str(tiny_models.make_model(out / "model", arch="llama"))
+    counts = dict.fromkeys(VICTIMS, 0)
+    problems: list[str] = []
+    with running_server(out / "s3") as s3:
+        os.environ.update(s3.environment)
+        with _job(out, model, "whole", scratch) as job:
+            began = time.monotonic()
+            expected = _rows(job.run(timeout=HANG_SECONDS)["reference"])
+            seconds = time.monotonic() - began
+        for number in range(kills):
+            kind = list(VICTIMS)[number % len(VICTIMS)]
+            with _job(out, model, f"kill-{number:02d}", scratch) as job:
+                found = _one(job, s3, kind, draw.uniform(0, seconds), expected)
+            problems += [f"{job.config['name']} ({kind}): {problem}" for problem in found.pop("problems")]
+            counts[kind] += found["killed"]
+            print(orjson.dumps({"kill": number, "kind": kind, **found}).decode(), flush=True)
+    return {"undisturbed_seconds": round(seconds, 1), "kills": counts, "problems": problems}
+
+
+def _one(job: Job, s3: SeaweedServer, kind: str, moment: float, expected: pa.Table) -> dict[str, Any]:
+    """One run with one kill, and the run after it where it failed."""
+    problems: list[str] = []
+    began = time.monotonic()
+    process = job.start("run", str(job.config_path), "--json")
+    killed = _kill(job, s3, kind, process, began + moment)
+    status, output, error = _ended(job, process)
+    facts: dict[str, Any] = {"killed": killed, "status": status, "seconds": round(time.monotonic() - began, 1)}
+    if status is None:
+        problems.append(f"it hangs: {error[-500:]}")
+    stored = len(_stored_keys(job))
+    if status != 0:
+        again = job.grape("run", str(job.config_path), "--json", timeout=HANG_SECONDS)
+        status, output, error = again.returncode, again.stdout, again.stderr
+    if status == 0:
+        outcome = orjson.loads(output)
+        keys = _stored_keys(job)
+        facts |= {"stored_before": stored, "scored": outcome["scored"]}
+        if len(keys) != len(set(keys)):
+            problems.append(f"{len(keys) - len(set(keys))} scores were made twice")
+        problems += _differences(outcome["reference"], expected)
+    else:
+        problems.append(f"the run after it ended with {status}: {error[-500:]}")
+    left = job.wait_gone(LEFT_SECONDS)
+    if left:
+        problems.append(f"processes are left: {list(left.values())[:5]}")
+    return {**facts, "problems": problems}
+
+
+@contextmanager
+def _job(out: Path, model: str, name: str, scratch: Path) -> Iterator[Job]:
+    folder = out / name
+    folder.mkdir()
+    paths = {"output": {"path": f"s3://{BUCKET}/datasets"}, "workspace": f"s3://{BUCKET}/workspace-{name}"}
+    with tiny_job(folder, model, pool_rows(PROMPTS), name=name, **paths) as job:
+        job.environment |= {
+            "GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine",
+            "DRILL_SECONDS": "0.5",
+            "TMPDIR": str(scratch),
+        }
+        yield job
+
+
+def _kill(job: Job, s3: SeaweedServer, kind: str, process: subprocess.Popen[str], moment: float) -> bool:
+    """SIGKILL to a process of that kind at a moment, or as soon after it as there is one; whether there was."""
+    time.sleep(max(0.0, moment - time.monotonic()))
+    if kind == "s3":
+        s3.kill()
+        s3.start()
+        return True
+    while process.poll() is None:
+        found = [pid for pid, line in job.processes().items() if any(part in line for part in VICTIMS[kind])]
+        found = [process.pid] if kind == "driver" else found
+        if found:
+            try:
+                os.kill(random.choice(found), signal.SIGKILL)
+                return True
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    return False
+
+
+def _ended(job: Job, process: subprocess.Popen[str]) -> tuple[int | None, str, str]:
+    """Exit status, standard output and error; None for one that hangs, which is ended."""
+    try:
+        output, error = process.communicate(timeout=HANG_SECONDS)
+        return process.returncode, output, error
+    except subprocess.TimeoutExpired:
+        job.kill_all()
+        output, error = process.communicate()
+        return None, output, error
+
+
+def _stored_keys(job: Job) -> list[tuple[str, bytes]]:
+    """Policy and key of every stored score; those of the control, which scores rows once more, are left out."""
+    workspace = Storage(job.config["workspace"])
+    found = []
+    for info in workspace.list("scores"):
+        policy, _, rest = info.path.removeprefix("scores/").partition("/")
+        if rest.startswith("b") and rest.endswith(".parquet") and not policy.endswith(REPEAT_SUFFIX):
+            with open_parquet(workspace, info.path) as file:
+                found += [(policy, key) for key in file.read(columns=["row_key"])["row_key"].to_pylist()]
+    return found
+
+
+def _rows(reference: str) -> pa.Table:
+    return grape_service.load(reference).dataset.to_table(COLUMNS).sort_by("prompt_id").combine_chunks()
+
+
+def _differences(reference: str, expected: pa.Table) -> list[str]:
+    rows = _rows(reference)
+    problems = [str(problem) for problem in verify(grape_service.load(reference))]
+    names = [name for name in COLUMNS if name != "grape_score" and rows[name] != expected[name]]
+    problems += [f"other {name} than without the kill" for name in names]
+    if not names and not np.allclose(rows["grape_score"], expected["grape_score"], rtol=0, atol=1e-4):
+        problems.append("other grape_score than without the kill")
+    return problems

@@ -1,0 +1,51 @@
+"""grape deploy: a config as a scheduled deployment of Prefect's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from grape_service.cli.output import (
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    config_of,
+    print_json,
+    quiet_prefect,
+    say,
+    stdout_to_stderr,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog="Example: grape deploy config.yaml --pool grape --cron '0 4 * * 1'")(deploy)
+
+
+def deploy(
+    config: ConfigArgument,
+    pool: Annotated[str, typer.Option("--pool", help="The work pool whose worker runs it.")],
+    cron: Annotated[
+        str | None, typer.Option("--cron", help="When: minute hour day month weekday. Without it, on demand.")
+    ] = None,
+    timezone: Annotated[str, typer.Option("--timezone", help="Of the schedule, such as Europe/Paris.")] = "UTC",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Register the whole job of a config as a deployment of Prefect's, on a schedule."""
+    settings = config_of(config, overrides)
+    quiet_prefect()
+    with stdout_to_stderr():
+        from flows.deploy import deploy as register_deployment
+
+        made = register_deployment(settings, pool, cron, timezone)
+    if as_json:
+        print_json(asdict(made))
+        return
+    say(f"deployed  {made.name}, {f'{cron} {timezone}' if cron else 'without a schedule'}")
+    if made.secret_block:
+        say(f"secrets   in Prefect's secret block {made.secret_block}, not among its parameters")
+    say(f"look at   {made.url}")
+    say(f"run it    prefect deployment run '{made.name}'")
