@@ -136,7 +136,14 @@ def _local_folder(
         raise UserError(f"{what} '{name}' is a file: give the folder that holds config.json, tokenizer and weights")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise UserError(f"{what} '{name}' does not exist: give a hub id, a local folder or an s3:// folder")
-    return _from_hub(name, revision, what, patterns)
+    try:
+        return _from_hub(name, revision, what, patterns)
+    except (UserError, OSError):
+        raise
+    except Exception:  # of the client, for an address that is none; its words may hold that, and it a password
+        raise UserError(
+            f"{what} '{name}' is no local folder, and the model hub cannot be asked: correct HF_ENDPOINT or unset it"
+        ) from None
 
 
 def _from_hub(name: str, revision: str | None, what: str, patterns: list[str]) -> tuple[Path, str]:

@@ -70,7 +70,7 @@ class Service:
     @staticmethod
     def wait(done: Any, seconds: float, what: str) -> Any:
         deadline = time.monotonic() + seconds
-        while not (value := done()):
+        while (value := done()) is None or value is False:
             assert time.monotonic() < deadline, what
             time.sleep(0.5)
         return value
@@ -82,9 +82,14 @@ class Service:
 
     def run(self, name: str, **body: Any) -> str:
         """Ask for a run now; its id."""
-        answer = self.client.post(f"/deployments/{self.deployment(name)['id']}/create_flow_run", json=body)
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        answer = self.wait(lambda: self._unless_busy(path, body), 60, "the server is too busy")
         assert answer.status_code in (200, 201), answer.text
         return answer.json()["id"]
+
+    def _unless_busy(self, path: str, body: dict[str, Any]) -> httpx.Response | None:
+        answer = self.client.post(path, json=body)
+        return answer if answer.status_code != 503 else None
 
     def state(self, run_id: str) -> dict[str, Any]:
         return self.client.get(f"/flow_runs/{run_id}").json()
