@@ -37,11 +37,17 @@ class PolicyConfig(Model):
     """Passed to the engine as they are."""
 
 
+Recorded = Literal["raw", "processed"]
+
+
 class RecordedBehavior(Model):
     """Log-probabilities that were recorded when the response was sampled."""
 
     column: str = "behavior_logprobs"
     """The pool's column: one float for each of response_ids."""
+    recorded: Recorded | None = None
+    """What the numbers are: raw, taken before the temperature (what vLLM and servers built on it record unless told
+    otherwise), or processed, taken after it. `sampling.logprobs` of a row goes first."""
     policy: PolicyConfig | None = None
     """The policy that wrote them, where it can be run: `grape check` scores a sample again and compares."""
 
@@ -61,6 +67,8 @@ class BehaviorConfig(Model):
     """The one policy that wrote all responses; its keys are given directly."""
     sources: dict[str, PolicyConfig | RecordedBehavior] | None = None
     """By the row's source: a policy or a recorded column."""
+    recorded: Recorded | None = None
+    """Of a recorded column: raw or processed, that is taken before or after the temperature."""
     missing: Missing = "error"
     """Rows without a behavior policy: stop the run, give them weight 1, or leave them out."""
 
@@ -86,6 +94,8 @@ class BehaviorConfig(Model):
         given = [key for key in ("column", "policy", "sources") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError("behavior needs exactly one of: column, model, sources")
+        if self.recorded is not None and self.column is None:
+            raise ValueError("behavior.recorded belongs to a behavior with a column: give it beside that column")
         return self
 
     @model_serializer(mode="wrap")
@@ -105,7 +115,7 @@ class BehaviorConfig(Model):
     def of_source(self, source: str | None) -> PolicyConfig | RecordedBehavior | None:
         """The behavior of rows of `source`, or None where there is none."""
         if self.column is not None:
-            return RecordedBehavior(column=self.column)
+            return RecordedBehavior(column=self.column, recorded=self.recorded)
         if self.policy is not None:
             return self.policy
         assert self.sources is not None

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
+import pyarrow as pa
 
-from grape_service.config.policy import PolicyConfig, RecordedBehavior
+from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.estimate.tokens import look_at_tokens
@@ -24,6 +26,7 @@ from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.ragged import TokenBatch
 from grape_service.storage.storage import Storage, check_writable
+from grape_service.weigh.behavior import RECORDED, row_behaviors
 
 SAMPLE_ROWS = 64
 RESCORED_ROWS = 8
@@ -79,11 +82,15 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
             bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
             if len(bad):
                 yield Finding(name, "error", f"{len(bad)} token ids mean other text there: weights would be wrong")
+    if config.behavior is not None and config.weights is not None:
+        behavior, recorded_rows = config.behavior, [c for c, r in good if r.recorded_logprobs is not None]
+        if recorded_rows and (behavior.column is not None or _recorded_sources(config)):
+            yield _look("recorded log-probabilities", partial(_numbers, behavior, recorded_rows))
     for source, recorded in _recorded_sources(config).items():
         if recorded.policy is not None:
             rows = [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None]
             name = f"recorded log-probabilities of {source}"
-            look = partial(_rescore, config, recorded.policy, rows[:RESCORED_ROWS], target, score)
+            look = partial(_rescore, config, recorded.policy, recorded.recorded, rows[:RESCORED_ROWS], target, score)
             yield _look(name, look)
 
 
@@ -130,13 +137,33 @@ def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str
     return "ok", f"{detail}{', quantised: ' + files.quantization if files.quantization else ''}"
 
 
+def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str, str]:
+    """Whether it is known what recorded numbers are, for rows with any."""
+    columns = {
+        "source": pa.array([c.source for c in candidates], pa.string()),
+        "sampling": pa.array(
+            [orjson.dumps(c.sampling).decode() if c.sampling else None for c in candidates], pa.string()
+        ),
+        "recorded_logprobs": pa.array([[0.0]] * len(candidates), pa.list_(pa.float32())),
+    }
+    found = row_behaviors(pa.table(columns), behavior)
+    missing = int((found.policy < RECORDED).sum())
+    detail = f"{len(candidates) - missing} of {len(candidates)} rows of the sample can be weighed by theirs"
+    return ("warning" if missing and behavior.missing == "error" else "ok"), detail
+
+
 def _recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
     sources = (config.behavior.sources if config.behavior else None) or {}
     return {name: behavior for name, behavior in sources.items() if isinstance(behavior, RecordedBehavior)}
 
 
 def _rescore(
-    config: Config, policy: PolicyConfig, rows: list[tuple[Candidate, Rendered]], target: Renderer, score: Score
+    config: Config,
+    policy: PolicyConfig,
+    recorded: str | None,
+    rows: list[tuple[Candidate, Rendered]],
+    target: Renderer,
+    score: Score,
 ) -> tuple[str, str]:
     if not rows:
         return "warning", "no row of the sample has recorded log-probabilities"
@@ -150,7 +177,9 @@ def _rescore(
         if isinstance(own, Rejection):
             continue
         batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist())])
-        temperature = float((candidate.sampling or {}).get("temperature") or 1.0)
+        sampling = candidate.sampling or {}
+        is_raw = (sampling.get("logprobs") or recorded) == "raw"
+        temperature = 1.0 if is_raw else float(sampling.get("temperature") or 1.0)
         assert was.recorded_logprobs is not None
         difference = score(policy, files.folder, batch, temperature) - was.recorded_logprobs
         differences.append(difference[np.isfinite(difference)])

@@ -369,4 +369,14 @@ def _sampling(value: Any) -> dict[str, Any] | None:
             raise Unusable("sampling settings are not numbers", f"{key} is a {type(setting).__name__}")
         if key == "temperature" and setting < 0:
             raise Unusable("sampling settings are not numbers", "temperature is below 0")
+    if value.get("logprobs") is not None:
+        kept["logprobs"] = _numbers_said(value["logprobs"])
     return kept or None
+
+
+def _numbers_said(value: Any) -> str:
+    """What recorded log-probabilities are: raw or processed, also in vLLM's words for it."""
+    word = str(value).removesuffix("_logprobs")
+    if word not in ("raw", "processed"):
+        raise Unusable("sampling.logprobs is not known", f"it is '{value}', not raw or processed")
+    return word

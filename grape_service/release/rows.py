@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.prepare.counts import pack_ids, union_of_ids
-from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END, SHARD, message_type, release_schema
+from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TOKEN, LOSS_TURN_END, SHARD, message_type, release_schema
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import (
     Int64s,
@@ -71,6 +71,8 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
         recorded = spread(array_of(table, "recorded_logprobs"), offsets, mask)
         flat = np.nan_to_num(np.asarray(recorded.values), nan=0.0)
         made["behavior_logprobs"] = pa.ListArray.from_arrays(recorded.offsets, pa.array(flat), mask=recorded.is_null())
+    if BEHAVIOR_KNOWN.name in schema.names and "behavior_logprobs" in made:
+        made[BEHAVIOR_KNOWN.name] = _known(table, made["behavior_logprobs"], offsets, mask)
     if "weights" in table.column_names:
         made["weight_source"] = array_of(table, "weight_source")
         weights = scale_weights(array_of(table, "weights"), made["weight_source"], weight_factor)
@@ -87,6 +89,20 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
         else:
             columns.append(pa.nulls(table.num_rows, item.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _known(table: pa.Table, behavior: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -> pa.ListArray:
+    """Which of the behavior's log-probabilities are known [T]: false off the mask, null where `behavior` is null."""
+    if BEHAVIOR_KNOWN.name in table.column_names:
+        wide = spread(array_of(table, BEHAVIOR_KNOWN.name), offsets, mask)
+        values = np.asarray(wide.values) > 0
+    else:
+        valid = behavior.is_valid().to_numpy(zero_copy_only=False)
+        values = mask[np.repeat(valid, np.diff(offsets))]
+        if "behavior_logprobs" not in table.column_names:
+            recorded = spread(array_of(table, "recorded_logprobs"), offsets, mask)
+            values = values & ~np.isnan(np.asarray(recorded.values))
+    return pa.ListArray.from_arrays(behavior.offsets, pa.array(values), mask=behavior.is_null())
 
 
 def spread(column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -> pa.ListArray:
@@ -138,13 +154,13 @@ def write_kept_rows(
     workspace: Storage,
     kept_path: str,
     other_fields: list[pa.Field],
-    turn_end_id: int | None,
+    stop_ids: Collection[int],
     keep_scores: bool,
 ) -> tuple[int, str]:
     """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, and
     the ids of their tokens with loss (see `pack_ids`).
 
-    `turn_end_id` is the target's: a token with loss that has this id and ends a span is a turn end. The target's
+    `stop_ids` are the target's: a token with loss that is one of these and ends a span is a turn end. The target's
     log-probabilities are taken over when `keep_scores`, or null, to be scored again.
     """
     schema = pa.schema([*SHARD, *other_fields, *KEPT_COLUMNS])
@@ -157,7 +173,7 @@ def write_kept_rows(
             for batch in file.iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
                 rows += table.num_rows
-                kept = kept_rows(table, schema, turn_end_id, keep_scores)
+                kept = kept_rows(table, schema, stop_ids, keep_scores)
                 used = union_of_ids([used, tokens_with_loss(kept)])
                 yield kept
 
@@ -165,12 +181,12 @@ def write_kept_rows(
     return rows, used
 
 
-def kept_rows(table: pa.Table, schema: pa.Schema, turn_end_id: int | None, keep_scores: bool) -> pa.Table:
+def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], keep_scores: bool) -> pa.Table:
     """Release rows [N] in the columns of a kept file."""
     table = table.combine_chunks()
     offsets, ids = list_offsets_and_values(array_of(table, "input_ids"))
     _, has_loss = list_offsets_and_values(array_of(table, "loss_mask"))
-    mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, turn_end_id)
+    mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, stop_ids)
     spans = segment_sums(_span_starts(mask > 0, offsets), offsets)
     messages = [[_message(m) for m in row] for row in table["messages"].to_pylist()]
     made: dict[str, Any] = {
@@ -181,7 +197,7 @@ def kept_rows(table: pa.Table, schema: pa.Schema, turn_end_id: int | None, keep_
         "num_prompt_messages": pa.array(
             [num_prompt_messages(row, int(n)) for row, n in zip(messages, spans, strict=True)], pa.int32()
         ),
-        "recorded_logprobs": narrow(array_of(table, "behavior_logprobs"), offsets, mask, unknown_turn_ends=True),
+        "recorded_logprobs": _recorded(table, offsets, mask),
         "target_logprobs": narrow(array_of(table, "target_logprobs"), offsets, mask) if keep_scores else None,
     }
     columns = []
@@ -193,16 +209,31 @@ def kept_rows(table: pa.Table, schema: pa.Schema, turn_end_id: int | None, keep_
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def _recorded(table: pa.Table, offsets: Int64s, mask: npt.NDArray[np.uint8]) -> pa.ListArray:
+    """The behavior's log-probabilities as they were recorded: NaN where one is not known.
+
+    A release without BEHAVIOR_KNOWN knows all of them, but for one without weights from before there was that column,
+    where 0.0 stands for a turn end that was not recorded.
+    """
+    column = array_of(table, "behavior_logprobs")
+    if BEHAVIOR_KNOWN.name not in table.column_names:
+        return narrow(column, offsets, mask, unknown_turn_ends=True)
+    recorded = narrow(column, offsets, mask)
+    known = narrow(array_of(table, BEHAVIOR_KNOWN.name), offsets, mask)
+    values = np.where(np.asarray(known.values) > 0, np.asarray(recorded.values), np.float32(np.nan)).astype(np.float32)
+    return pa.ListArray.from_arrays(recorded.offsets, pa.array(values), mask=recorded.is_null())
+
+
 def mask_with_turn_ends(
-    ids: npt.NDArray[np.int32], has_loss: npt.NDArray[np.bool_], offsets: Int64s, turn_end_id: int | None
+    ids: npt.NDArray[np.int32], has_loss: npt.NDArray[np.bool_], offsets: Int64s, stop_ids: Collection[int]
 ) -> npt.NDArray[np.uint8]:
-    """Booleans [T] -> LOSS_* [T]: the last token of a span is a turn end when it has that id."""
+    """Booleans [T] -> LOSS_* [T]: the last token of a span is a turn end when it is one of the stop ids."""
     mask = has_loss.astype(np.uint8) * LOSS_TOKEN
-    if turn_end_id is not None:
+    if stop_ids:
         followed = np.zeros(len(mask), dtype=bool)
         followed[:-1] = has_loss[1:]
         followed[offsets[1:] - 1] = False
-        mask[has_loss & ~followed & (ids == turn_end_id)] = LOSS_TURN_END
+        mask[has_loss & ~followed & np.isin(ids, list(stop_ids))] = LOSS_TURN_END
     return mask
 
 
@@ -263,5 +294,5 @@ def tokens_with_loss(kept: pa.Table) -> str:
 
 def other_fields_of(schema: pa.Schema) -> list[pa.Field]:
     """The pool's own columns in a release's schema."""
-    ours = set(release_schema([], []).names)
+    ours = {*release_schema([], []).names, BEHAVIOR_KNOWN.name}
     return [field for field in schema if field.name not in ours and field.name not in SHARD.names]

@@ -160,6 +160,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
     figures = facts["statistics"].get("weights") or {}
     counts = facts["counts"].get("weigh") or {}
     found = []
+    found += _recorded_numbers(counts)
     effective = figures.get("effective_share")
     if effective is not None and effective < 0.3:
         found.append(
@@ -201,4 +202,34 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
                 "Name their policies in behavior.sources, or leave them out with behavior.missing: drop.",
             )
         )
+    return found
+
+
+MOST = 0.5
+
+
+def _recorded_numbers(counts: dict[str, Any]) -> list[Warning]:
+    """Sources whose recorded numbers are likely not what the config says, and whose ratios a clip holds."""
+    found = []
+    for name, tokens in (counts.get("recorded_tokens") or {}).items():
+        same = share((counts.get("recorded_same") or {}).get(name, 0), tokens)
+        if same > MOST:
+            found.append(
+                Warning(
+                    f"{same:.0%} of the log-probabilities recorded for source {short(name)} are the target's own "
+                    "before the temperature.",
+                    "They are raw, not processed: set behavior.recorded: raw, and weigh again.",
+                )
+            )
+    for name, totals in (counts.get("sources") or {}).items():
+        for clip, which in (("ratio_low", "lower"), ("ratio_high", "upper")):
+            held = share(totals.get(clip, 0), totals.get("tokens", 0))
+            if held > MOST:
+                found.append(
+                    Warning(
+                        f"{held:.0%} of the log ratios of source {short(name)} are at their {which} bound.",
+                        "Are the numbers that policy's, and taken as behavior.recorded says (raw or processed)? If "
+                        "they are, use weights.center: sequence, or a wider weights.ratio_clip.",
+                    )
+                )
     return found

@@ -96,7 +96,11 @@ def release_schema(message_fields: list[str], other_columns: list[pa.Field]) -> 
     )
 
 
-OUR_COLUMNS = frozenset(SHARD.names) | frozenset(release_schema([], []).names)
+BEHAVIOR_KNOWN = pa.field("behavior_known", pa.list_(pa.bool_()))
+"""Column of a release that has behavior_logprobs of which some are not known (turn ends that were not recorded, or are
+other tokens there): as long as input_ids, true where the number is the behavior's, null where behavior_logprobs is."""
+
+OUR_COLUMNS = frozenset(SHARD.names) | frozenset(release_schema([], []).names) | {BEHAVIOR_KNOWN.name}
 """Names that a pool's other column may not have; it gets the prefix pool_."""
 
 RELEASE_FORMAT = 2

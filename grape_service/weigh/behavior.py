@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,9 @@ MISSING_REASONS = {
 }
 """Why a row has no behavior policy."""
 
+
+NUMBERS = (None, "raw", "processed")
+"""What recorded log-probabilities are said to be."""
 
 BEHAVIOR_COLUMNS = ["row_key", "prompt_id", "source", "sampling", "recorded_logprobs"]
 """The kept columns that say whose behavior a row is."""
@@ -76,7 +81,10 @@ def row_behaviors(table: pa.Table, behavior: BehaviorConfig) -> RowBehaviors:
 
     recorded = policy == RECORDED
     if recorded.any():
-        kind, sampled_at = _recorded(table)
+        found = [behavior.of_source(name) for name in names]
+        said = [one.recorded if isinstance(one, RecordedBehavior) else None for one in found]
+        numbers = np.array([NUMBERS.index(one) for one in said])[encoded.indices.fill_null(len(names) - 1).to_numpy()]
+        kind, sampled_at = _recorded(table, numbers)
         policy = np.where(recorded, kind, policy)
         temperature = np.where(policy == RECORDED, sampled_at, 1.0)
     return RowBehaviors(policy, temperature, sources)
@@ -119,8 +127,12 @@ def _source_code(behavior: PolicyConfig | RecordedBehavior | None, policies: lis
     return RECORDED if isinstance(behavior, RecordedBehavior) else policies.index(behavior)
 
 
-def _recorded(table: pa.Table) -> tuple[Int64s, npt.NDArray[np.float64]]:
-    """For each row, taken as recorded: RECORDED or why not, and the temperature."""
+def _recorded(table: pa.Table, numbers: Int64s) -> tuple[Int64s, npt.NDArray[np.float64]]:
+    """For each row, taken as recorded: RECORDED or why not, and the temperature at which the numbers were taken.
+
+    `numbers` [N] are places in NUMBERS: what the config says of each row's. Raises UserError for rows of which nobody
+    says so, where it makes a difference.
+    """
     logprobs = array_of(table, "recorded_logprobs")
     offsets, values = list_offsets_and_values(logprobs)
     known = segment_sums(~np.isnan(values), offsets)
@@ -130,13 +142,45 @@ def _recorded(table: pa.Table) -> tuple[Int64s, npt.NDArray[np.float64]]:
 
     sampling = array_of(table, "sampling").dictionary_encode()
     settings = [orjson.loads(text) for text in sampling.dictionary.to_pylist()]
-    how = [_sampled(setting if isinstance(setting, dict) else {}) for setting in settings] + [(RECORDED, 1.0)]
+    settings = [setting if isinstance(setting, dict) else {} for setting in settings]
+    how = [_sampled(setting) for setting in settings] + [(RECORDED, 1.0)]
     codes = sampling.indices.fill_null(len(how) - 1).to_numpy(zero_copy_only=False).astype(np.int64)
     sampled, temperature = (np.array(column)[codes] for column in zip(*how, strict=True))
-    return np.where(kind == RECORDED, sampled, kind), temperature
+    own = [setting.get("logprobs") for setting in settings] + [None]
+    said = np.array([NUMBERS.index(one) if one in NUMBERS else 0 for one in own])[codes]
+    said = np.where(said > 0, said, numbers)
+    kind = np.where(kind == RECORDED, sampled, kind)
+    unsaid = (kind == RECORDED) & (temperature != 1) & (said == 0)
+    if unsaid.any():
+        refuse_unsaid(float(temperature[unsaid][0]))
+    return kind, np.where(NUMBERS.index("raw") == said, 1.0, temperature)
 
 
-def _sampled(setting: dict[str, float | None]) -> tuple[int, float]:
+def refuse_unsaid(temperature: float) -> None:
+    """Raises UserError for log-probabilities of which nobody says whether the temperature is in them."""
+    raise UserError(
+        f"the pool's recorded log-probabilities were sampled at temperature {temperature:g}, and nobody says whether "
+        "it is in the numbers: set behavior.recorded to raw (taken before the temperature, as vLLM records unless told "
+        "otherwise) or to processed (taken after it), or sampling.logprobs in the rows"
+    )
+
+
+def unsaid_temperature(sampling: Iterable[str | None], behavior: BehaviorConfig) -> float | None:
+    """A temperature of recorded rows, given their `sampling` as JSON, of which nobody says whether it is in the
+    numbers; None where there is none, or it depends on the rows' sources."""
+    if behavior.column is None or behavior.recorded is not None:
+        return None
+    for text in sampling:
+        setting = orjson.loads(text) if text else None
+        if not isinstance(setting, dict) or setting.get("logprobs") in NUMBERS[1:]:
+            continue
+        kind, temperature = _sampled(setting)
+        if kind == RECORDED and temperature != 1:
+            return temperature
+    return None
+
+
+def _sampled(setting: dict[str, Any]) -> tuple[int, float]:
     """RECORDED or why log-probabilities recorded under these settings are not a policy's, and the temperature."""
     temperature = setting.get("temperature")
     temperature = 1.0 if temperature is None else float(temperature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from grape_service.config.methods import WeightsConfig
 from grape_service.config.schema import Config
-from grape_service.rows.columns import LOSS_TURN_END, NO_SOURCE
+from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TURN_END, NO_SOURCE
 from grape_service.rows.counts import Counts
 from grape_service.rows.ragged import (
     Int64s,
@@ -50,6 +50,9 @@ from grape_service.weigh.pear import PearWeights, WeightTotals, log_ratios, pear
 PEAR, UNIFORM = "pear", "uniform"
 """Values of weight_source."""
 
+SAME_LOGPROB = 0.02
+"""Log-probabilities that differ by less are one policy's, scored by two engines in half precision."""
+
 REPEAT_PARTITION = "b"
 """The one partition of repeated scorings: they are few."""
 
@@ -58,7 +61,8 @@ WEIGHED_COLUMNS = [
     pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one per token with loss
     pa.field("weight_source", pa.string(), nullable=False),
 ]
-"""What a weighed row has after the kept row's columns."""
+"""What a weighed row has after the kept row's columns; BEHAVIOR_KNOWN follows, one for each token with loss, where some
+behavior of the partition is not known."""
 
 
 @dataclass
@@ -82,6 +86,10 @@ class WeighCounts(Counts):
     rows_of_failed_prompts: int = 0
     unknown_tokens: int = 0
     """Tokens of weighed rows whose log ratio is not known (turn ends), so that it counts as 0."""
+    recorded_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens by source whose behavior's log-probability was recorded at a temperature other than 1 and is processed."""
+    recorded_same: dict[str, int] = field(default_factory=dict)
+    """Those of them for which it is the target's own at temperature 1: then the numbers are raw."""
     sources: dict[str, WeightTotals] = field(default_factory=dict)
     """Sums over PEAR weights by source, before `normalize: dataset`."""
     self_weights: WeightTotals = field(default_factory=WeightTotals)
@@ -168,6 +176,7 @@ def weigh_partition(
     scores = read_scores(
         storage, partition, keys, behaviors, target_store, behavior_scores, behavior_rows, at_temperature or {}
     )
+    says_known = _has_unknown(light, behaviors, scores)
     kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts)
     del light
     repeat = repeat_store.read(REPEAT_PARTITION, keys) if repeat_store is not None else None
@@ -184,11 +193,20 @@ def weigh_partition(
                     observer.add_weights(WeightBatch(batch.sources, batch.pear_offsets, pear.weights, batch.ratios))
             if repeat is not None:
                 _count_repeat(counts, batch, repeat, rows + row, weights)
-            yield batch.output(pear)
+            yield batch.output(pear, says_known)
             row += table.num_rows
 
-    write_parquet(storage, out_path, pa.schema([*kept_schema, *WEIGHED_COLUMNS]), weighed_tables())
+    columns = [*WEIGHED_COLUMNS, BEHAVIOR_KNOWN] if says_known else WEIGHED_COLUMNS
+    write_parquet(storage, out_path, pa.schema([*kept_schema, *columns]), weighed_tables())
     return counts
+
+
+def _has_unknown(light: pa.Table, behaviors: RowBehaviors, scores: PartitionScores) -> bool:
+    """Whether there are rows with a behavior of which a token's log-probability is not known."""
+    if scores.turn_end_differs.any():
+        return True
+    recorded = array_of(light, "recorded_logprobs").filter(pa.array(behaviors.policy == RECORDED))
+    return bool(np.isnan(list_offsets_and_values(recorded)[1]).any())
 
 
 def _rows_to_keep(
@@ -248,6 +266,7 @@ class _Batch:
         recorded = np.flatnonzero(behaviors.policy[rows] == RECORDED)
         self._put(self.behavior, array_of(table, "recorded_logprobs"), recorded)
 
+        self.tempered = behaviors.temperature[rows] != 1
         self.pear_rows = np.flatnonzero(~behaviors.missing()[rows])
         self.pear_tokens = gather_rows(self.offsets[self.pear_rows], self.lengths[self.pear_rows])
         self.pear_offsets = offsets_from_lengths(self.lengths[self.pear_rows])
@@ -268,7 +287,7 @@ class _Batch:
         check_lengths(lengths, self.lengths[rows], self.keys, rows)
         flat[gather_rows(self.offsets[rows], lengths)] = values[gather_rows(offsets[rows], lengths)]
 
-    def output(self, pear: PearWeights) -> pa.Table:
+    def output(self, pear: PearWeights, says_known: bool) -> pa.Table:
         """The table with target_logprobs, behavior_logprobs, weights and weight_source.
 
         Where the behavior's log-probability is not known, the target's stands in its place: a delta of 0.
@@ -278,6 +297,7 @@ class _Batch:
             column = _lists(self.offsets, self.target, self.target_usable)
             place = table.column_names.index("target_logprobs")
             table = table.set_column(place, table.schema.field(place), column)
+        is_known = ~np.isnan(self.behavior)
         known = self.behavior[self.pear_tokens]
         self.behavior[self.pear_tokens] = np.where(np.isnan(known), self.compared, known)
         is_pear = np.zeros(len(self.lengths), dtype=bool)
@@ -291,10 +311,12 @@ class _Batch:
         ]
         for item, column in zip(WEIGHED_COLUMNS, columns, strict=True):
             table = table.append_column(item, column)
+        if says_known:
+            table = table.append_column(BEHAVIOR_KNOWN, _lists(self.offsets, is_known, is_pear))
         return table
 
 
-def _lists(offsets: Int64s, values: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_]) -> pa.ListArray:
+def _lists(offsets: Int64s, values: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> pa.ListArray:
     """A list column with nulls where not `valid` [N]."""
     lengths = np.where(valid, np.diff(offsets), 0)
     values = values[gather_rows(offsets[:-1], lengths)]
@@ -309,8 +331,25 @@ def _count_weights(counts: WeighCounts, batch: _Batch, pear: PearWeights, weight
     for name, totals in zip(names, totals_by_group(pear, batch.pear_offsets, codes, len(names)), strict=True):
         counts.sources[name] = counts.sources.get(name, WeightTotals()) + totals
     counts.unknown_tokens += int(np.isnan(batch.ratios).sum())
+    _count_recorded(counts, batch, names, codes)
     exact = pear_weights(np.zeros(len(batch.ratios)), batch.pear_offsets, weights)
     counts.self_weights += _totals(exact, batch.pear_offsets)
+
+
+def _count_recorded(counts: WeighCounts, batch: _Batch, names: list[str], codes: Int64s) -> None:
+    """How many numbers that are said to be processed are the target's own before the temperature."""
+    target = batch.target[batch.pear_tokens]
+    behavior = batch.behavior[batch.pear_tokens]
+    tempered = np.repeat(batch.tempered[batch.pear_rows], batch.lengths[batch.pear_rows]) & ~np.isnan(behavior)
+    if not tempered.any():
+        return
+    sources = np.repeat(codes, batch.lengths[batch.pear_rows])
+    same = tempered & (np.abs(target - behavior) <= SAME_LOGPROB) & (np.abs(target - batch.compared) > SAME_LOGPROB)
+    for place, name in enumerate(names):
+        of_source = sources == place
+        if (tempered & of_source).any():
+            for number, into in ((tempered, counts.recorded_tokens), (same, counts.recorded_same)):
+                into[name] = into.get(name, 0) + int((number & of_source).sum())
 
 
 def _count_repeat(counts: WeighCounts, batch: _Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:

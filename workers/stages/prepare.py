@@ -23,6 +23,7 @@ from grape_service.progress.reporter import reporter
 from grape_service.render.renderer import Renderer
 from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
+from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
@@ -44,6 +45,10 @@ def prepare(run: Run) -> Prepared:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_keep_column(config.select, prepared.other_columns)
         check_compatibility(run, prepared.used_token_ids)
+        if config.weights is not None and config.behavior is not None:
+            temperature = unsaid_temperature(prepared.sampling, config.behavior)
+            if temperature is not None:
+                refuse_unsaid(temperature)
         count_rejects(run.name, prepared.rejects.by_reason)
     return prepared
 

@@ -23,7 +23,7 @@ from grape_service.release.tags import move_tag, read_tag
 from grape_service.release.writer import find_identical, publish, write_part
 from grape_service.report.examples import chosen_by_partition, examples_of_kinds, read_examples
 from grape_service.report.page import facts_of_fields, render_page
-from grape_service.rows.columns import RELEASE_FORMAT, release_schema
+from grape_service.rows.columns import BEHAVIOR_KNOWN, RELEASE_FORMAT, release_schema
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
@@ -73,6 +73,7 @@ def release(
     message_fields, other_fields = prepared.message_fields, list(prepared.other_fields)
     other_fields += [pa.field("sampling", pa.string())] if prepared.recorded else []
     other_fields += [pa.field("tools", pa.string())] if "tool_calls" in message_fields else []
+    other_fields += [BEHAVIOR_KNOWN] if says_known(run.config, weighed, bool(prepared.recorded)) else []
     with run.stage("release"):
         columns = Columns(message_fields, other_fields)
         version, is_new = publish_rows(
@@ -97,6 +98,11 @@ def release(
         reused=sum(total.reused for total in totals),
         counts=counts,
     )
+
+
+def says_known(config: Config, weighed: Weighed, has_recorded: bool) -> bool:
+    """Whether a release has to say which of the behavior's log-probabilities are known."""
+    return bool(weighed.counts.unknown_tokens) if config.weights is not None else has_recorded
 
 
 def report_statistics(kept: Kept, weighed: Weighed) -> dict[str, Any]:

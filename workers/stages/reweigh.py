@@ -13,13 +13,21 @@ from grape_service.release.rows import other_fields_of, write_kept_rows
 from grape_service.report.examples import chosen_by_partition
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
+from grape_service.rows.columns import BEHAVIOR_KNOWN
 from grape_service.select.partition import SelectCounts
 from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
 from workers.provenance import common_parents, policies_used
 from workers.run import Run
 from workers.stages.prepare import check_compatibility
-from workers.stages.release import Columns, check_failed_share, publish_rows, read_all_examples, report_statistics
+from workers.stages.release import (
+    Columns,
+    check_failed_share,
+    publish_rows,
+    read_all_examples,
+    report_statistics,
+    says_known,
+)
 from workers.stages.select import Kept
 from workers.stages.weigh import PolicyScores, Weighed
 
@@ -52,7 +60,7 @@ def load_kept(run: Run, release: Release) -> Kept:
                 "output": release.storage,
                 "workspace": run.workspace,
                 "other_fields": other,
-                "turn_end_id": run.target_renderer.turn_end_id,
+                "stop_ids": sorted(run.target_renderer.stop_ids),
                 "keep_scores": same_target,
             },
             together=together(run.config.workers, len(paths)),
@@ -85,7 +93,10 @@ def release_reweighed(
     check_failed_share(run.config, failed, kept.counts.kept_rows)
     columns = Columns(
         [field.name for field in release.schema.field("messages").type.value_type],
-        [field for field in release.schema if field.name in _extra_names(release)],
+        [
+            *(field for field in release.schema if field.name in _extra_names(release)),
+            *([BEHAVIOR_KNOWN] if says_known(run.config, weighed, False) else []),
+        ],
     )
     old = release.manifest
     parents = common_parents(run, policies_used(run, policy_scores)).model_copy(

@@ -60,7 +60,7 @@ def test_export_weigh_and_load_compare_digests(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"part-00001\.parquet is not the file"):
         export(release, "jsonl", str(tmp_path / "out"))
     with pytest.raises(UserError, match=r"part-00001\.parquet is not the file"):
-        write_kept_rows(output, f"{release.folder}/{entry.path}", entry.sha256, output, "kept.parquet", [], None, True)
+        write_kept_rows(output, f"{release.folder}/{entry.path}", entry.sha256, output, "kept.parquet", [], [], True)
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
         grape_service.load(reference, check_files=True)

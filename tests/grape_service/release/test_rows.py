@@ -8,13 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from grape_service.release.rows import final_batches, messages_array
-from grape_service.rows.columns import message_type, release_schema
+from grape_service.config.schema import Config
+from grape_service.release.rows import final_batches, kept_rows, messages_array
+from grape_service.rows.columns import BEHAVIOR_KNOWN, SHARD, message_type, release_schema
+from grape_service.rows.keys import row_keys
+from grape_service.score.store import ScoreStore
 from grape_service.select.partition import KEPT_COLUMNS
-from grape_service.storage.parquet import write_parquet
+from grape_service.storage.parquet import read_tables, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.partition import WEIGHED_COLUMNS
-from tests.made_rows import Row, row_table
+from grape_service.weigh.lookup import BEHAVIOR_ROW_COLUMNS, BehaviorScores
+from grape_service.weigh.partition import WEIGHED_COLUMNS, weigh_partition
+from tests.made_rows import Row, put_scores, row_table
 
 ROWS = [
     Row("p", "x", num_loss=2, prompt_len=2, other={"level": 3}),
@@ -137,3 +141,106 @@ def test_many_rows_come_back_in_order(storage):
         place = int(row.prompt_id[1:])
         assert result["target_logprobs"] == [0.0] * row.prompt_len + flat[place]
         assert len(result["input_ids"]) == len(result["labels"]) == len(result["loss_weights"])
+
+
+TURNS = [
+    # what of the row's tokens is known of its behavior, and who weighs it
+    Row("p", "recorded", "column", num_loss=3, recorded=[-1.0, -0.25, -0.5, -0.125]),
+    Row("p", "no turn end", "column", num_loss=3, recorded=[-1.0, -0.25, -0.5, float("nan")]),
+    Row("p", "sure", "column", num_loss=2, recorded=[-1.0, -0.25, 0.0]),
+    Row("q", "cut off", "column", num_loss=2, turn_end=False, recorded=[-1.0, -0.25]),
+    Row("q", "hot", "column", num_loss=2, recorded=[-1.0, -0.25, float("nan")], sampling={"temperature": 0.5}),
+    Row("q", "cut support", "column", num_loss=1, recorded=[-1.0, -2.0], sampling={"top_p": 0.9}),
+    Row("r", "scored", "policy", num_loss=3),
+    Row("r", "other turn end", "policy", num_loss=2),
+    Row("r", "nobody's", None, num_loss=2),
+]
+STOP = 7
+
+
+def weigh_again(tmp_path, weights: dict, rows: list[Row], first_weighed: bool) -> tuple[pa.Table, pa.Table]:
+    """The weights of a pool, and those of the release that is made of it, weighed again."""
+    config = Config.model_validate(
+        {
+            "name": "test",
+            "pool": {"path": "pool.jsonl"},
+            "target": {"model": "model", "dtype": "float32"},
+            "behavior": {
+                "sources": {
+                    "column": {"column": "behavior_logprobs", "recorded": "processed"},
+                    "policy": {"model": "w"},
+                },
+                "missing": "uniform",
+            },
+            "select": {"method": "all"},
+            "weights": {"method": "pear", **weights},
+            "output": {"path": "out"},
+        }
+    )
+    storage = Storage(str(tmp_path))
+    table = row_table(rows)
+    ids, masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
+    masks[0][1], ids[0][1] = 1, 9  # a trajectory: a turn before the last one
+    for row, mask in zip(ids, masks, strict=True):
+        for place, kind in enumerate(mask):
+            row[place] = STOP if kind == 2 else row[place] + 10
+    flat, offsets = np.concatenate([np.array(row, np.int32) for row in ids]), np.cumsum([0, *map(len, ids)])
+    keys = row_keys(flat, np.concatenate([np.array(m, np.uint8) for m in masks]), offsets)
+    table = table.set_column(table.column_names.index("row_key"), SHARD.field("row_key"), keys)
+    for name, values in (("input_ids", ids), ("loss_mask", masks)):
+        table = table.set_column(
+            table.column_names.index(name), SHARD.field(name), pa.array(values, SHARD.field(name).type)
+        )
+    recorded = table["recorded_logprobs"].to_pylist()
+    recorded[0] = [-0.75, *recorded[0]]
+    column = pa.array(recorded, pa.list_(pa.float32()))
+    table = table.set_column(table.column_names.index("recorded_logprobs"), SHARD.field("recorded_logprobs"), column)
+    random = np.random.default_rng(0)
+    stores = {name: ScoreStore(storage, name) for name in ("target", "hot", "writer")}
+    lengths = [sum(value > 0 for value in mask) for mask in masks]
+    scored = {}
+    for name, store in stores.items():
+        scored[name] = [-random.random(length).astype(np.float32) for length in lengths]
+        put_scores(store, {key.as_py(): values.tolist() for key, values in zip(keys, scored[name], strict=True)})
+    behavior_rows = pa.table(
+        {
+            "target_row_key": keys,
+            "row_key": keys,
+            "turn_end_differs": [row.candidate_id == "other turn end" for row in rows],
+        },
+        schema=BEHAVIOR_ROW_COLUMNS,
+    )
+    write_parquet(storage, "behavior.parquet", behavior_rows.schema, [behavior_rows])
+    kept = {item.name: pa.nulls(len(rows), item.type) for item in KEPT_COLUMNS}
+    kept["num_candidates"] = pa.array(np.ones(len(rows), np.int32))
+    kept["target_logprobs"] = pa.array([values.tolist() for values in scored["target"]], pa.list_(pa.float32()))
+    for item in KEPT_COLUMNS:
+        table = table.append_column(item, kept[item.name])
+    write_parquet(storage, "kept.parquet", table.schema, [table])
+
+    def weigh(kept_path: str, out: str) -> tuple[pa.Table, int]:
+        scores = [BehaviorScores(stores["writer"], ["behavior.parquet"])]
+        counts = weigh_partition(storage, "b", kept_path, None, scores, config, out, {0.5: stores["hot"]})
+        return next(iter(read_tables(storage, [out], None))), counts.unknown_tokens
+
+    first, unknown = weigh("kept.parquet", "weighed.parquet")
+    sampling = pa.field("sampling", pa.string())
+    path = "weighed.parquet" if first_weighed else "kept.parquet"
+    batches = list(final_batches(storage, path, [], [sampling, *([BEHAVIOR_KNOWN] if unknown else [])]))
+    again = kept_rows(pa.Table.from_batches(batches), pa.schema([*SHARD, *KEPT_COLUMNS]), [STOP], keep_scores=True)
+    assert again["row_key"].to_pylist() == keys.to_pylist()
+    assert again["loss_mask"].to_pylist()[1:] == masks[1:]
+    write_parquet(storage, "again.parquet", again.schema, [again])
+    return first, weigh("again.parquet", "weighed-again.parquet")[0]
+
+
+@pytest.mark.parametrize("first_weighed", [True, False], ids=["weighed", "not weighed"])
+@pytest.mark.parametrize("weights", [{}, {"center": "sequence"}, {"normalize": "sequence"}, {"level": "block"}])
+@pytest.mark.parametrize("without", [None, 1, 7])
+def test_weighing_a_release_again_gives_the_same_bits(tmp_path, first_weighed, weights, without):
+    rows = [row for place, row in enumerate(TURNS) if place != without]
+    first, again = weigh_again(tmp_path, weights, rows, first_weighed)
+    for name in ("weights", "weight_source"):
+        assert again[name].to_pylist() == first[name].to_pylist()
+    if first_weighed:
+        assert again["behavior_logprobs"].to_pylist() == first["behavior_logprobs"].to_pylist()

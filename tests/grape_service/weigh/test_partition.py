@@ -16,7 +16,13 @@ from grape_service.score.store import ScoreStore
 from grape_service.select.partition import select_partition
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
+from grape_service.weigh.behavior import (
+    add_census,
+    behavior_census,
+    recorded_temperatures,
+    refuse_missing,
+    unsaid_temperature,
+)
 from grape_service.weigh.lookup import BEHAVIOR_ROW_COLUMNS, BehaviorScores
 from grape_service.weigh.partition import WeighCounts, dataset_factor, weigh_partition
 from tests.made_rows import Row, put_scores, put_shards
@@ -141,7 +147,7 @@ def test_recorded_log_probabilities(tmp_path):
     put_scores(bench.target, {row.key: [-1.5, -1.5, -1.5] for row in rows})
     cool = ScoreStore(bench.storage, "target-at-0.5")
     put_scores(cool, {rows[2].key: [-1, -2.5, -2]})
-    settings = config({"column": "behavior_logprobs"})
+    settings = config({"column": "behavior_logprobs", "recorded": "processed"})
     assert recorded_temperatures(bench.storage, "kept.parquet", settings.behavior) == [0.5]
     counts = bench.weigh(settings, {0.5: cool})
     weighed = bench.weighed()
@@ -152,6 +158,38 @@ def test_recorded_log_probabilities(tmp_path):
     assert weighed["cool"]["target_logprobs"] == [-1.5, -1.5, -1.5]  # a release shows temperature 1
     assert weighed["at 1"]["weights"] == weighed["whole"]["weights"]
     assert counts.unknown_tokens == 1
+
+
+@pytest.mark.parametrize("said", ["by the config", "by the row"])
+def test_raw_numbers_are_compared_with_the_target_as_it_is(tmp_path, said):
+    by_row = {"logprobs": "raw"} if said == "by the row" else {}
+    rows = [Row("p", "x", recorded=[-1, -2, -3], sampling={"temperature": 0.7, **by_row})]
+    bench = Bench(str(tmp_path), rows)
+    put_scores(bench.target, {rows[0].key: [-1, -2, -3]})
+    settings = config({"column": "behavior_logprobs", **({} if by_row else {"recorded": "raw"})})
+    assert recorded_temperatures(bench.storage, "kept.parquet", settings.behavior) == []
+    bench.weigh(settings)
+    np.testing.assert_allclose(bench.weighed()["x"]["weights"], token_weights([0.0, 0.0, 0.0]), rtol=1e-6)
+
+
+def test_a_temperature_of_which_nobody_says_whether_it_is_in_the_numbers_is_refused(tmp_path):
+    rows = [Row("p", "x", recorded=[-1, -2, -3], sampling={"temperature": 0.7})]
+    bench = Bench(str(tmp_path), rows)
+    behavior = config({"column": "behavior_logprobs"}).behavior
+    with pytest.raises(UserError, match=r"temperature 0\.7, .* behavior\.recorded to raw .* or to processed"):
+        recorded_temperatures(bench.storage, "kept.parquet", behavior)
+    assert unsaid_temperature([None, '{"temperature":0.7}'], behavior) == 0.7
+    assert unsaid_temperature(['{"temperature":0.7,"logprobs":"raw"}', '{"temperature":1}'], behavior) is None
+
+
+def test_processed_numbers_that_are_the_targets_own_before_the_temperature_are_counted(tmp_path):
+    rows = [Row("p", "x", "s", recorded=[-1, -2, -3], sampling={"temperature": 0.5})]
+    bench = Bench(str(tmp_path), rows)
+    put_scores(bench.target, {rows[0].key: [-1, -2, -3]})
+    cool = ScoreStore(bench.storage, "target-at-0.5")
+    put_scores(cool, {rows[0].key: [-0.5, -2.5, -4]})
+    counts = bench.weigh(config({"column": "behavior_logprobs", "recorded": "processed"}), {0.5: cool})
+    assert (counts.recorded_tokens, counts.recorded_same) == ({"s": 3}, {"s": 3})
 
 
 MISSING = [
@@ -240,7 +278,7 @@ def test_a_temperature_that_was_not_scored_is_a_failure(tmp_path):
     rows = [Row("p", "x", recorded=[-1, -1, -1], sampling={"temperature": 0.5})]
     bench = Bench(str(tmp_path), rows)
     put_scores(bench.target, {rows[0].key: [-1, -1, -1]})
-    counts = bench.weigh(config({"column": "behavior_logprobs"}))
+    counts = bench.weigh(config({"column": "behavior_logprobs", "recorded": "processed"}))
     assert bench.weighed() == {}
     assert counts.failed_rows == {"not scored by the target": 1}
 
