@@ -33,12 +33,18 @@ install-vllm: .venv-vllm/.ready ## ... with vLLM for CPU, in .venv-vllm
 	touch $@
 
 # Code of trainers that want other versions of our libraries, in folders that only tests of exports put on their path.
-# torchaudio's compiled part wants CUDA; LLaMA-Factory imports its Python part, whatever it trains on.
-.venv/trainers/.ready: .venv/.ready-test requirements/trainer-verl.txt requirements/trainer-llamafactory.txt
-	@rm -rf .venv/trainers
-	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --target .venv/trainers/verl -r requirements/trainer-verl.txt
-	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps --target .venv/trainers/llamafactory -r requirements/trainer-llamafactory.txt
-	@rm -rf .venv/trainers/llamafactory/torchaudio/lib
+# torchaudio's compiled part wants CUDA; LLaMA-Factory imports its Python part, whatever it trains on. Megatron-Bridge
+# and Axolotl ask for Python 3.12; what the tests import of them runs on 3.11.
+TRAINERS = verl llamafactory ms-swift tinker axolotl openrlhf megatron-bridge
+TRAINER_OPTIONS_axolotl = --ignore-requires-python
+TRAINER_OPTIONS_megatron-bridge = --ignore-requires-python --python-version 3.12 --only-binary=:all:
+.venv/trainers/.ready: $(TRAINERS:%=.venv/trainers/%/.ready)
+	touch $@
+
+.venv/trainers/%/.ready: requirements/trainer-%.txt .venv/.ready-test
+	@rm -rf $(@D)
+	.venv/bin/python -m pip --disable-pip-version-check -q install --no-deps $(TRAINER_OPTIONS_$*) --target $(@D) -r $<
+	@rm -rf $(@D)/torchaudio/lib $(@D)/tests
 	touch $@
 
 .venv-vllm/.ready: requirements/constraints-vllm.txt pyproject.toml

@@ -79,8 +79,18 @@ def show_training(record: dict[str, Any]) -> None:
 def export(
     reference: ReferenceArgument,
     folder: Annotated[str, typer.Argument(help="Where the files go.", metavar="DIR")],
-    to: Annotated[str, typer.Option("--to", help="trl, verl, llamafactory or jsonl.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="trl, verl, ms-swift, llamafactory, llamafactory-v1, megatron-bridge, tinker, axolotl, openrlhf "
+            "or jsonl.",
+        ),
+    ],
     drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Export without the loss weights.")] = False,
+    eval_share: Annotated[
+        float, typer.Option("--eval-share", help="Share of the prompts that goes to a file of its own.")
+    ] = 0.0,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,5 +99,9 @@ def export(
     from grape_service.release.load import load
 
     options = {"endpoint_url": endpoint} if endpoint else {}
-    summary = write(load(reference, options), to, folder, drop_weights)
-    print_json(asdict(summary)) if as_json else say(summary.sentence)
+    summary = write(load(reference, options), to, folder, drop_weights, eval_share, write_error_line)
+    if as_json:
+        print_json(asdict(summary))
+        return
+    for line in summary.lines:
+        say(line)

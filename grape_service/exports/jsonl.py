@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-import orjson
+from collections.abc import Iterator
+from typing import Any
 
-from grape_service.exports.rows import batches, chat_messages, has_weights, other_columns
+import pyarrow as pa
+
+from grape_service.exports.lines import write_lines
+from grape_service.exports.rows import WeightTotals, arrays_of, chat_messages, left_behind, other_columns
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.release.load import Release
 
-DESCRIPTIVE = ("prompt_id", "candidate_id", "source", "grape_score", "grape_rank", "weight_source")
+DESCRIPTIVE = (
+    "prompt_id",
+    "candidate_id",
+    "source",
+    "grape_score",
+    "grape_rank",
+    "grape_margin",
+    "num_candidates",
+    "truncated",
+    "weight_source",
+)
+TOKENS = ("input_ids", "loss_mask", "loss_weights")
 
 
 def export(release: Release, target: Target) -> ExportSummary:
     """Write train.jsonl."""
-    rows, weighted = 0, False
-    tokens = [] if target.drop_weights else ["input_ids", "loss_mask", "loss_weights"]
-    columns = [*DESCRIPTIVE, "messages", *(tokens or ["loss_mask", "loss_weights"]), *other_columns(release)]
-    with target.storage.open_write("train.jsonl") as file:
-        for batch in batches(release, columns):
-            weighted = weighted or has_weights(batch)
-            kept = batch.drop_columns(["loss_mask", "loss_weights"]) if target.drop_weights else batch
-            for row in kept.to_pylist():
-                row["messages"] = chat_messages(row["messages"])
-                file.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
-            rows += batch.num_rows
+    tokens = () if target.drop_weights else TOKENS
+    described = [name for name in (*DESCRIPTIVE, *other_columns(release)) if name in release.schema.names]
     if target.drop_weights:
-        sentence = f"{rows} rows of chat messages without loss weights, as asked."
-    elif weighted:
+        described.remove("weight_source")
+    columns = [*described, "messages", *TOKENS]
+    seen = WeightTotals()
+
+    def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
+        arrays = {name: arrays_of(batch, name) for name in tokens}
+        for place, row in enumerate(batch.select([*described, "messages"]).to_pylist()):
+            row["messages"] = chat_messages(row["messages"])
+            row.update({name: rows[place] for name, rows in arrays.items()})
+            yield row
+
+    rows = write_lines(release, target, columns, seen, objects)
+    if target.drop_weights:
+        sentence = f"{seen.rows} rows of chat messages without loss weights, as asked."
+    elif seen.weighted:
         sentence = (
-            f"{rows} rows of chat messages with input_ids, loss_mask and loss_weights: a trainer that reads "
+            f"{seen.rows} rows of chat messages with input_ids, loss_mask and loss_weights: a trainer that reads "
             "messages alone trains without the weights."
         )
     else:
-        sentence = f"{rows} rows of chat messages with input_ids and loss_mask; every token has weight 1."
-    target.add_readme(release, sentence, "Each line of train.jsonl is a row.")
-    return ExportSummary("jsonl", target.storage.root, rows, sentence)
+        sentence = f"{seen.rows} rows of chat messages with input_ids and loss_mask; every token has weight 1."
+    kept = [*described, "messages", *tokens]
+    lost = left_behind(release, kept)
+    return target.summary("jsonl", release, rows, sentence, "Each line of train.jsonl is a row.", kept, lost)

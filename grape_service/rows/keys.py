@@ -50,3 +50,11 @@ def row_keys(input_ids: npt.NDArray[np.int32], mask: npt.NDArray, offsets: Int64
         for start, end in itertools.pairwise(bounds)
     ]
     return pa.array(keys, pa.binary(ROW_KEY_BYTES))
+
+
+def in_eval_share(prompt_id: str, share: float) -> bool:
+    """Whether a prompt is among the `share` kept back for evaluation: the same in every version of a dataset."""
+    if share <= 0:
+        return False
+    digest = hashlib.sha256(b"grape-eval|" + prompt_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import grape_service
 from grape_service.errors import UserError
 from grape_service.exports import export
-from grape_service.exports.llamafactory import num_copies
+from grape_service.exports.repeats import num_copies
 from grape_service.release.load import Release
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
@@ -109,7 +109,7 @@ def test_trls_own_trainer_takes_an_export_without_weights(unweighted: Release, m
 
 def test_verl_gets_each_token_with_its_weight(release: Release, tmp_path: Path) -> None:
     summary = export(release, "verl", str(tmp_path / "verl"))
-    assert "divides a batch by the sum of its weights" in summary.sentence
+    assert "start grape_verl.py beside them" in summary.sentence
     dataset_class = imported_file(tmp_path / "verl" / "grape_verl.py").ReleaseDataset
     files = [str(path) for path in sorted((tmp_path / "verl" / "data").iterdir())]
     dataset = dataset_class(files, tokenizer=None, config={"pad_mode": "no_padding", "max_length": 64})
@@ -186,5 +186,5 @@ def test_an_export_to_s3_and_mistakes(release: Release, tmp_path: Path, s3_url: 
         assert pq.read_table(file).num_rows == summary.rows == NUM_ROWS
     with pytest.raises(UserError, match="is not empty"):
         export(release, "jsonl", f"{s3_url}/verl")
-    with pytest.raises(UserError, match="'axolotl' is no export; there are trl, verl, llamafactory, jsonl"):
-        export(release, "axolotl", str(tmp_path / "x"))
+    with pytest.raises(UserError, match="'nemo' is no export; there are trl, verl, ms-swift"):
+        export(release, "nemo", str(tmp_path / "x"))

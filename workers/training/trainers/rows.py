@@ -6,7 +6,6 @@ with the release. A group is what becomes one sequence of a batch: a row, or wit
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from grape_service.errors import UserError
+from grape_service.rows.keys import in_eval_share
 from grape_service.rows.ragged import Int64s
 
 TRAINING_COLUMNS = ("prompt_id", "input_ids", "loss_mask", "loss_weights", "behavior_logprobs")
@@ -54,18 +54,10 @@ def write_local_rows(dataset: pads.Dataset, path: Path, eval_share: float) -> No
     temporary = path.with_suffix(".part")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, LOCAL_ROWS) as writer:
         for batch in dataset.to_batches(columns=list(TRAINING_COLUMNS), batch_size=1024):
-            is_eval = [_in_share(prompt_id, eval_share) for prompt_id in batch.column("prompt_id").to_pylist()]
+            is_eval = [in_eval_share(prompt_id, eval_share) for prompt_id in batch.column("prompt_id").to_pylist()]
             columns = [batch.column(name).cast(LOCAL_ROWS.field(name).type) for name in LOCAL_ROWS.names[:-1]]
             writer.write_batch(pa.record_batch([*columns, pa.array(is_eval, pa.bool_())], schema=LOCAL_ROWS))
     temporary.rename(path)
-
-
-def _in_share(prompt_id: str, share: float) -> bool:
-    """Whether a prompt is among the `share` that its digest picks: the same in every version of a dataset."""
-    if share <= 0:
-        return False
-    digest = hashlib.sha256(b"grape-eval|" + prompt_id.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 class LocalRows:
