@@ -98,7 +98,7 @@ def begin(storage: Storage, release: Release, to: str) -> tuple[Storage, str, st
         raise UserError(f"{storage.root} is not empty: give a new folder to export to")
     if earlier is not None:
         place.delete_folder("")
-        place.delete_unfinished(older_than=0)
+        place.delete_unfinished(place.unfinished(older_than=0))
     token = uuid.uuid4().hex
     place.write_json(STATE, {"id": token, "release": release.reference, "to": to, "moved": []})
     said = f"an earlier export of {earlier['release']} to this folder did not end: starting over" if earlier else None
