@@ -15,6 +15,7 @@ from grape_service.release.reference import parse_reference
 from grape_service.webhooks import notify_when_done
 from workers.cluster.ray import ray_for
 from workers.cluster.submit import run_as_job, runs_elsewhere
+from workers.engines.choose import refuse_missing_engines
 from workers.outcome import Outcome, outcome_of
 from workers.run import new_run
 from workers.scoring.engines import engines_of
@@ -78,6 +79,7 @@ def run_pipeline(
 
 def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, watch: Watch) -> Outcome:
     """The stages one after the other, on a private Ray or on the cluster that this process is a job of."""
+    refuse_missing_engines(config)
     with (
         new_run(config) as run,
         watch(config, run.name, run.run_id),

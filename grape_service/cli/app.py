@@ -13,6 +13,7 @@ from grape_service.cli import (
     dataset_commands,
     deploy_commands,
     plan_commands,
+    pool_commands,
     report_commands,
     run_commands,
     schema_commands,
@@ -45,6 +46,7 @@ def grape(
     """Decide what a language model learns from."""
 
 
+pool_commands.register(app)
 run_commands.register(app)
 check_commands.register(app)
 dataset_commands.register(app)

@@ -111,7 +111,9 @@ def _who(choice: dict[str, Any]) -> str:
 
 def explain(
     reference: ReferenceArgument,
-    prompt_id: Annotated[str, typer.Argument(help="The prompt_id of a row of the pool.", metavar="PROMPT_ID")],
+    prompt: Annotated[
+        str, typer.Argument(help="A prompt's id, the beginning of one, or words of it.", metavar="PROMPT")
+    ],
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,12 +122,14 @@ def explain(
     from grape_service.release.load import load
     from grape_service.report.explain import explain as explain_prompt
 
-    found = explain_prompt(load(reference, storage_options(endpoint)), prompt_id)
+    found = explain_prompt(load(reference, storage_options(endpoint)), prompt)
     if as_json:
         print_json(found)
         return
     screen = console()
-    screen.print(Panel(Text(cut(found["prompt"], 4000)), title=Text(f"prompt {prompt_id}"), title_align="left"))
+    screen.print(
+        Panel(Text(cut(found["prompt"], 4000)), title=Text(f"prompt {found['prompt_id']}"), title_align="left")
+    )
     for candidate in found["candidates"]:
         score = "no score" if candidate["score"] is None else f"score {candidate['score']:.4f}"
         who = f"{candidate['source'] or '(no source)'} {candidate['candidate_id']}"

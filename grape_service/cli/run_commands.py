@@ -28,7 +28,7 @@ from grape_service.cli.output import (
 )
 from grape_service.cli.train_commands import show_training
 from grape_service.config.training import TrainConfig
-from grape_service.errors import StageError
+from grape_service.errors import StageError, UserError
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
 SHOWN_ROWS = 12
@@ -49,10 +49,30 @@ def run(
     """Do the whole job: prepare, score, select, weigh, release (and train, if the config says so)."""
     outcome = run_until(config, until="release", force=force, sets=sets)
     remember(outcome.reference.rpartition("/")[0])
+    warnings, table = ending_of(outcome)
     if as_json:
-        print_json(outcome.to_json())
+        print_json({**outcome.to_json(), "warnings": warnings, "rejects": table})
         return
-    show_outcome(outcome)
+    show_outcome(outcome, warnings, table)
+
+
+def ending_of(outcome: Any) -> tuple[list[dict[str, str]], str | None]:
+    """The report's warnings, each with what to change, and where the rows are that were not used."""
+    import grape_service
+    from grape_service.release.rejects import rejects_of_release
+    from grape_service.report.notices import warnings_of
+    from grape_service.report.page import facts_of_manifest
+
+    release = grape_service.load(outcome.reference, outcome.storage_options)
+    warnings = [{"text": one.text, "change": one.change} for one in warnings_of(facts_of_manifest(release.manifest))]
+    pool = release.manifest.counts.get("pool") or {}
+    if not pool.get("rejected", 0) + pool.get("left_out", 0):
+        return warnings, None
+    try:
+        tables = rejects_of_release(release)
+    except UserError:  # the workspace of an unchanged version may be gone
+        return warnings, None
+    return warnings, tables.workspace.url(tables.folder)
 
 
 def score(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
@@ -169,21 +189,26 @@ def prefect_is_gone(error: Exception) -> bool:
     return isinstance(error, httpx.TransportError) or "Failed to reach API" in str(error)
 
 
-def show_outcome(outcome: Any) -> None:
-    """The table of choices, counts, the release's reference and how to load it."""
+def show_outcome(outcome: Any, warnings: list[dict[str, str]], rejects: str | None) -> None:
+    """The table of choices, counts, warnings, the release's reference and how to load it."""
     import grape_service
 
     release = grape_service.load(outcome.reference, outcome.storage_options)
-    columns = ["messages", "source", "grape_score", "grape_margin", "num_candidates"]
+    columns = ["prompt_id", "messages", "source", "grape_score", "grape_margin"]
     rows = []
     for row in release.dataset.head(SHOWN_ROWS, columns=columns).to_pylist():
         prompt = next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
-        rows.append([short(prompt or ""), row["source"], number(row["grape_score"]), number(row["grape_margin"])])
+        cells = [row["prompt_id"][:8], short(prompt or ""), row["source"]]
+        rows.append([*cells, number(row["grape_score"]), number(row["grape_margin"])])
     total = outcome.rows
     title = f"first {len(rows)} of {total:,} rows" if total > len(rows) else f"{total:,} rows"
-    print_table(title, ["prompt", "chosen source", "score", "margin"], rows)
+    print_table(title, ["id", "prompt", "chosen source", "score", "margin"], rows)
     say("")
+    for warning in warnings:
+        say(f"warning   {warning['text']} {warning['change']}")
     say(outcome.sentence())
+    if rejects is not None:
+        say(f"rejects   {rejects} (grape rejects {outcome.reference})")
     say(f"release   {outcome.reference}")
     say(f"report    {outcome.report}")
     if outcome.training:

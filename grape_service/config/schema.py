@@ -280,6 +280,10 @@ class Config(Model):
                     )
         return self
 
+    def policies(self) -> list[PolicyConfig]:
+        """The target and every policy whose behavior is scored."""
+        return [self.target, *(self.behavior.policies() if self.behavior is not None else [])]
+
     @property
     def workspace_path(self) -> str:
         """The workspace, with its default filled in."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,14 @@ import pyarrow as pa
 from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
+from grape_service.estimate.finding import Finding, Table
+from grape_service.estimate.finding import look as _look
+from grape_service.estimate.look import PoolLook, first_candidates, look_into
+from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.estimate.tokens import look_at_tokens
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.models.weights import check_policy
-from grape_service.pool.sample import sample_candidates
 from grape_service.release.manifest import secret_places
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
@@ -28,7 +30,6 @@ from grape_service.rows.ragged import TokenBatch
 from grape_service.storage.storage import Storage, check_writable
 from grape_service.weigh.behavior import RECORDED, row_behaviors
 
-SAMPLE_ROWS = 64
 RESCORED_ROWS = 8
 SUSPICIOUS_MEAN = 0.02
 """Mean difference per token, recorded against scored again, above which recorded values are not the policy's."""
@@ -42,20 +43,12 @@ Score = Callable[[PolicyConfig, str, TokenBatch, float], npt.NDArray[np.float32]
 """(policy, folder, batch, temperature) -> log-probabilities [L]; the caller brings the engine."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    what: str
-    status: str  # ok | warning | error
-    detail: str
-
-    def to_json(self) -> dict[str, str]:
-        return {"what": self.what, "status": self.status, "detail": self.detail}
+Probe = Callable[[], tuple[str, str]]
+"""Looks at something that only the caller can reach; (status, detail)."""
 
 
-def check(config: Config, score: Score) -> Iterator[Finding]:
-    """Storage, pool sample, model files, tokens, behavior policies, recorded values; continues after errors."""
+def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
+    """Storage, pool, model files, tokens, behavior policies, recorded values; continues after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
     if places := secret_places(config.model_dump(mode="json")):
@@ -63,14 +56,24 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
         yield Finding("secrets", "ok", SECRETS_ARE_HIDDEN.format(keys))
     if config.checks.enabled():
         yield _look("checks", partial(_checks, config))
-    candidates: list[Candidate] = []
-    yield _look("pool", lambda: _sample(config, candidates))
+    for name, probe in (probes or {}).items():
+        yield _look(name, probe)
+    found: PoolLook | None = None
+    try:
+        found = look_into(config)
+    except UserError as error:
+        yield Finding("pool", "error", str(error))
+    if found is not None:
+        yield from pool_findings(config, found)
+    candidates = first_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
     yield _look("target", lambda: _policy("target", config.target, config, renderers))
     if "target" not in renderers or not candidates:
         return
     target = renderers["target"]
     rendered = target.render(candidates)
+    assert found is not None, "there are candidates"
+    yield dry_run(config, found, rendered)
     folder = resolve_model(config.target, config.storage).folder
     yield _look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder))
     good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
@@ -94,14 +97,6 @@ def check(config: Config, score: Score) -> Iterator[Finding]:
             yield _look(name, look)
 
 
-def _look(what: str, look: Callable[[], tuple[str, str]]) -> Finding:
-    try:
-        status, detail = look()
-    except UserError as error:
-        return Finding(what, "error", str(error))
-    return Finding(what, status, detail)
-
-
 def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
     storage = Storage(path, options)
     check_writable(storage)
@@ -110,16 +105,6 @@ def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
 
 def _checks(config: Config) -> tuple[str, str]:
     return "ok", f"data checks: {', '.join(check.name for check in config.checks.enabled()) or 'all are off'}"
-
-
-def _sample(config: Config, candidates: list[Candidate]) -> tuple[str, str]:
-    found, rejected = sample_candidates(config, SAMPLE_ROWS)
-    candidates.extend(found)
-    if not found:
-        reason = f": {rejected[0].rejection.reason}" if rejected else ""
-        return "error", f"none of the first rows can be used{reason}"
-    detail = f"{len(found)} candidates of a sample can be used, {len(rejected)} cannot"
-    return ("warning" if rejected else "ok"), detail
 
 
 def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:

@@ -110,7 +110,7 @@ class _Finder:
         found = self._responses()
         shape, response = found.pop("shape"), found.pop("response", None)
         prompt = self._prompt(shape, found.get("conversation"), response)
-        missing = "response" if response is None and shape != "columns" else "prompt" if prompt is None else None
+        missing = "prompt" if prompt is None else "response" if response is None and shape != "columns" else None
         if shape == "messages":
             theirs |= {"prompt": PROMPT_KEY, "response": RESPONSE_KEY, "responses": RESPONSE_KEY + "s"}
         else:

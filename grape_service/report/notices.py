@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grape_service.display import short
+from grape_service.report.families import families_of, is_same_model
 
 MIN_PROMPTS = 20
 """Shares of fewer prompts say nothing."""
@@ -23,6 +24,7 @@ def warnings_of(facts: dict[str, Any]) -> list[Warning]:
     """All warnings of a release, from its manifest's counts, config and statistics."""
     report = facts["statistics"].get("report") or {}
     found = _pool(facts) + _checks(facts)
+    found += _singletons(facts) + _self_written(facts)
     if report.get("select"):
         checked = any(check["name"] == "sources" for check in facts["statistics"].get("checks") or [])
         found += [] if checked else _sources(facts, report["select"])
@@ -47,7 +49,7 @@ def _pool(facts: dict[str, Any]) -> list[Warning]:
         found.append(
             Warning(
                 f"{rejected:.1%} of the pool's rows could not be used; most often: {short(worst, 80)}.",
-                "Look at the rejects table that the manifest names, and fix the pool or pool.columns.",
+                "Look at them with `grape rejects`, and fix the pool or pool.columns.",
             )
         )
     truncated = share(pool.get("truncated", 0), pool.get("rows", 0))
@@ -68,6 +70,54 @@ def _pool(facts: dict[str, Any]) -> list[Warning]:
                     "Check select.min_margin, the token limits and max_source_share, and the failures of the run.",
                 )
             )
+    return found
+
+
+def _singletons(facts: dict[str, Any]) -> list[Warning]:
+    """Prompts with nothing to choose from."""
+    select = facts["counts"].get("select") or {}
+    alone, prompts = select.get("singletons", 0), select.get("kept_prompts", 0)
+    if share(alone, prompts) <= 0.1 or (facts["config"].get("select") or {}).get("method") == "all":
+        return []
+    return [
+        Warning(
+            f"{alone:,} of {prompts:,} kept prompts ({alone / prompts:.0%}) have one response, with nothing to choose.",
+            "Set select.min_candidates: 2 to leave them out, or sample more responses for them.",
+        )
+    ]
+
+
+def _self_written(facts: dict[str, Any]) -> list[Warning]:
+    """Kept rows that the target, or a model of its family, wrote, as far as names show it."""
+    config, select = facts["config"], facts["counts"].get("select") or {}
+    target = str((config.get("target") or {}).get("model") or "")
+    writers = (config.get("behavior") or {}).get("sources") or {}
+    families = families_of(target)
+    own = of_family = 0
+    for source, counts in (select.get("sources") or {}).items():
+        names = [source, str((writers.get(source) or {}).get("model") or "")]
+        if target and any(is_same_model(name, target) for name in names):
+            own += counts["kept"]
+        elif families and any(families & families_of(name) for name in names):
+            of_family += counts["kept"]
+    kept = select.get("kept_rows", 0)
+    found = []
+    if share(own, kept) > 0.05:
+        found.append(
+            Warning(
+                f"{own:,} of {kept:,} kept rows ({own / kept:.0%}) were written by the target itself.",
+                "Self-distillation hurt in GRAPE's tables: leave its own samples out with pool.where, or limit them "
+                "with select.max_source_share.",
+            )
+        )
+    if share(of_family, kept) > 0.5:
+        found.append(
+            Warning(
+                f"{of_family:,} of {kept:,} kept rows ({of_family / kept:.0%}) were written by models of the target's "
+                f"family ({', '.join(sorted(families))}).",
+                "Winners lean to the target's own family: compare with select.max_source_share before training.",
+            )
+        )
     return found
 
 

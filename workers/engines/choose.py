@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 
 from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
 from grape_service.models.weights import check_weights
 from workers.engines.base import Engine
 
@@ -26,6 +29,18 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
     if not available:
         log.info("scoring %s with transformers: %s", policy.model, reason)
     return "vllm" if available else "transformers"
+
+
+def refuse_missing_engines(config: Config) -> None:
+    """Raises UserError where a policy is to be scored with an engine that this machine lacks, and on this machine."""
+    if config.workers.ray_address != "auto" or os.environ.get(ENGINE_CLASS):
+        return
+    for policy in config.policies():
+        if policy.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                f"engine: vllm of {policy.model} is not installed here: install grape-service with its extra vllm, or "
+                "say engine: transformers"
+            )
 
 
 def load_engine(policy: PolicyConfig, folder: str) -> Engine:

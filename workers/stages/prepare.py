@@ -24,6 +24,7 @@ from grape_service.render.renderer import Renderer
 from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
+from grape_service.weigh.sources import refuse_missing_sources
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
@@ -44,6 +45,7 @@ def prepare(run: Run) -> Prepared:
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_keep_column(config.select, prepared.other_columns)
+        refuse_missing_sources(config, prepared.sources, prepared.without_source)
         check_compatibility(run, prepared.used_token_ids)
         if config.weights is not None and config.behavior is not None:
             temperature = unsaid_temperature(prepared.sampling, config.behavior)

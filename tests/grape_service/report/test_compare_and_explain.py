@@ -91,6 +91,16 @@ def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
     assert "48;2;" in done.stdout  # a background in true colour
 
 
+def test_a_prompt_is_found_by_its_id_its_beginning_or_its_words(tmp_path: Path) -> None:
+    release = make_release(tmp_path, "one", first_wins, num_prompts=12)
+    assert explain(release, "p004")["prompt_id"] == explain(release, "Question  p004")["prompt_id"] == "p004"
+    assert explain(release, "question p010")["prompt_id"] == "p010"
+    with pytest.raises(UserError, match=r"several prompts of .* fit 'p01': p010, p011; say which"):
+        explain(release, "p01")
+    with pytest.raises(UserError, match=r"fit 'question': p000 \(question p000\), p001 .*, …; say which"):
+        explain(release, "question")
+
+
 def test_the_report_of_a_version_that_has_none_is_made_anew(tmp_path: Path) -> None:
     release = make_release(tmp_path, "one", first_wins)
     page = report_page(release)
