@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grape_service.config.schema import Config
-from grape_service.prepare.reduce import shard_path
 from grape_service.prepare.result import PartitionTotals, Prepared
+from grape_service.prepare.shards import shard_paths
 from grape_service.release.claim import claim_version
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import ManifestFields, Parents, PolicyUse
@@ -38,11 +38,11 @@ def make_release(folder: Path, target: str, score: Score, num_prompts: int = 30,
     workspace, output = Storage(str(folder / "workspace")), Storage(str(folder / "datasets"))
     rows = pool_rows(num_prompts)
     prepared = Prepared("prepared-1", 1, rows=len(rows))
-    path = shard_path(prepared.folder, "b", 0)
+    prepared.partitions["b"] = PartitionTotals(1, len(rows), num_prompts, 0, 0)
+    path = shard_paths(prepared, "b")[0]
     if not workspace.exists(path):
         made = put_shards(workspace, [rows])[0]
         workspace.write(path, workspace.read(made))
-    prepared.partitions["b"] = PartitionTotals(1, len(rows), num_prompts, 0, 0)
     workspace.write_json(f"{prepared.folder}/prepared.json", prepared.to_json())
     store = ScoreStore(workspace, target)
     scores = {row.key: [score(int(row.prompt_id[1:]), int(row.candidate_id[1:]))] * row.num_scores for row in rows}
