@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -28,6 +28,37 @@ HEARTBEAT_SECONDS = 20
 """How often runs/<run_id>/heartbeat.json is written; gc leaves runs alone whose heartbeat is young."""
 
 
+MAX_EVENTS = 1000
+"""Events that a run keeps for the manifest; of those after them only the number."""
+
+
+class Events:
+    """What happened, oldest first: as many as a manifest can hold, then a line that says how many more there were."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, str]] = []
+        self.left_out = 0
+
+    def add(self, text: str) -> None:
+        """Something that happens now."""
+        self.extend([{"time": utc_now(), "event": text}])
+
+    def extend(self, events: Iterable[dict[str, str]], left_out: int = 0) -> None:
+        """Events from elsewhere, with their times, and how many more there were."""
+        for event in events:
+            if len(self.kept) < MAX_EVENTS:
+                self.kept.append(event)
+            else:
+                self.left_out += 1
+        self.left_out += left_out
+
+    def to_json(self) -> list[dict[str, str]]:
+        """All that is known, for the manifest."""
+        if not self.left_out:
+            return self.kept
+        return [*self.kept, {"time": utc_now(), "event": f"{self.left_out:,} more events are left out"}]
+
+
 @dataclass
 class Run:
     """What every stage is given."""
@@ -38,7 +69,7 @@ class Run:
     workspace: Storage
     output: Storage
     started: float = field(default_factory=time.time)
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: Events = field(default_factory=Events)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,7 +116,7 @@ class Run:
 
     def event(self, text: str) -> None:
         """Something worth telling: shown, and kept for the manifest."""
-        self.events.append({"time": utc_now(), "event": text})
+        self.events.add(text)
         reporter().event(text)
 
     def delete_intermediate(self) -> None:

@@ -145,7 +145,10 @@ def _numbers(text: str) -> npt.NDArray[np.uint64]:
 
 def word_grams(text: str, n: int) -> npt.NDArray[np.uint64]:
     """A hash of each run of n words; none for a shorter text."""
-    values = _numbers(text)
+    return _grams(_numbers(text), n)
+
+
+def _grams(values: npt.NDArray[np.uint64], n: int) -> npt.NDArray[np.uint64]:
     if len(values) < n:
         return np.zeros(0, dtype=np.uint64)
     found = np.zeros(len(values) - n + 1, dtype=np.uint64)
@@ -167,14 +170,19 @@ def evaluation_grams(items: Iterable[str], n: int) -> dict[int, npt.NDArray[np.u
     return {size: np.unique(np.concatenate(parts)) for size, parts in sorted(found.items())}
 
 
+def _in_sorted(values: npt.NDArray[np.uint64], known: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which values [N] are among `known`, which is sorted and not empty: a binary search for each."""
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
+
+
 def contamination(table: pa.Table, grams: dict[int, npt.NDArray[np.uint64]]) -> Flagged:
     """Rows that hold a run of words of an evaluation item."""
 
     def test(prompt: str, response: str) -> tuple[str, str | None] | None:
         for where, text in (("prompt", prompt), ("response", response)):
-            words: list[str] | None = None
+            numbers = _numbers(text)
             for size, known in grams.items():
-                found = np.flatnonzero(np.isin(word_grams(text, size), known))
+                found = np.flatnonzero(_in_sorted(_grams(numbers, size), known))
                 if len(found):
                     words = WORD.findall(text)[int(found[0]) : int(found[0]) + size]
                     return f"evaluation item in the {where}", " ".join(words)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +21,7 @@ from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.render.renderer import Renderer
 from grape_service.score.store import ScoreStore
-from grape_service.storage.parquet import open_parquet
+from grape_service.storage.parquet import read_tables
 from grape_service.storage.storage import Storage
 
 
@@ -177,20 +178,21 @@ def _survey_of(prepared: Prepared) -> Survey:
 
 
 def _left_to_score(workspace: Storage, prepared: Prepared, store_id: str) -> tuple[float, float]:
-    """Tokens and rows of a prepared pool that have no score yet, exactly; one shard's keys at a time."""
-    store = ScoreStore(workspace, store_id)
+    """Tokens and rows of a prepared pool that have no score yet, exactly; one partition's keys at a time, and each of
+    its score files opened once."""
+    store = ScoreStore(workspace, store_id).with_folders()
     tokens, rows = 0.0, 0.0
     for partition, totals in prepared.partitions.items():
         if not totals.num_shards:
             continue
-        if not store.partition_files(partition):
+        if not store.related(partition):
             tokens, rows = tokens + totals.tokens, rows + totals.rows
             continue
-        for path in shard_paths(prepared, partition):
-            with open_parquet(workspace, path) as file:
-                table = file.read(columns=["row_key", "input_ids"])
-            missing = pa.array(store.missing(partition, table["row_key"]))
-            left = table["input_ids"].filter(missing)
-            rows += len(left)
-            tokens += float(pc.sum(pc.list_value_length(left)).as_py() or 0)
+        keys, lengths = [], []
+        for table in read_tables(workspace, shard_paths(prepared, partition), ["row_key", "input_ids"]):
+            keys.append(table["row_key"].combine_chunks())
+            lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
+        missing = store.missing(partition, pa.chunked_array(keys))
+        rows += int(missing.sum())
+        tokens += int(np.concatenate(lengths)[missing].sum())
     return tokens, rows

@@ -43,7 +43,7 @@ class Engines:
         self.run.engines.extend(
             {"policy_id": self.replicas.spec.policy_id, **description} for description in self.replicas.descriptions()
         )
-        self.run.events.extend(self.replicas.events)
+        self.run.events.extend(self.replicas.events.kept, self.replicas.events.left_out)
         self.replicas.close()
         self.replicas = None
 

@@ -17,7 +17,7 @@ from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
 from workers.cluster.ray import import_path, node_gpus, num_nodes, num_slots
 from workers.cluster.tasks import ENGINE_CPUS
-from workers.run import utc_now
+from workers.run import Events
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.scoring.metrics import ScoringMetrics
 from workers.scoring.queue import WorkQueue
@@ -96,7 +96,7 @@ class Replicas:
     def __init__(self, config: Config, spec: ScoringSpec, count: int):
         self.config = config
         self.spec = spec
-        self.events: list[dict[str, str]] = []
+        self.events = Events()
         self.failed_starts = 0  # one after the other
         self.calls = itertools.count()
         self.gpus = spec.policy.tensor_parallel if node_gpus() else 0  # of a replica
@@ -180,7 +180,7 @@ class Replicas:
             ray.kill(replica.actor)
 
     def _event(self, text: str) -> None:
-        self.events.append({"time": utc_now(), "event": text})
+        self.events.add(text)
         reporter().event(text)
 
     def descriptions(self) -> list[dict[str, Any]]:

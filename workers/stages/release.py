@@ -67,7 +67,7 @@ def release(
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
             "estimate": estimate_against_actual(run.workspace, run.config, run.engines, sum(t.tokens for t in totals)),
-            "events": run.events,
+            "events": run.events.to_json(),
         },
     }
     message_fields, other_fields = prepared.message_fields, list(prepared.other_fields)

@@ -112,7 +112,7 @@ def release_reweighed(
             "report": {**report_statistics(kept, weighed), "select": _old_report(release).get("select")},
             "stage_seconds": {name: round(seconds, 3) for name, seconds in run.stage_seconds.items()},
             "engines": run.engines,
-            "events": run.events,
+            "events": run.events.to_json(),
         },
     }
     version, is_new = publish_rows(

@@ -148,7 +148,7 @@ def test_a_replica_that_dies_is_replaced_and_nothing_is_scored_twice(bench: Benc
         assert totals.failed == 0
         assert_each_once(run, 48)
         engines.close()
-        assert any("died" in event["event"] for event in run.events)
+        assert any("died" in event["event"] for event in run.events.kept)
 
 
 def test_out_of_memory_halves_the_budget_and_goes_on(bench: Bench) -> None:
@@ -160,7 +160,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(bench: Bench) -> None:
         totals = score_shards(run, engines, run.config.target, shards, "score")
         assert (totals.rows, totals.failed) == (16, 0)
         engines.close()
-        budgets = [event["event"] for event in run.events if "halved" in event["event"]]
+        budgets = [event["event"] for event in run.events.kept if "halved" in event["event"]]
         assert [text.rsplit(" ", 1)[-1] for text in budgets] == ["2048", "1024"]
 
 
@@ -173,7 +173,7 @@ def test_a_shard_that_always_fails_is_tried_three_times_and_recorded(bench: Benc
         totals = score_shards(run, engines, run.config.target, shards, "score")
         assert (totals.rows, totals.failed) == (20, 4)
         engines.close()
-        assert sum(" of 3: RuntimeError" in event["event"] for event in run.events) == 3
+        assert sum(" of 3: RuntimeError" in event["event"] for event in run.events.kept) == 3
         (table,) = [pq.read_table(run.workspace.full(i.path)) for i in run.workspace.list(f"{run.folder}/failures")]
         assert set(table["reason"].to_pylist()) == {"RuntimeError: this batch always fails"}
         assert set(table["prompt_id"].to_pylist()) == {"prompt-3"}
