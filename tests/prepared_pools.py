@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from grape_service.prepare.counts import PartitionCounts, ShardCounts, summarise
 from grape_service.prepare.deal import deal_group, next_level
 from grape_service.prepare.finish import finish_prepare
 from grape_service.prepare.map import MAPPED, Renders, map_piece
-from grape_service.prepare.plan import PreparePlan, plan_prepare
+from grape_service.prepare.plan import FAN_OUT, PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
@@ -72,10 +73,12 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-def prepare(config: Config, storage: Storage, renderer: Renders | None = None) -> tuple[PreparePlan, Prepared]:
+def prepare(
+    config: Config, storage: Storage, renderer: Renders | None = None, fan_out: int = FAN_OUT
+) -> tuple[PreparePlan, Prepared]:
     """All of prepare, one task after the other."""
     renderer = renderer or WordRenderer()
-    plan = plan_prepare(config, "words", storage)
+    plan = replace(plan_prepare(config, "words", storage), fan_out=fan_out)
     counts = [map_piece(plan, piece, config, renderer, storage) for piece in plan.pieces]
     summary = summarise_map(plan, counts, config)
     for bits in plan.level_bits[1:]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -103,14 +105,27 @@ def map_piece(
     done = f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json"
     if storage.exists(done):
         return PieceCounts.from_json(storage.read_json(done))
-    task = _MapTask(plan, piece, config, renderer, storage)
-    for batch in _batches(task.placed()):
-        rows, tokens = task.render(batch)
-        if progress is not None:
-            progress(rows, tokens)
-    counts = task.finish()
+    with _without_collector():
+        task = _MapTask(plan, piece, config, renderer, storage)
+        for batch in _batches(task.placed()):
+            rows, tokens = task.render(batch)
+            if progress is not None:
+                progress(rows, tokens)
+        counts = task.finish()
     storage.write_json(done, counts.to_json())
     return counts
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Rows are many small objects without cycles: looking for some among them takes an eighth of map's time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _batches(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
@@ -265,6 +280,7 @@ class _MapTask:
         bits = self.plan.level_bits[0]
         slices = top_bits(table["prompt_order"].to_numpy(), 0, bits)
         name = row_path(self.plan, self.piece, self.counts.num_files)
+        gc.collect()
         self.counts.bounds.append(write_slices(self.storage, name, table, slices, 1 << bits))
 
     def finish(self) -> PieceCounts:

@@ -36,9 +36,12 @@ class SliceFiles:
 
 def write_slices(storage: Storage, path: str, table: pa.Table, slices: Int64s, num_slices: int) -> list[int]:
     """Write a table's rows by their slice [N], in their order within each; the bounds [num_slices + 1]."""
-    order = np.argsort(slices, kind="stable")
-    ends = np.searchsorted(slices[order], np.arange(num_slices + 1))
-    table = table.combine_chunks().take(pa.array(order)).combine_chunks()
+    table = table.combine_chunks()
+    ends = np.array([0, len(slices)])
+    if num_slices > 1:
+        order = np.argsort(slices, kind="stable")
+        ends = np.searchsorted(slices[order], np.arange(num_slices + 1))
+        table = table.take(pa.array(order)).combine_chunks()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with storage.open_write(path) as file, pa.ipc.new_stream(file, table.schema, options=options) as writer:
         writer.write_batch(
