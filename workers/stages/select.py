@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.config.schema import Config
-from grape_service.errors import UserError
+from grape_service.errors import StageError, UserError
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
@@ -20,6 +20,7 @@ from grape_service.report.sums import source_names
 from grape_service.rows.columns import SHARD
 from grape_service.rows.partitions import prompt_order
 from grape_service.score.store import ScoreStore
+from grape_service.select.choose import FAILED_CANDIDATE, LEFT_OUT_REASONS
 from grape_service.select.partition import SelectCounts, select_partition
 from grape_service.storage.parquet import read_row_groups
 from grape_service.storage.storage import Storage
@@ -62,7 +63,12 @@ def select(run: Run, prepared: Prepared) -> Kept:
         reporter().end("select")
     if total.kept_rows == 0:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
-        raise UserError(f"no prompt is left after selection ({reasons or 'the pool has no rows'})")
+        sentence = f"no prompt is left after selection ({reasons or 'the pool has no rows'})"
+        if total.prompts_left_out.get(
+            LEFT_OUT_REASONS[FAILED_CANDIDATE]
+        ):  # an engine's fault, which the next run may not meet
+            raise StageError(f"{sentence}: run again to score the failed rows once more")
+        raise UserError(sentence)
     return Kept(kept, total, config.select.needs_scores, statistics)
 
 
