@@ -7,7 +7,7 @@ else
 VENV ?= .venv
 endif
 
-.PHONY: help quickstart check test test-vllm lint docs install install-test install-vllm clean
+.PHONY: help quickstart check test test-vllm lint docs screenshots install install-test install-vllm clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -97,6 +97,9 @@ lint: .venv/.ready-lint ## ruff, mypy and the import order
 
 docs: .venv/.ready ## docs/config.md, from the models of the config
 	.venv/bin/grape schema --markdown >docs/config.md
+
+screenshots: .venv/.ready-test quickstart ## docs/images, from the quickstart; needs Chromium
+	.venv/bin/python examples/quickstart/screenshots.py
 
 clean: ## remove what the quickstart made
 	rm -rf examples/quickstart/out

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from grape_service.release.claim import claim_version
@@ -33,10 +34,15 @@ ROWS_AT_ONCE = 10_000
 def make_versions(storage: Storage, versions: int, names: int) -> None:
     """`versions` small versions over `names` datasets."""
     part = [rows(0, 4)]
-    for number in range(versions):
-        name = f"set-{number % names:04d}"
-        digest = hashlib.sha256(str(number).encode()).hexdigest()
-        publish_version(storage, name, parts=part, digest=digest, config={"target": {"model": "made/up"}})
+
+    def make(place: int) -> None:
+        for number in range(place, versions, names):
+            digest = hashlib.sha256(str(number).encode()).hexdigest()
+            name = f"set-{place:04d}"
+            publish_version(storage, name, parts=part, digest=digest, config={"target": {"model": "made/up"}})
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(make, range(names)))
 
 
 def make_large(storage: Storage, count: int) -> None:

@@ -92,8 +92,9 @@ def compare(
             [e["prompt_id"], _who(e["first"]), _who(e["second"]), f"{e['lost']:.3f}"] for e in ranking["most_different"]
         ]
         columns = ["prompt", "first choice of A (score in A / B)", "first choice of B (score in A / B)", "lost"]
-        print_table("where they differ most", columns, rows)
-        say("lost: what both lose together, in score, if each took the first choice of the other")
+        if rows:
+            print_table("where they differ most", columns, rows)
+            say("lost: what both lose together, in score, if each took the first choice of the other")
     print_table("kept rows by source", ["source", "A", "B"], [[s, *counts] for s, counts in found["sources"].items()])
     if found["settings"]:
         rows = [

@@ -35,6 +35,14 @@
     }
   })();
 
+  // Paper is narrower than most windows: plots are drawn again at its width, and back after it.
+  const PAPER = 680;
+  const redraw = (width) => {
+    for (const div of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(div, { width: width && Math.min(width, PAPER), autosize: !width });
+  };
+  addEventListener("beforeprint", () => redraw(PAPER));
+  addEventListener("afterprint", () => redraw(undefined));
+
   const names = ["log-probability", "ratio", "weight"];
   const scales = [
     "the darker, the less probable under the target; full colour at -5.5 and below",

@@ -117,3 +117,22 @@ def test_hover_and_keyboard(browser: Browser, page: Path) -> None:
             )
         )
     assert {"skip", "A", "plot-flow"} <= {name.split(" ")[0] for name in reached}
+
+
+def test_a_printed_report_cuts_no_plot(browser: Browser, page: Path) -> None:
+    """Paper is narrower than the window: before it is printed, each plot is drawn at a width that fits, at once."""
+    browser.open(page, 1280, 900, dark=False)
+    widths = "[...document.querySelectorAll('.main-svg')].map((svg) => Number(svg.getAttribute('width')))"
+    before = browser.run(widths)
+    assert max(before) > 1000
+    printed = browser.run(f"(() => {{ window.dispatchEvent(new Event('beforeprint')); return {widths}; }})()")
+    assert max(printed) <= 680
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    browser.call("Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False)
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth + 8")
+    assert browser.run("getComputedStyle(document.querySelector('.pair')).display") == "block"
+    browser.call("Emulation.setEmulatedMedia", media="", features=[])
+    browser.open(page, 1280, 900, dark=False)
+    assert len(browser.call("Page.printToPDF", printBackground=True)["data"]) > 50_000
+    browser.run("new Promise((done) => setTimeout(done, 300))")
+    assert browser.run(widths) == before

@@ -1,0 +1,32 @@
+"""README and docs: what they link to is there, what they name exists, and they stay short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LATER = {"pools.md", "methods.md", "exports.md", "evidence.md"}
+"""Pages of docs/ that come with what they describe."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    files = [link for link in links if not link.startswith("http")]
+    missing = [link for link in files if not (page.parent / link).exists() and Path(link).name not in LATER]
+    assert missing == []
+
+
+def test_the_readme_is_short_and_its_pictures_are_small() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 110
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme)
+    assert {"docs/images/report.png", "docs/images/catalogue.png"} <= set(pictures)
+    for picture in pictures:
+        data = (ROOT / picture).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) < 150_000
