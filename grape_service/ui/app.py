@@ -29,6 +29,8 @@ from grape_service.ui.runs import runs_of
 log = logging.getLogger(__name__)
 VERIFIED_AT_ONCE = 64 * 2**20
 """Bytes of a version whose digests the page of its files computes without being asked."""
+LISTED = 100
+"""Datasets of one page."""
 SORTS: dict[str, Callable[[Any], Any]] = {
     "name": lambda s: s.name,
     "version": lambda s: s.num_versions,
@@ -63,15 +65,19 @@ def create_app(folder: Folder, token: str | None = None) -> FastAPI:
         return page("problem", 500, sentence=sentence, folder=folder)
 
     @app.get("/")
-    def catalog(q: str = "", sort: str = "created", order: str = "") -> Response:
-        found = folder.summaries()
-        words = q.lower().split()
-        shown = [s for s in found if all(word in _text_of(s) for word in words)]
-        key = sort if sort in SORTS else "created"
+    def catalog(q: str = "", sort: str = "", order: str = "", start: int = 0) -> Response:
+        names, words, start = folder.names(), q.lower().split(), max(0, start)
+        key = sort if sort in SORTS else "created" if len(names) <= LISTED else "name"
         down = order == "down" if order else key in ("created", "rows", "warnings", "version")
-        shown.sort(key=lambda s: s.name)
-        shown.sort(key=SORTS[key], reverse=down)
-        return page("catalog", folder=folder, shown=shown, total=len(found), q=q, sort=key, down=down)
+        if key == "name" and not words:  # those of the other pages are not read
+            names = sorted(names, reverse=down)
+            found, total = folder.summaries(names[start : start + LISTED]), len(names)
+        else:
+            every = [s for s in folder.summaries(names) if all(word in _text_of(s) for word in words)]
+            every.sort(key=SORTS[key], reverse=down)
+            found, total = every[start : start + LISTED], len(every)
+        place: dict[str, Any] = {"shown": found, "total": total, "start": start, "listed": LISTED}
+        return page("catalog", folder=folder, **place, q=q, sort=key, down=down)
 
     @app.get("/runs")
     def runs() -> Response:

@@ -60,9 +60,12 @@ class Folder:
         """What people call it."""
         return f"{self.storage.root}/{self.only}" if self.only else self.storage.root
 
-    def summaries(self) -> list[Summary]:
-        """Every dataset in a line, in the order of their names. A few requests for each, all at the same time."""
-        names = [self.only] if self.only else [n for n in self.storage.folders() if NAME_PATTERN.fullmatch(n)]
+    def names(self) -> list[str]:
+        """Folders whose names are those of datasets, in order."""
+        return [self.only] if self.only else [n for n in self.storage.folders() if NAME_PATTERN.fullmatch(n)]
+
+    def summaries(self, names: list[str]) -> list[Summary]:
+        """These datasets in a line each, in this order. A few requests for each, all at the same time."""
         with ThreadPoolExecutor(READERS) as pool:
             return [summary for summary in pool.map(self._summary, names) if summary is not None]
 

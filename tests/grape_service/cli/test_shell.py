@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -35,6 +36,19 @@ def test_every_command_has_a_short_help() -> None:
         done = runner.invoke(app, [*command, "-h"])
         assert done.exit_code == 0
         assert "Usage" in done.stdout
+
+
+def test_every_command_with_a_config_takes_overrides() -> None:
+    commands = [app, *(group.typer_instance for group in app.registered_groups)]
+    with_config = [
+        command.callback
+        for group in commands
+        for command in group.registered_commands
+        if command.callback and "config" in inspect.signature(command.callback).parameters
+    ]
+    assert len(with_config) >= 7
+    kinds = {f.__name__: [p.annotation for p in inspect.signature(f).parameters.values()] for f in with_config}
+    assert [name for name, annotations in kinds.items() if "SetOption" not in annotations] == []
 
 
 def test_references_are_completed(datasets: Path) -> None:

@@ -67,6 +67,25 @@ def test_all_datasets_are_searched_and_sorted(client: TestClient) -> None:
     assert client.get("/?sort=__class__&order=x").status_code == 200
 
 
+def test_many_datasets_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    for number in range(5):
+        publish_version(storage, f"set-{number}", parts=[rows(0, 5 - number)])
+    monkeypatch.setattr(app_module, "LISTED", 2)
+    client = client_of(Folder(str(tmp_path)))
+    links = r'<a href="/datasets/(set-\d)">'
+    for query, expected in (
+        ("", ["set-0", "set-1"]),
+        ("?start=4", ["set-4"]),
+        ("?sort=rows&order=up&start=2", ["set-2", "set-1"]),
+        ("?q=set-3", ["set-3"]),
+        ("?start=99", []),
+    ):
+        assert re.findall(links, client.get(f"/{query}").text) == expected
+    assert "1 to 2 of 5 datasets" in text_of(client, "/")
+    assert 'rel="next"' in client.get("/").text
+
+
 def test_a_dataset_its_tags_and_what_changed(client: TestClient) -> None:
     page = text_of(client, "/datasets/pool")
     assert "2 versions" in page
