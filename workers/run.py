@@ -20,6 +20,7 @@ from grape_service.models.files import ModelFiles, policy_id, resolve_model
 from grape_service.models.weights import check_policy
 from grape_service.progress.reporter import reporter
 from grape_service.release.manifest import without_secrets
+from grape_service.release.outputs import register_output
 from grape_service.release.reference import Reference
 from grape_service.render.renderer import Renderer
 from grape_service.storage.storage import Storage, check_writable
@@ -143,6 +144,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     run = Run(config, name, run_id, workspace, Storage(output, config.storage))
     check_writable(workspace)
     check_writable(run.output)
+    register_output(workspace, run.output)
     workspace.write_json(f"{run.folder}/config.json", without_secrets(config.model_dump(mode="json")))
     stop = threading.Event()
 

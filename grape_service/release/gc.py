@@ -16,6 +16,7 @@ from grape_service.release.catalog import list_datasets, read_catalog, remove_fr
 from grape_service.release.claim import ABANDONED, BURNED, CLAIM, PUBLISHED, STALE_SECONDS
 from grape_service.release.lineage import trained_version, training_runs
 from grape_service.release.manifest import MANIFEST, Manifest, read_manifest
+from grape_service.release.outputs import other_outputs
 from grape_service.release.reference import VERSION_PATTERN, Reference, parse_reference, version_folder, version_number
 from grape_service.release.tags import list_tags
 from grape_service.score.store import REPEAT_SUFFIX, SHUFFLED_SUFFIX
@@ -90,13 +91,16 @@ def collect(
       `keep_days` and no tagged one was made from;
     - temporary files and parts of uploads that killed writers left, older than a day.
 
-    While a run has a heartbeat in the workspace, only unfinished versions and temporary files go, which `say` is told.
+    What the releases of other outputs with the same workspace were made from stays too; nothing goes where one of those
+    outputs cannot be seen. While a run has a heartbeat in the workspace, only unfinished versions and temporary files
+    go, which `say` is told.
     Times are those of the stores' own clocks, and `now` is for both. Raises UserError where there is no dataset, so
     that nothing would be in use, and where a manifest cannot be read: then nobody knows what it needs.
     """
     assert keep_days >= 0
     assert keep_versions >= 0
     names = _datasets_in(output)
+    others = other_outputs(workspace, output) if workspace is not None else []
     output_now = output.now() if now is None else now
     workspace_now = workspace.now() if workspace and now is None else output_now
     alive = _alive_runs(workspace, workspace_now, stale_seconds) if workspace else set()
@@ -116,6 +120,10 @@ def collect(
         tagged = {tag.version for tag in list_tags(output, name)}
         kept += [(m, version in tagged) for version, m in versions.items() if (name, version) not in going]
     garbage += [item for name, version, item in old if dry_run or _delete_version(output, name, version)]
+    for other in others:
+        for name in list_datasets(other):
+            tagged = {tag.version for tag in list_tags(other, name)}
+            kept += [(m, version in tagged) for version, m in _manifests(other, name).items()]
     if workspace is not None and not alive:
         unused = _workspace_garbage(workspace, kept, workspace_now - keep_days * DAY)
         garbage += unused if dry_run else _delete_unused(workspace, unused, workspace_now, stale_seconds)

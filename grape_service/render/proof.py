@@ -96,7 +96,8 @@ def _bytes(renderer: Renderer, ids: np.ndarray) -> bytes:
 
 
 def _letters(text: str) -> str:
-    return "".join(text.split())
+    """A text without white space, as which SentencePiece's own mark for a space counts too."""
+    return "".join(text.replace("\u2581", " ").split())
 
 
 def _part(text: str, other: str) -> str:

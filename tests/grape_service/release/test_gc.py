@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from grape_service.release.claim import claim_version
 from grape_service.release.gc import DAY, PREPARED, RUN, SCORES, UNFINISHED, VERSION, Garbage, collect, render_text
 from grape_service.release.load import load
 from grape_service.release.manifest import Parents, PolicyUse
+from grape_service.release.outputs import register_output
 from grape_service.release.tags import move_tag
 from grape_service.release.verify import verify
 from grape_service.release.writer import write_part
@@ -172,3 +174,22 @@ def test_gc_says_in_words_what_goes(tmp_path) -> None:
     told: list[str] = []
     collect(storage, workspace, say=told.append)
     assert told == ["a run is under way (r-1): old versions, scores, shards and runs stay until it has ended"]
+
+
+def test_scores_that_another_output_uses_stay(tmp_path) -> None:
+    one, other, workspace = (Storage(str(tmp_path / name)) for name in ("one", "other", "work"))
+    for policy in ("mine", "theirs", "nobodys"):
+        workspace.write(f"scores/{policy}/b/1.parquet", b"x")
+    publish_small(one, parents=parents("mine", "p", "r"), tags=("best",))
+    publish_small(other, parents=parents("theirs", "p", "r"), tags=("best",))
+    for output in (one, other):
+        register_output(workspace, output)
+    later = time.time() + 40 * DAY
+    assert kinds(collect(one, workspace, now=later)) == {SCORES: ["nobodys"]}
+    shutil.move(tmp_path / "other", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"other uses the workspace .* cannot be seen from here .* delete .*outputs"):
+        collect(one, workspace, dry_run=False, now=later)
+    assert sorted(workspace.folders("scores")) == ["mine", "nobodys", "theirs"]
+    with pytest.raises(UserError, match="dataset"):  # the folder of one dataset is no output
+        collect(Storage(str(tmp_path / "one" / "math-sft")), workspace, dry_run=False, now=later)
+    assert sorted(workspace.folders("scores")) == ["mine", "nobodys", "theirs"]
