@@ -10,18 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from grape_service.config.schema import jobs_address
 from grape_service.errors import StageError, UserError
-from workers.cluster.private import private_ray
+from workers.cluster.ray import IN_CLUSTER, import_path, private_ray, usable_cores
 
 PRIVATE = "private"
 """Address in a record of a Ray that ended with the process that started it."""
-
-IN_CLUSTER = "GRAPE_IN_CLUSTER"
-"""Set in the environment of a job that `grape submit` started: training jobs go to that job's cluster."""
 
 AGENT_SECONDS = 60.0
 """How long a head may take, after its start, until its agent takes jobs."""
@@ -67,9 +63,7 @@ class JobServer:
             return
         environment = dict(request.environment)
         if self.is_private:
-            here = str(Path(__file__).resolve().parents[2])
-            others = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-            environment.setdefault("PYTHONPATH", os.pathsep.join([here, *others]))
+            environment.setdefault("PYTHONPATH", os.pathsep.join(import_path()))
         runtime: dict[str, Any] = {"env_vars": environment}
         if request.pip:
             runtime["pip"] = request.pip
@@ -160,8 +154,9 @@ def job_server(address: str) -> Iterator[JobServer]:
             raise UserError(str(error)) from None
         yield JobServer(_client(address), address, None)
         return
-    with private_ray() as url:
-        yield JobServer(_client(url), PRIVATE, num_local_gpus())
+    # Jobs hold a CPU each while Ray's own supervisors start, so there are more logical CPUs than cores.
+    with private_ray(2 * usable_cores(), with_jobs=True) as private:
+        yield JobServer(_client(str(private.jobs)), PRIVATE, num_local_gpus())
 
 
 def _address_of_own_cluster() -> str:

@@ -1,92 +1,214 @@
-"""A Ray cluster for the length of a run: a private one, or the one that this process is a job of."""
+"""Ray for the length of a run: a private one, or the cluster that this process is a job of.
+
+Nothing starts before a stage has work for it: `need_ray` is what tasks and engines call first.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
-import shutil
+import select
 import signal
-import tempfile
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
-
 from grape_service.config.schema import WorkersConfig
+from grape_service.errors import StageError, best_effort
+from workers.cluster.scratch import MARK, Scratch, end_leftovers, scratch_folder
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
 """Set in the environment of a job that `grape submit` started: the run joins that job's cluster."""
 CPUS_PER_CORE = 2
 """CPUs that a private Ray is told it has for each core: an actor that holds one leaves room for tasks."""
-PRIVATE = "GRAPE_PRIVATE_RAY"
-"""In the environment of every process of a private Ray: its scratch folder."""
+START_SECONDS = 120.0
+STORE_BYTES = 256 * 2**20
+LOOPBACK = ("127.0.0.1", "localhost")
+OTHER_RAYS = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_REDIS_ADDRESS")
+"""Variables of other Rays, which a private one is not to follow."""
+
+
+@dataclass(frozen=True)
+class PrivateRay:
+    """A Ray on this machine that ends with the block that started it."""
+
+    address: str
+    jobs: str | None  # address of its Jobs API
+
+
+@contextlib.contextmanager
+def private_ray(num_cpus: int, with_jobs: bool = False) -> Iterator[PrivateRay]:
+    """Start a Ray that listens on loopback alone and takes nobody's tasks but ours. Raises StageError.
+
+    Everything of it lives in one scratch folder and is gone after the block; it never joins a Ray that it finds.
+    """
+    for left in end_leftovers():
+        logging.getLogger(__name__).info("ended what a run that was killed had left in %s", left)
+    with scratch_folder() as scratch, _environment(scratch):
+        port = _free_port() if with_jobs else None
+        asked = {
+            "folder": scratch.ray_folder,
+            "num_cpus": num_cpus,
+            "dashboard_port": port,
+            "object_store_bytes": STORE_BYTES,
+        }
+        yield PrivateRay(**_started(scratch, asked))
+
+
+def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
+    """Start the head and wait until it says where it is."""
+    with Path(scratch.path, "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "workers.cluster.head"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, MARK: scratch.path, "PYTHONPATH": os.pathsep.join(import_path())},
+            start_new_session=True,  # Ctrl-C in a terminal is for the run alone, which ends its Ray itself
+        )
+    assert head.stdin is not None and head.stdout is not None
+    _heads[scratch.path] = head  # its standard input stays open until the end
+    with contextlib.suppress(BrokenPipeError):
+        head.stdin.write(json.dumps(asked).encode() + b"\n")
+        head.stdin.flush()
+    ready, _, _ = select.select([head.stdout], [], [], START_SECONDS)
+    line = head.stdout.readline() if ready else b""
+    if not line:
+        lines = Path(scratch.path, "head.log").read_text(errors="replace").strip().splitlines()
+        why = lines[-1] if lines else f"it did not answer within {START_SECONDS:.0f} s"
+        raise StageError(f"Ray does not start on this machine: {why}")
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+_heads: dict[str, subprocess.Popen[bytes]] = {}
+
+
+@contextlib.contextmanager
+def _environment(scratch: Scratch) -> Iterator[None]:
+    """The variables under which this process and its children find their Ray and nobody else's."""
+    no_proxy = [entry for name in ("NO_PROXY", "no_proxy") for entry in os.environ.get(name, "").split(",") if entry]
+    without_proxy = ",".join(dict.fromkeys([*no_proxy, *LOOPBACK]))
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": scratch.token_path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TMPDIR": scratch.ray_folder,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on macOS: a loopback address stays one
+        "NO_PROXY": without_proxy,
+        "no_proxy": without_proxy,
+    }
+    before = {name: os.environ.get(name) for name in (*ours, *OTHER_RAYS)}
+    for name in OTHER_RAYS:
+        os.environ.pop(name, None)
+    os.environ.update(ours)
+    _read_token_again()
+    from ray._private import ray_constants
+
+    joins_others, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = joins_others
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _heads.pop(scratch.path, None)
+
+
+def _read_token_again() -> None:
+    """Ray keeps the authentication mode and the token that it read first: have it read those of its environment."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+class _Wanted:
+    """A Ray that a run may need, and that is started when it does."""
+
+    def __init__(self, workers: WorkersConfig):
+        self.workers = workers
+        self.started = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Join the job's cluster, or start a private Ray and connect to it."""
+        import ray
+
+        handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        debug = bool(os.environ.get("GRAPE_DEBUG"))
+        try:
+            if os.environ.get(IN_CLUSTER):
+                address = "auto"
+            else:
+                logical_cpus = CPUS_PER_CORE * num_cores(self.workers)
+                address = self.started.enter_context(private_ray(logical_cpus)).address
+            self.started.callback(_restore, handlers)
+            self.started.callback(ray.shutdown)
+            ray.init(address=address, log_to_driver=debug, logging_level=logging.ERROR)
+        finally:
+            _restore(handlers)
+
+    def end(self) -> None:
+        """Nothing of a private Ray is left after this."""
+        self.started.close()
+
+
+_wanted: list[_Wanted] = []
 
 
 @contextlib.contextmanager
 def ray_for(workers: WorkersConfig) -> Iterator[None]:
-    """Ray is up inside the block and gone after it.
-
-    A private Ray never joins one that it finds.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scratch = None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    """Ray starts inside the block as soon as something needs it, and is gone after the block."""
+    wanted = _Wanted(workers)
+    _wanted.append(wanted)
     try:
-        if os.environ.get(IN_CLUSTER):
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            scratch = os.environ[PRIVATE] = tempfile.mkdtemp(prefix="grape-ray-")
-            ray.init(
-                address="local",
-                num_cpus=CPUS_PER_CORE * num_cores(workers),
-                include_dashboard=False,
-                log_to_driver=bool(os.environ.get("GRAPE_DEBUG")),
-                logging_level=logging.ERROR,
-                _temp_dir=scratch,
-                object_store_memory=256 * 2**20,
-                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(import_path())}},
-            )
-        _restore(previous)
         yield
     finally:
-        ray.shutdown()
-        _restore(previous)
-        if scratch:
-            os.environ.pop(PRIVATE, None)
-            _end_processes(scratch)
-            shutil.rmtree(scratch, ignore_errors=True)
+        _wanted.remove(wanted)
+        wanted.end()
 
 
-def _end_processes(scratch: str) -> None:
-    """End what a private Ray leaves behind: agents that were still starting do not see for 40 s that it is gone."""
-    for _ in range(3):  # one that ends may just have started another
-        found = [one for one in psutil.process_iter() if one.pid != os.getpid() and _is_of(one, scratch)]
-        _, left = psutil.wait_procs(found, timeout=2)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+def need_ray() -> None:
+    """Start the Ray of `ray_for`, unless Ray is up."""
+    import ray
+
+    if not ray.is_initialized():
+        assert _wanted, "tasks and engines run inside ray_for"
+        _wanted[-1].start()
 
 
-def _is_of(process: psutil.Process, scratch: str) -> bool:
-    """By its environment, over which an agent writes its title, or by the logs that it has open."""
-    try:
-        environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-        marked = f"{PRIVATE}={scratch}".encode() in environment
-        return marked or any(file.path.startswith(f"{scratch}/") for file in process.open_files())
-    except (psutil.Error, OSError):  # gone, or somebody else's
-        return False
+def ray_is_up() -> bool:
+    """Whether this process is connected to a Ray; imports none."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def num_cores(workers: WorkersConfig) -> int:
     """Tasks that a private Ray runs at the same time."""
-    return workers.cpus or len(os.sched_getaffinity(0))
+    return workers.cpus or usable_cores()
+
+
+def usable_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_private() -> bool:
@@ -97,12 +219,18 @@ def is_private() -> bool:
 def num_slots(workers: WorkersConfig) -> int:
     """Tasks in flight at the same time: the private Ray's cores, or all of the cluster's CPUs."""
     if os.environ.get(IN_CLUSTER):
+        import ray
+
+        need_ray()
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
     return num_cores(workers)
 
 
 def node_gpus() -> list[int]:
     """GPUs of each node that has some: of those that are there and of those that the autoscaler may start."""
+    import ray
+
+    need_ray()
     there = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     config = ray._private.state.state.get_cluster_config()  # type: ignore[attr-defined]
     promised = []
@@ -114,12 +242,15 @@ def node_gpus() -> list[int]:
 
 def num_nodes() -> int:
     """Nodes that tasks can run on now."""
+    import ray
+
+    need_ray()
     return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
 
 
 def import_path() -> list[str]:
-    """Where workers find this code: the folder of the packages first."""
-    here = str(Path(__file__).resolve().parent.parent)
+    """Where other processes find this code: the folder of the packages first."""
+    here = str(Path(__file__).resolve().parents[2])
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     return [here, *(entry for entry in given if entry != here)]
 

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
-from typing import Any, TypeVar
-
-import ray
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
-from workers.cluster.ray import CPUS_PER_CORE, import_path, is_private, num_slots
+from workers.cluster.ray import CPUS_PER_CORE, is_private, need_ray, num_slots
+
+if TYPE_CHECKING:
+    import ray
 
 T = TypeVar("T")
 
@@ -52,21 +53,21 @@ def run_tasks(
     `shared` goes into the object store once, and each worker process reads it once. A task takes `together` calls.
     `done(number)` is called as calls end, in any order. A task that a lost process or node takes with it is run again
     by Ray, up to 3 times, on whatever node is left; an exception of the function itself ends the stage at once.
+    Without arguments no Ray is needed.
     """
+    queue = _groups(arguments, together)
+    first = next(queue, None)
+    if first is None:
+        return
+    queue = chain([first], queue)
+    import ray
+
+    need_ray()
     remote: Any = ray.remote(max_retries=TASK_RETRIES)(_calls).options(
         name=function.__name__,
         num_cpus=TASK_CPUS * (CPUS_PER_CORE if is_private() else 1),
-        runtime_env={
-            "env_vars": {
-                "PYTHONPATH": os.pathsep.join(import_path()),
-                "OMP_NUM_THREADS": str(threads),
-                "RAYON_NUM_THREADS": str(threads),
-                "TOKENIZERS_PARALLELISM": "true",
-            }
-        },
     )
     held = [ray.put(shared or {})]
-    queue = _groups(arguments, together)
     in_flight: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> place of the task, calls in it
     finished: dict[int, list[T]] = {}
     submitted = told = most = 0
@@ -80,7 +81,7 @@ def run_tasks(
                 group = next(queue, None)
                 if group is None:
                     break
-                in_flight[remote.remote(function, held, group)] = submitted, len(group)
+                in_flight[remote.remote(function, held, group, threads)] = submitted, len(group)
                 submitted += 1
             if not in_flight:
                 return
@@ -110,8 +111,10 @@ def _groups(arguments: Iterable[Arguments], size: int) -> Iterator[list[Argument
         yield group
 
 
-def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments]) -> list[T]:
-    """The calls of one task, in a worker."""
+def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments], threads: int) -> list[T]:
+    """The calls of one task, in a worker. What is set here, not in a runtime environment, costs no process of its own."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     shared = _shared(held[0])
     if len(group) == 1:
         return [function(**shared, **group[0])]
@@ -126,11 +129,15 @@ def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Ar
 @lru_cache(maxsize=1)
 def _shared(reference: ray.ObjectRef) -> Arguments:
     """What all calls of a stage are given: unpacked once a process, whatever its size."""
+    import ray
+
     found: Arguments = ray.get(reference)
     return found
 
 
 def _results(reference: ray.ObjectRef) -> Any:
+    import ray
+
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

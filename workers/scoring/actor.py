@@ -71,7 +71,8 @@ class ScoringSpec:
 class ScoringActor:
     """One replica. Methods run in a few threads: some have the engine, others read, check and write."""
 
-    def __init__(self, spec: ScoringSpec):
+    def __init__(self, spec: ScoringSpec, environment: dict[str, str] | None = None):
+        os.environ.update(environment or {})  # before the engine's libraries, which read it once
         self.spec = spec
         self.callers = threading.Semaphore(1)
         self.state_lock = threading.Lock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from workers.cluster.ray import ray_is_up
 
 SHARD_SECONDS = [0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600]
 _COUNTERS = {
@@ -31,6 +31,8 @@ _HISTOGRAMS = {"grape_shard_seconds": ("Seconds of a shard on its engine.", ("da
 @cache
 def metric(name: str) -> Any:
     """The metric of a name, made once a process."""
+    from ray.util.metrics import Counter, Gauge, Histogram
+
     if name in _COUNTERS:
         text, tags = _COUNTERS[name]
         return Counter(name, description=text, tag_keys=tags)
@@ -80,12 +82,12 @@ class ScoringMetrics:
 
     def add(self, name: str, number: float) -> None:
         """Counters take no 0; the first look at one should give 0 all the same."""
-        if number > 0:
+        if number > 0 and ray_is_up():
             metric(name).inc(number, tags=self.tags)
 
 
 def count_rejects(dataset: str, by_reason: dict[str, int]) -> None:
     """Rows of a pool that were left out, by reason."""
     for reason, rows in by_reason.items():
-        if rows > 0:
+        if rows > 0 and ray_is_up():
             metric("grape_rejects").inc(rows, tags={"dataset": dataset, "reason": reason})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import ray
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
-from workers.cluster.ray import import_path, node_gpus, num_nodes, num_slots
+from workers.cluster.ray import node_gpus, num_nodes, num_slots
 from workers.cluster.tasks import ENGINE_CPUS
 from workers.run import Events
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
@@ -126,7 +125,6 @@ class Replicas:
 
     def _start(self) -> Replica:
         environment = {
-            "PYTHONPATH": os.pathsep.join(import_path()),
             "OMP_NUM_THREADS": str(self.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # spinning costs twenty times the work where cores are shared
             "TOKENIZERS_PARALLELISM": "false",
@@ -138,9 +136,8 @@ class Replicas:
             scheduling_strategy="SPREAD",
             max_restarts=0,
             max_concurrency=MAX_CALLERS + WAITING + 3,
-            runtime_env={"env_vars": environment},
         )
-        handle = actor.remote(self.spec)
+        handle = actor.remote(self.spec, environment)
         return Replica(handle, handle.start.remote())  # type: ignore[attr-defined]
 
     def _look_for_started(self, timeout: float) -> None:

@@ -21,7 +21,7 @@ from grape_service.config.training import SftJob, TrainConfig
 from grape_service.errors import StageError, UserError
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
-from workers.cluster.private import private_ray
+from workers.cluster.ray import private_ray
 from workers.stages import train as train_stage
 from workers.training import records, runs
 
@@ -70,8 +70,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Address of a Ray's Jobs API."""
-    with private_ray() as url:
-        yield url
+    with private_ray(8, with_jobs=True) as private:
+        yield str(private.jobs)
 
 
 @pytest.fixture
