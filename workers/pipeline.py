@@ -26,6 +26,7 @@ from workers.stages.reweigh import load_kept, release_reweighed
 from workers.stages.score import score
 from workers.stages.select import select
 from workers.stages.train import checked_jobs, train
+from workers.stages.unchanged import remember_release, unchanged_release
 from workers.stages.weigh import score_behavior, weigh
 from workers.time_limit import time_limit
 
@@ -87,6 +88,8 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
         engines_of(run) as engines,
     ):
         prepared = as_stage("prepare", prepare)(run)
+        if until == "release" and not force and (unchanged := unchanged_release(run, prepared)) is not None:
+            return unchanged
         scored = as_stage("score", score)(run, engines, prepared)
         counts = {"pool": prepared.counts()}
         if until == "score":
@@ -116,7 +119,9 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
         policy_scores = as_stage("score behavior", score_behavior)(run, engines, kept)
         engines.close()
         weighed = as_stage("weigh", weigh)(run, kept, policy_scores)
-        return as_stage("release", release)(run, prepared, scored, kept, policy_scores, weighed, checked, force)
+        released = as_stage("release", release)(run, prepared, scored, kept, policy_scores, weighed, checked, force)
+        remember_release(run, prepared, released)
+        return released
 
 
 def reweigh(

@@ -9,6 +9,7 @@ Of two scores of one row the first file name wins. Files are only ever added.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import uuid
@@ -36,6 +37,8 @@ REPEAT_SUFFIX = "-repeat"
 SHUFFLED_SUFFIX = "-shuffled"
 """After a policy id: scores of a few rows under other prompts. In the policy's own folder, where they belong to no
 partition, every stage would look at them for every partition."""
+COMPLETE = "complete"
+"""Folder beside the partitions: names of shards whose rows all have scores."""
 METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
 
@@ -125,6 +128,26 @@ class ScoreStore:
         schema = SCORE.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
         write_parquet(self.storage, path, schema, [batch])
         return path
+
+    def is_complete(self, name: str) -> bool:
+        """Whether `note_complete(name)` was called and none of the score files of then is gone: one listing."""
+        try:
+            noted = self.storage.read_json(f"{self.folder}/{COMPLETE}/{name}.json")
+        except FileNotFoundError:
+            return False
+        files = self._files()
+        return bool(files[: noted["files"]] and _digest_of_paths(files[: noted["files"]]) == noted["digest"])
+
+    def note_complete(self, name: str) -> None:
+        """Note that every row of the shards called `name` has a score here."""
+        files = self._files()
+        noted = {"files": len(files), "digest": _digest_of_paths(files)}
+        self.storage.write_json(f"{self.folder}/{COMPLETE}/{name}.json", noted)
+
+    def _files(self) -> list[str]:
+        """Every score file, the oldest first."""
+        found = [info.path for info in self.storage.list(self.folder) if info.path.endswith(".parquet")]
+        return sorted(found, key=lambda path: (path.rsplit("/", 1)[-1], path))
 
     def metadata(self, path: str) -> dict[str, Any]:
         """What `write` was told of the engine of a file."""
@@ -242,6 +265,10 @@ class ScoreTable:
         """Rows [N] that were found and whose scores are all finite."""
         bad = np.concatenate([[0], np.cumsum(~np.isfinite(self.values))])
         return self.found & (bad[self.starts + self.lengths] == bad[self.starts])
+
+
+def _digest_of_paths(paths: list[str]) -> str:
+    return hashlib.sha256("\n".join(paths).encode()).hexdigest()
 
 
 def key_halves(keys: RowKeys) -> npt.NDArray[np.uint64]:

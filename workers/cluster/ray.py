@@ -14,14 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grape_service.config.schema import WorkersConfig
-from grape_service.errors import StageError, best_effort
+from grape_service.errors import StageError
 from workers.cluster.scratch import MARK, Scratch, end_leftovers, scratch_folder
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
@@ -73,7 +72,8 @@ def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
             env={**os.environ, MARK: scratch.path, "PYTHONPATH": os.pathsep.join(import_path())},
             start_new_session=True,  # Ctrl-C in a terminal is for the run alone, which ends its Ray itself
         )
-    assert head.stdin is not None and head.stdout is not None
+    assert head.stdin is not None
+    assert head.stdout is not None
     _heads[scratch.path] = head  # its standard input stays open until the end
     with contextlib.suppress(BrokenPipeError):
         head.stdin.write(json.dumps(asked).encode() + b"\n")

@@ -180,10 +180,7 @@ def publish_rows(
     digest = content_digest(columns.schema, [file.digest for file in files], factor)
     same = None if force else find_identical(output, name, digest)
     if same is not None:
-        for tag in run.config.output.tags:
-            current = read_tag(output, name, tag)
-            if current is None or current.version != same:
-                move_tag(output, name, tag, same, who="grape", reason="unchanged content")
+        point_tags(run, same)
         return same, False
     with claim_version(output, name) as claim:
         reporter().begin("release", len(files), "files")
@@ -209,6 +206,14 @@ def publish_rows(
             page = render_page(facts_of_fields(manifest_fields, claim.name, claim.version, entries), examples())
         version = publish(output, claim, columns.schema, entries, manifest_fields, report_html=page)
     return version.version, True
+
+
+def point_tags(run: Run, version: str) -> None:
+    """Move the config's tags to a version that was there, where they are not on it."""
+    for tag in run.config.output.tags:
+        current = read_tag(run.output, run.name, tag)
+        if current is None or current.version != version:
+            move_tag(run.output, run.name, tag, version, who="grape", reason="unchanged content")
 
 
 def check_failed_share(config: Config, failed: int, rows: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pyarrow as pa
 
 from grape_service.config.policy import PolicyConfig
@@ -160,5 +162,20 @@ def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
         for partition, totals in prepared.partitions.items()
         if totals.num_shards
     ]
+    store = ScoreStore(run.workspace, run.policy_id(run.config.target))
     with run.stage("score"):
-        return score_shards(run, engines, run.config.target, shards, "score target")
+        shards_id = _shards_id(run, prepared)
+        if store.is_complete(shards_id):
+            run.event(f"score target: all {prepared.rows:,} rows have stored scores, no engine is started")
+            return ScoreTotals(reused=prepared.rows)
+        totals = score_shards(run, engines, run.config.target, shards, "score target")
+        if totals.failed == 0 and not totals.failed_units:
+            store.note_complete(shards_id)
+        return totals
+
+
+def _shards_id(run: Run, prepared: Prepared) -> str:
+    """Names the pool's shards and what is asked of their tokens, which the methods decide."""
+    asked = run.config.model_dump(mode="json", include={"score", "select", "weights"})
+    digest = hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return f"{prepared.prepare_id}-{digest[:16]}"
