@@ -26,7 +26,7 @@ from workers.stages.reweigh import load_kept, release_reweighed
 from workers.stages.score import score
 from workers.stages.select import select
 from workers.stages.train import checked_jobs, train
-from workers.stages.unchanged import remember_release, unchanged_release
+from workers.stages.unchanged import release_key, remember_release, unchanged_release
 from workers.stages.weigh import score_behavior, weigh
 from workers.time_limit import time_limit
 
@@ -87,9 +87,10 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
         ray_for(config.workers),
         engines_of(run) as engines,
     ):
-        prepared = as_stage("prepare", prepare)(run)
-        if until == "release" and not force and (unchanged := unchanged_release(run, prepared)) is not None:
+        key = release_key(run) if until == "release" else None
+        if key is not None and not force and (unchanged := unchanged_release(run, key)) is not None:
             return unchanged
+        prepared = as_stage("prepare", prepare)(run)
         scored = as_stage("score", score)(run, engines, prepared)
         counts = {"pool": prepared.counts()}
         if until == "score":
@@ -120,7 +121,8 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
         engines.close()
         weighed = as_stage("weigh", weigh)(run, kept, policy_scores)
         released = as_stage("release", release)(run, prepared, scored, kept, policy_scores, weighed, checked, force)
-        remember_release(run, prepared, released)
+        if key is not None:
+            remember_release(run, key, prepared, released)
         return released
 
 

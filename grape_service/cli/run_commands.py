@@ -166,14 +166,13 @@ def prefect_or_direct() -> Iterator[bool]:
     with_prefect = prefect_is_configured()
     if with_prefect:
         quiet_prefect()
-    import ray
-
     try:
         with stdout_to_stderr(), shown():
             yield with_prefect
-    except (ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError) as error:
-        raise StageError("Ray ended in the middle of the run: run again; stored scores are reused") from error
     except Exception as error:
+        names = {kind.__name__ for kind in type(error).__mro__}  # Ray itself may not be imported
+        if names & {"LocalRayletDiedError", "NodeDiedError"}:
+            raise StageError("Ray ended in the middle of the run: run again; stored scores are reused") from error
         if with_prefect and prefect_is_gone(error):
             raise StageError(
                 f"the Prefect server does not answer ({str(error) or type(error).__name__}): "

@@ -104,7 +104,7 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
 
     Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
     """
-    listing = _pool_files(config, storage)
+    listing = pool_listing(config, storage)
     files = tuple(listing.files)
     sized = list(sized_segments(files, config))
     pieces = tuple(_packed(sized, piece_bytes(config)))
@@ -121,7 +121,7 @@ def piece_bytes(config: Config) -> int:
     return max(PIECE_BYTES, config.workers.partition_bytes)
 
 
-def _pool_files(config: Config, storage: Storage) -> Listing:
+def pool_listing(config: Config, storage: Storage) -> Listing:
     """The pool's files; digests of local ones are remembered in the workspace while size and time stay."""
     remembered = f"{FOLDER}/digests-{hashlib.sha256(config.pool.address.encode()).hexdigest()[:16]}.json"
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.models.files import text_digests
 from workers.run import Run
 from workers.scoring.actor import ScoringSpec
-from workers.scoring.replicas import Replicas, num_replicas
+
+if TYPE_CHECKING:
+    from workers.scoring.replicas import Replicas
 
 
 class Engines:
@@ -24,6 +27,8 @@ class Engines:
         if self.replicas is not None and self.are_up(policy):
             return self.replicas
         self.close()
+        from workers.scoring.replicas import Replicas, num_replicas  # imports Ray
+
         policy_id = self.run.policy_id(policy)
         config = self.run.config
         texts = text_digests(self.run.files_of(policy).folder)

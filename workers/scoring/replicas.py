@@ -20,6 +20,7 @@ from workers.run import Events
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.scoring.metrics import ScoringMetrics
 from workers.scoring.queue import WorkQueue
+from workers.scoring.work import ScoreTotals, Work
 
 WAITING = 1
 """Units that a replica reads ahead while others are on its engine."""
@@ -31,17 +32,6 @@ START_SECONDS = 1800
 """A run that has no engine for so long fails: none starts, or none finds room on the cluster."""
 ANSWER_SECONDS = 20
 """How long the driver waits for a short answer of an actor that may be lost."""
-
-
-@dataclass
-class Work:
-    """A unit, under which policy id and at what temperature it is scored, and how often that failed."""
-
-    unit: Unit
-    store_id: str
-    temperature: float = 1.0
-    attempts: int = 0
-    call: int = 0  # the number under which an actor has it
 
 
 @dataclass
@@ -61,18 +51,6 @@ class Replica:
     def room(self) -> int:
         """Units that it may hold."""
         return min(int(self.description.get("num_callers", 1)), MAX_CALLERS) + WAITING
-
-
-@dataclass
-class ScoreTotals:
-    """What a scoring stage did."""
-
-    rows: int = 0
-    reused: int = 0
-    failed: int = 0
-    tokens: int = 0
-    engine_seconds: float = 0.0
-    failed_units: list[tuple[Work, str]] = field(default_factory=list)
 
 
 def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:

@@ -30,7 +30,7 @@ from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
 from workers.provenance import parents, policies_used
 from workers.run import Run
-from workers.scoring.replicas import ScoreTotals
+from workers.scoring.work import ScoreTotals
 from workers.stages.select import Kept
 from workers.stages.weigh import PolicyScores, Weighed, WeighedFile
 

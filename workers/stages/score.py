@@ -26,7 +26,7 @@ from workers.scoring.actor import Unit, read_rows, write_failures
 from workers.scoring.engines import Engines
 from workers.scoring.metrics import ScoringMetrics
 from workers.scoring.queue import WorkQueue
-from workers.scoring.replicas import ScoreTotals, Work
+from workers.scoring.work import ScoreTotals, Work
 
 
 def score_shards(

@@ -25,7 +25,7 @@ from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
-from workers.scoring.replicas import ScoreTotals
+from workers.scoring.work import ScoreTotals
 from workers.stages.score import score_shards
 from workers.stages.select import Kept, sample_kept
 
