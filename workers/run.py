@@ -100,8 +100,13 @@ class Run:
     def check_models(self) -> None:
         """Raises UserError for a policy whose files are not a whole model, before anything is scored."""
         config = self.config
+        checked = set()
         for policy in [config.target, *(config.behavior.policies() if config.behavior else [])]:
             files = self.files_of(policy)
+            same = f"{files.folder} {policy.model_dump_json(exclude={'system_prompt'})}"
+            if same in checked:  # policies often share a model
+                continue
+            checked.add(same)
             is_target = policy == config.target
             renderer = (
                 self.target_renderer

@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
-import atexit
 import os
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import Any
-
-import typer
-
-from grape_service.errors import StageError, UserError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
-ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""A mistake in the command line. Newer typers bring a click of their own, older ones import it."""
+END_SECONDS = 4.0
+"""How long a command that was stopped may take to end what it started, before that is ended for it."""
+STOPPED = "stopped; run the same command again to resume"
 
 
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupted)
+    status: Any = 0
+    try:
+        status = _run()
+    except BaseException:  # what a command that is stopped says on its way out is of no interest
+        if not _interruptions:
+            raise
+    if _interruptions:
+        _leave(_fail(STOPPED, INTERRUPTED))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _run() -> Any:
+    """Run a command; its exit status."""
+    import typer
+
     from grape_service.cli.app import app
     from grape_service.cli.completion import rejoin_words
+    from grape_service.errors import StageError, UserError
 
+    # A mistake in the command line. Newer typers bring a click of their own, older ones import it.
+    click_exception: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     rejoin_words()
     try:
-        status = app(prog_name="grape", standalone_mode=False)
-    except UserError as error:
-        status = _fail(str(error), 2)
-    except StageError as error:
-        status = _fail(str(error), 1)
-    except ClickException as error:
-        status = _usage(error)
+        return app(prog_name="grape", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
-    if status == INTERRUPTED:
-        _fail("stopped; run the same command again to resume", status)
-        _leave(INTERRUPTED)
-    sys.exit(status if isinstance(status, int) else 0)
+        _interruptions.append(signal.SIGINT)
+        return INTERRUPTED
+    except (UserError, StageError) as error:
+        if _interruptions:
+            return INTERRUPTED
+        return _fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except click_exception as error:
+        return _usage(error)
+
+
+_interruptions: list[int] = []
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: the first stops the command, further ones change nothing, and the end does not wait for ever."""
+    if _interruptions:
+        return
+    _interruptions.append(number)
+    timer = threading.Timer(END_SECONDS, _end_at_once)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def _end_at_once() -> None:
+    """What the command started is still not gone: kill it, and leave."""
+    workers_scratch = sys.modules.get("workers.cluster.scratch")
+    if workers_scratch is not None:
+        workers_scratch.end_own()
+    _fail(STOPPED, INTERRUPTED)
+    os._exit(INTERRUPTED)
 
 
 def _leave(status: int) -> None:
     """End this process without taking Python apart, in which Ray crashes where it was stopped while it started."""
-    atexit._run_exitfuncs()  # Prefect's server and Ray end here
+    import atexit
+
+    atexit._run_exitfuncs()  # Prefect's server ends here
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -56,8 +97,13 @@ def _usage(error: Any) -> int:
     return _fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
 
 
-def _fail(sentence: str, status: int) -> int:
-    from grape_service.display import visible
+_said: set[str] = set()
 
-    print(f"error: {visible(sentence)}", file=sys.stderr)
+
+def _fail(sentence: str, status: int) -> int:
+    if sentence not in _said:  # once, whoever says it first
+        _said.add(sentence)
+        from grape_service.display import visible
+
+        print(f"error: {visible(sentence)}", file=sys.stderr, flush=True)
     return status

@@ -21,7 +21,7 @@ from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.estimate.tokens import look_at_tokens
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
-from grape_service.models.weights import check_policy
+from grape_service.models.weights import Weights, check_policy
 from grape_service.release.manifest import secret_places
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
@@ -67,7 +67,8 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
         yield from pool_findings(config, found)
     candidates = first_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
-    yield _look("target", lambda: _policy("target", config.target, config, renderers))
+    checked: dict[str, Weights] = {}
+    yield _look("target", lambda: _policy("target", config.target, config, renderers, checked))
     if "target" not in renderers or not candidates:
         return
     target = renderers["target"]
@@ -80,7 +81,7 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
     for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
         name = f"behavior {place}: {policy.model}"
-        yield _look(name, partial(_policy, name, policy, config, renderers))
+        yield _look(name, partial(_policy, name, policy, config, renderers, checked))
         if used is not None and name in renderers:
             bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
             if len(bad):
@@ -107,15 +108,26 @@ def _checks(config: Config) -> tuple[str, str]:
     return "ok", f"data checks: {', '.join(check.name for check in config.checks.enabled()) or 'all are off'}"
 
 
-def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:
+def _policy(
+    name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer], checked: dict[str, Weights]
+) -> tuple[str, str]:
     files = resolve_model(policy, config.storage)
     own = name != "target"
     renderers[name] = Renderer.load(files.folder, policy, config.render, own_template=own)
     renderer = renderers[name]
     has_weights = config.weights is not None
-    found = check_policy(
-        policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, scan_values=True
-    )
+    same = f"{files.folder} {policy.model_dump_json(exclude={'system_prompt'})}"  # policies often share a model
+    if same not in checked:
+        checked[same] = check_policy(
+            policy,
+            files.folder,
+            files.quantization,
+            renderer.tokenizer,
+            renderer.vocabulary,
+            has_weights,
+            scan_values=True,
+        )
+    found = checked[same]
     detail = f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {renderer.mode} mode"
     if found.unchecked:
         return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
@@ -155,23 +167,28 @@ def _rescore(
     files = resolve_model(policy, config.storage)
     renderer = Renderer.load(files.folder, policy, config.render, own_template=True)
     candidates, targets = [c for c, _ in rows], [r for _, r in rows]
-    differences = []
+    at_temperature: dict[float, list[tuple[Rendered, npt.NDArray[np.float32]]]] = {}
     for candidate, own, was in zip(
         candidates, renderer.render_behavior(candidates, targets, target.turn_end_id), targets, strict=True
     ):
         if isinstance(own, Rejection):
             continue
-        batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist())])
         sampling = candidate.sampling or {}
         is_raw = (sampling.get("logprobs") or recorded) == "raw"
         temperature = 1.0 if is_raw else float(sampling.get("temperature") or 1.0)
         assert was.recorded_logprobs is not None
-        difference = score(policy, files.folder, batch, temperature) - was.recorded_logprobs
-        differences.append(difference[np.isfinite(difference)])
-    if not differences:
+        at_temperature.setdefault(temperature, []).append((own, was.recorded_logprobs))
+    if not at_temperature:
         return "warning", "no row of the sample can be rendered for that policy"
+    differences = []
+    for temperature, found in at_temperature.items():
+        batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist()) for own, _ in found])
+        were = np.concatenate([values for _, values in found])
+        differences.append(score(policy, files.folder, batch, temperature) - were)
     flat = np.concatenate(differences)
-    detail = f"{len(differences)} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
+    flat = flat[np.isfinite(flat)]
+    num_rows = sum(len(found) for found in at_temperature.values())
+    detail = f"{num_rows} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
     if abs(flat.mean()) > SUSPICIOUS_MEAN or flat.std() > 5 * SUSPICIOUS_MEAN:
         return "warning", f"{detail}: are they this policy's, at the recorded temperature?"
     return "ok", detail

@@ -67,12 +67,24 @@ def fits(place: str) -> bool:
 def scratch_folder() -> Iterator[Scratch]:
     """A new folder with a token; after the block no process of it is left, nor the folder. Raises StageError."""
     scratch = _make()
+    _own.add(scratch.path)
     try:
         yield scratch
     finally:
         end_processes(scratch.path)
         remove(scratch.path)
+        _own.discard(scratch.path)
         os.close(scratch.lock)
+
+
+_own: set[str] = set()
+
+
+def end_own() -> None:
+    """Kill and delete what this process has started, from another thread than the one that waits for it."""
+    for path in list(_own):
+        end_processes(path)
+        remove(path)
 
 
 def _make() -> Scratch:
