@@ -77,11 +77,9 @@ class Job:
 
     def environ(self) -> dict[str, str]:
         """The environment of the job's processes."""
-        home = self.folder / "prefect"
-        if not home.exists():
-            shutil.copytree(migrated_prefect_home(), home)
+        home = self.folder / "prefect"  # empty: no profile names a server
         base = {**os.environ, MARK: self.mark, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        base["PYTHONPATH"] = str(ROOT)
+        base |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
         return {**base, **self.environment}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
