@@ -27,20 +27,20 @@ class PrivateNode(Node):
 
 def start(folder: str, num_cpus: int, dashboard_port: int | None, object_store_bytes: int) -> dict[str, Any]:
     """Start Ray in `folder`; its address, and that of its Jobs API where a dashboard port is given."""
-    parameters = RayParams(
-        node_ip_address=LOOPBACK,
-        num_cpus=num_cpus,
-        object_store_memory=object_store_bytes,
-        temp_dir=folder,
-        session_name="session",  # socket paths have at most 103 bytes: see scratch.py
-        include_dashboard=dashboard_port is not None,
-        dashboard_host=LOOPBACK,
-        dashboard_port=dashboard_port or 0,
-        dashboard_agent_listen_port=0,
-        include_log_monitor=False,
-        no_monitor=True,
-    )
-    node = PrivateNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    options: dict[str, Any] = {
+        "node_ip_address": LOOPBACK,
+        "num_cpus": num_cpus,
+        "object_store_memory": object_store_bytes,
+        "temp_dir": folder,
+        "session_name": "session",  # socket paths have at most 103 bytes: see scratch.py
+        "include_dashboard": dashboard_port is not None,
+        "dashboard_host": LOOPBACK,
+        "dashboard_port": dashboard_port or 0,
+        "dashboard_agent_listen_port": 0,
+        "include_log_monitor": False,
+        "no_monitor": True,
+    }
+    node = PrivateNode(RayParams(**options), head=True, shutdown_at_exit=False, spawn_reaper=True)
     return {"address": node.address, "jobs": f"http://{LOOPBACK}:{dashboard_port}" if dashboard_port else None}
 
 

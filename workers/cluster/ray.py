@@ -128,7 +128,7 @@ def _environment(scratch: Scratch) -> Iterator[None]:
 
 def _read_token_again() -> None:
     """Ray keeps the authentication mode and the token that it read first: have it read those of its environment."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
