@@ -6,19 +6,17 @@ can say that none is left behind, and can end all of them and no others.
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
+import pty
+import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +45,6 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
     return path
-
-
-@lru_cache(maxsize=1)
-def migrated_prefect_home() -> Path:
-    """A PREFECT_HOME whose database has its tables, to copy: making them takes a fresh server ten seconds."""
-    home = Path(tempfile.mkdtemp(prefix="grape-prefect-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
-    environment = {**os.environ, "PREFECT_HOME": str(home)}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    return home
 
 
 @dataclass
@@ -148,6 +135,45 @@ class Job:
         while (living := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return living
+
+
+class Terminal:
+    """`grape ARGUMENTS` of a job in a terminal of its own, whose Ctrl-C goes to the whole foreground group."""
+
+    def __init__(self, job: Job, *arguments: str):
+        command = [sys.executable, "-m", "grape_service.cli", *arguments]
+        environment = job.environ()
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            os.chdir(job.folder)
+            os.execvpe(command[0], command, environment)
+        self.output = b""
+
+    def press_ctrl_c(self) -> None:
+        """What the key sends."""
+        os.write(self.descriptor, b"\x03")
+
+    def read(self, seconds: float) -> bool:
+        """Take what is shown within some seconds; whether the command has closed the terminal."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self.descriptor], [], [], left)[0]:
+                try:
+                    found = os.read(self.descriptor, 65_536)
+                except OSError:  # Linux says so when nobody has the other end
+                    found = b""
+                if not found:
+                    return True
+                self.output += found
+        return False
+
+    def wait(self, seconds: float) -> tuple[int, str]:
+        """Exit status and all that was shown; SIGKILL after some seconds."""
+        if not self.read(seconds):
+            os.kill(self.pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.descriptor)
+        return status, self.output.decode(errors="replace").replace("\r\n", "\n")
 
 
 @contextmanager

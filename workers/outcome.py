@@ -26,7 +26,7 @@ class Outcome:
     is_new: bool = True
     training: dict[str, Any] | None = None  # the record of the training run
     counts: dict[str, Any] = field(default_factory=dict)
-    stage_seconds: dict[str, float] = field(default_factory=dict)  # release includes report
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # score includes engine start, release report
     storage_options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

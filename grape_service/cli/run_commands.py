@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -119,11 +120,19 @@ def weigh(
             from workers.pipeline import reweigh
 
             outcome = reweigh(reference, settings, force=force)
+    outcome.seconds = seconds_on_the_wall()
     if as_json:
         print_json(outcome.to_json())
         return
     say(outcome.sentence())
     say(f"release   {outcome.reference}")
+
+
+def seconds_on_the_wall() -> float:
+    """Seconds since this process started: with its imports, and with the start and the end of Ray."""
+    import psutil
+
+    return round(time.time() - psutil.Process().create_time(), 3)
 
 
 def run_until(
@@ -140,10 +149,13 @@ def run_until(
             from flows.secrets import hidden, kept
 
             with kept(config):
-                return curate(hidden(config), until=until, force=force)
-        from workers.pipeline import run_pipeline
+                outcome = curate(hidden(config), until=until, force=force)
+        else:
+            from workers.pipeline import run_pipeline
 
-        return run_pipeline(config, until, force, train=train_directly)
+            outcome = run_pipeline(config, until, force, train=train_directly)
+    outcome.seconds = seconds_on_the_wall()
+    return outcome
 
 
 def train_directly(reference: str, config: TrainConfig, ray_address: str, storage: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import grape_service
 from grape_service.errors import UserError
 from grape_service.weigh.partition import WeighCounts
 from tests import tiny_models
-from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
+from tests.jobs import Job, Terminal, pool_rows, tiny_job, write_jsonl
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -120,22 +120,28 @@ def test_ctrl_c_ends_within_15_seconds_and_the_next_run_goes_on(tmp_path: Path, 
         assert job.run()["scored"] == 240 - stored
 
 
-@pytest.mark.parametrize("after", [0.0, 0.5, 1.5])
-def test_ctrl_c_while_ray_starts_leaves_nothing_behind(tmp_path: Path, model: str, after: float) -> None:
-    """Its agents would be there for another 40 seconds, and Python would end with a crash in Ray."""
+@pytest.mark.parametrize(("after", "presses"), [(0.0, 1), (1.0, 3)])
+def test_ctrl_c_in_a_terminal_gives_the_prompt_back(tmp_path: Path, model: str, after: float, presses: int) -> None:
+    """The terminal signals its whole foreground group, here while Ray starts: one sentence, nothing left."""
     with tiny_job(tmp_path, model, pool_rows(4)) as job:
-        process = job.start("run", str(job.config_path), "--json")
+        terminal = Terminal(job, "run", str(job.config_path), "--json")
         deadline = time.monotonic() + 120
         while not any("raylet" in line for line in job.processes().values()):
-            assert process.poll() is None
             assert time.monotonic() < deadline, "Ray does not start"
-            time.sleep(0.05)
-        time.sleep(after)
+            terminal.read(0.05)
+        terminal.read(after)
         started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-        assert (process.returncode, err.splitlines()[-1][:15]) == (130, "error: stopped;")
-        assert job.wait_gone(15 - (time.monotonic() - started)) == {}
+        for _ in range(presses):
+            terminal.press_ctrl_c()
+            terminal.read(0.3)
+        status, text = terminal.wait(30)
+        seconds = time.monotonic() - started
+        assert status == 130
+        assert text.count("error: ") == 1, text
+        assert text.splitlines()[-1] == "error: stopped; run the same command again to resume"
+        assert "Traceback" not in text
+        assert job.wait_gone(1) == {}
+        assert seconds < 8  # 5 on a quiet machine
 
 
 def wait_for_scores(job: Job, files: int = 2, seconds: float = 120) -> None:

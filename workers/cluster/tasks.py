@@ -112,7 +112,7 @@ def _groups(arguments: Iterable[Arguments], size: int) -> Iterator[list[Argument
 
 
 def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments], threads: int) -> list[T]:
-    """The calls of one task, in a worker. What is set here, not in a runtime environment, costs no process of its own."""
+    """The calls of one task, in a worker. Set here and not in a runtime environment, threads cost no new process."""
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     shared = _shared(held[0])

@@ -34,7 +34,8 @@ class Engines:
         texts = text_digests(self.run.files_of(policy).folder)
         spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse, texts)
         count = num_replicas(config, policy.tensor_parallel, num_units)
-        self.replicas = Replicas(config, spec, count)
+        with self.run.stage("engine start"):
+            self.replicas = Replicas(config, spec, count)
         return self.replicas
 
     def are_up(self, policy: PolicyConfig) -> bool:

@@ -16,6 +16,7 @@ from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
 from workers.cluster.ray import node_gpus, num_nodes, num_slots
 from workers.cluster.tasks import ENGINE_CPUS
+from workers.engines.vllm.versions import sentence
 from workers.run import Events
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
 from workers.scoring.metrics import ScoringMetrics
@@ -75,6 +76,7 @@ class Replicas:
         self.spec = spec
         self.events = Events()
         self.failed_starts = 0  # one after the other
+        self.said_version = False
         self.calls = itertools.count()
         self.gpus = spec.policy.tensor_parallel if node_gpus() else 0  # of a replica
         processes = max(count, num_nodes()) * (1 if self.gpus else spec.policy.tensor_parallel)
@@ -130,6 +132,9 @@ class Replicas:
             replica.description = ray.get(replica.started, timeout=ANSWER_SECONDS)
             replica.is_ready = True
             self.failed_starts = 0
+            if replica.description["engine"] == "vllm" and not self.said_version:
+                self.said_version = True
+                self._event(sentence(str(replica.description["version"])))
         except (ray.exceptions.RayError, TimeoutError) as error:
             self._end(replica)
             raise_if_ours(error)
