@@ -56,7 +56,13 @@ SHAREGPT = Published(
                 {"from": "gpt", "value": "Well."},
             ],
         },
-        {"id": "x2", "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
+        {
+            "id": "x2",
+            "conversations": [
+                {"from": "human", "value": "Hi?", "weight": 0.0},
+                {"from": "gpt", "value": "Hello.", "weight": 1.0},
+            ],
+        },
     ],
     expected=[
         (

@@ -19,7 +19,7 @@ from grape_service.pool.files import FORMATS, FolderColumns, PoolFile, format_of
 
 MAGIC = frozenset("*?[")
 NOTES = (".md", ".txt", ".lock")
-MARKERS = ("_success", "_metadata", "_common_metadata")
+MARKERS = ("_success", "_metadata", "_common_metadata", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
 MAX_EXAMPLES = 5
 HIDDEN, MARKER, NOTE = "hidden", "marker without rows", "notes"
 OURS, SAME_FILE, LOOP = "output of this service", "the same file as another", "link to a folder above it"

@@ -19,6 +19,8 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 """Who speaks in ShareGPT's `from`, in the roles of chat templates."""
+SHAREGPT_NOTES = ("weight", "loss", "train", "markdown")
+"""Fields of ShareGPT's turns that say how to train on them, and are no part of the conversation."""
 
 
 class Unusable(Exception):
@@ -184,7 +186,7 @@ def _message(message: dict[str, Any], what: str) -> Message:
     content = content if text_of_parts(content) is None else text_of_parts(content)
     if content is not None and not isinstance(content, str):
         raise Unusable(f"{what} has the wrong type", f"the content of a message is {_type_name(content)}, not text")
-    ours = ("role", "content", "from", "value") if is_sharegpt else ("role", "content")
+    ours = ("role", "content", "from", "value", *SHAREGPT_NOTES) if is_sharegpt else ("role", "content")
     kept = {name: field for name, field in message.items() if field is not None and name not in ours}
     if is_sharegpt and message["from"] == "function_call":
         return {"role": role, "content": "", "tool_calls": _sharegpt_calls(content, what), **kept}

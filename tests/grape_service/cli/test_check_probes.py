@@ -1,0 +1,44 @@
+"""What `grape check` looks at outside the pool and the model: engines, addresses, what training needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from typing import Any
+
+import pytest
+
+from grape_service.cli.check_commands import probes_of
+from grape_service.config.schema import Config
+from grape_service.errors import UserError
+from tests.prepared_pools import make_config
+from workers.engines.choose import refuse_missing_engines
+
+
+def config(**keys: Any) -> Config:
+    return make_config("pool.jsonl", **keys)
+
+
+def test_an_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="engine: vllm of m is not installed here"):
+        refuse_missing_engines(config(target={"model": "m", "engine": "vllm"}))
+    with pytest.raises(UserError, match="engine: vllm of b is not installed here"):
+        refuse_missing_engines(config(behavior={"model": "b", "engine": "vllm"}))
+    refuse_missing_engines(config(target={"model": "m", "engine": "transformers"}))
+    refuse_missing_engines(config(target={"model": "m", "engine": "vllm"}, workers={"ray_address": "http://head:8265"}))
+
+
+def test_an_address_that_does_not_answer_is_an_error_without_its_secrets() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        probes = probes_of(config(workers={"ray_address": f"http://127.0.0.1:{port}"}))
+        assert probes["workers.ray_address"]() == ("ok", "127.0.0.1 answers")
+    webhook = f"http://user:secret@127.0.0.1:{port}/token"
+    with pytest.raises(UserError, match=r"^127\.0\.0\.1 does not answer: "):
+        probes_of(config(notify={"webhook": webhook}))["notify.webhook"]()
+
+
+def test_only_what_the_config_names_is_looked_at() -> None:
+    assert list(probes_of(config())) == ["engines"]
+    assert list(probes_of(config(train={"sft": {"trainer": "builtin"}}))) == ["engines", "train"]
