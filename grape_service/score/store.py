@@ -107,6 +107,19 @@ class ScoreStore:
             missing[part.rows] = False
         return missing[index.inverse]
 
+    def versions(self, partition: str, keys: RowKeys) -> set[str]:
+        """The engines, with their versions, that made the scores of `keys` which are read: (transformers 5.23.0)."""
+        index = KeyIndex(keys)
+        found = np.zeros(index.num_unique, dtype=bool)
+        versions = set()
+        for path in self.partition_files(partition):
+            rows = self._read_file(path, index, with_logprobs=False).rows
+            if (~found[rows]).any():
+                found[rows] = True
+                made_by = self.metadata(path)
+                versions.add(f"{made_by.get('engine')} {made_by.get('version')}")
+        return versions
+
     def write(
         self,
         partition: str,

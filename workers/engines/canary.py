@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from grape_service.errors import StageError, UserError
 from grape_service.rows.ragged import TokenBatch
 from grape_service.storage.storage import Storage, json_bytes
-from workers.engines.base import Engine
+from workers.engines.base import Engine, EngineDescription
 
 TOLERANCE = {"float32": (1e-3, 2e-4), "float16": (0.15, 0.03), "bfloat16": (0.35, 0.06)}
 """dtype -> largest difference of one log-probability, and of the mean absolute difference. Half precision
 differs by 0.01 to 0.06 per token between engines and batch shapes on real text; random tokens differ by more."""
+
+OTHERS = "canaries"
+"""Folder of the canary rows of engine versions that came after the first, by version."""
 
 LENGTHS = (6, 17, 33, 48)
 
@@ -33,7 +39,7 @@ def canary_rows(folder: str) -> TokenBatch:
 
 
 def check_canary(engine: Engine, folder: str, workspace: Storage, policy_id: str, reuse: str) -> None:
-    """Score the canary rows and compare them with those stored for the policy, or store them.
+    """Score the canary rows and compare them with those of every engine version that is stored; store a new one's.
 
     Raises StageError that names the difference when the replica may not be used.
     """
@@ -44,15 +50,32 @@ def check_canary(engine: Engine, folder: str, workspace: Storage, policy_id: str
             f"model '{engine.description.model}': its logits are not finite: try another dtype, such as float32"
         )
     mine = {**asdict(engine.description), "logprobs": [float(value) for value in scores]}
-    path = f"scores/{policy_id}/canary.json"
-    if workspace.create_if_absent(path, json_bytes(mine)):
+    if workspace.create_if_absent(f"scores/{policy_id}/canary.json", json_bytes(mine)):
         return
-    stored = workspace.read_json(path)
-    description = engine.description
-    versions = f"{stored['engine']} {stored['version']}", f"{description.engine} {description.version}"
-    if reuse == "exact" and versions[0] != versions[1]:
+    first = workspace.read_json(f"scores/{policy_id}/canary.json")
+    others = [workspace.read_json(info.path) for info in workspace.list(f"scores/{policy_id}/{OTHERS}")]
+    for stored in [first, *others]:
+        _compare(stored, engine.description, scores, policy_id, reuse)
+    if all(_version(stored) != _version(mine) for stored in [first, *others]):
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", _version(mine))
+        workspace.create_if_absent(f"scores/{policy_id}/{OTHERS}/{name}.json", json_bytes(mine))
+
+
+def _version(stored: dict[str, Any]) -> str:
+    return f"{stored['engine']} {stored['version']}"
+
+
+def _compare(
+    stored: dict[str, Any],
+    description: EngineDescription,
+    scores: npt.NDArray[np.float32],
+    policy_id: str,
+    reuse: str,
+) -> None:
+    here = f"{description.engine} {description.version}"
+    if reuse == "exact" and _version(stored) != here:
         raise StageError(
-            f"scores of {policy_id} were made by {versions[0]} and this replica has {versions[1]}: "
+            f"scores of {policy_id} were made by {_version(stored)} and this replica has {here}: "
             "set workers.reuse to compatible, or score with the same version"
         )
     reference = np.asarray(stored["logprobs"], dtype=np.float64)

@@ -61,3 +61,18 @@ def load_engine(policy: PolicyConfig, folder: str) -> Engine:
     from workers.engines.transformers.engine import TransformersEngine
 
     return TransformersEngine(policy, folder, is_wrapped=is_wrapped)
+
+
+def installed_version(policy: PolicyConfig, folder: str, scores_here: bool) -> str | None:
+    """The engine that scores a policy, with its version, as score files have it.
+
+    None where this machine cannot tell: without `scores_here`, others score, and may have an engine that it lacks.
+    """
+    name = engine_name(policy, folder)
+    if name != policy.engine and not scores_here:
+        return None
+    try:
+        library = importlib.import_module(name)
+    except ImportError:
+        return None
+    return f"{name} {library.__version__}"

@@ -13,6 +13,7 @@ import orjson
 import pyarrow as pa
 
 from grape_service.config.policy import PolicyConfig
+from grape_service.errors import StageError
 from grape_service.estimate.eta import record_rate
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
@@ -21,6 +22,7 @@ from grape_service.score.shards import Shards, ShardWriter
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
+from workers.engines.choose import installed_version
 from workers.run import Run
 from workers.scoring.actor import Unit, read_rows, write_failures
 from workers.scoring.engines import Engines
@@ -45,6 +47,8 @@ def score_shards(
     store_id = store_id or run.policy_id(policy, temperature)
     left = plan_units(run, store_id, shards)
     reused = sum(one.stored for one in left)
+    if reused and run.config.workers.reuse == "exact":
+        refuse_other_versions(run, policy, store_id, shards)
     num_units = sum(one.num_units for one in left)
     ScoringMetrics(run.name, store_id, gpus=0).add("grape_rows_reused", reused)
     if not num_units:
@@ -126,6 +130,33 @@ def plan_partition(shards: Shards, store: ScoreStore, folder: str, shard_tokens:
         elif here.any():
             rest.add(read_rows(storage, shards.paths[place]).filter(pa.array(here)))
     return Left(shards, np.array(whole, dtype=np.int32), rest.close(), int((~missing).sum()))
+
+
+def refuse_other_versions(run: Run, policy: PolicyConfig, store_id: str, shards: Sequence[Shards]) -> None:
+    """Raises StageError where `workers.reuse: exact` meets scores of another engine version, file by file."""
+    store = ScoreStore(run.workspace, store_id).with_folders()
+    scored = [one for one in shards if store.related(one.partition)]
+    found = run_tasks(
+        stored_versions,
+        ({"shards": one} for one in scored),
+        run.config.workers,
+        shared={"store": store},
+        together=together(run.config.workers, len(scored)),
+    )
+    stored = sorted(set().union(*found))
+    here = installed_version(policy, run.files_of(policy).folder, run.config.workers.ray_address == "auto")
+    other = next((version for version in stored if version != (here or stored[0])), None)
+    if other is not None:
+        raise StageError(
+            f"scores of {store_id} were made by {other}, and the engine here is {here or stored[0]}: "
+            "set workers.reuse to compatible, or score with the same version"
+        )
+
+
+def stored_versions(shards: Shards, store: ScoreStore) -> set[str]:
+    """Which engines made the scores that a partition's rows have (a Ray task)."""
+    keys = [read_rows(store.storage, path, ["row_key"]) for path in shards.paths]
+    return store.versions(shards.partition, pa.concat_tables(keys)["row_key"])
 
 
 def record_failed_units(run: Run, totals: ScoreTotals) -> None:
