@@ -6,13 +6,16 @@ import importlib.metadata
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import grape_service
 from grape_service.config.policy import PolicyConfig
+from grape_service.config.schema import Config
 from grape_service.prepare.result import Prepared
 from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile
 from workers.run import Run
 from workers.stages.weigh import PolicyScores
+from workers.training.base_model import resolved_model
 
 
 def policies_used(run: Run, policy_scores: PolicyScores) -> list[PolicyUse]:
@@ -23,6 +26,25 @@ def policies_used(run: Run, policy_scores: PolicyScores) -> list[PolicyUse]:
         if group.temperature != 1.0 or not group.is_target:
             used.append(policy_use(run, role, group.policy, group.temperature))
     return used
+
+
+def resolved_config(config: Config) -> dict[str, Any]:
+    """A run's config as its manifest holds it: local models by their full path, so that the release can be trained and
+    weighed from any folder."""
+    values = config.model_dump(mode="json")
+    for section in ("target", "behavior", "train"):
+        _resolve_models(values.get(section))
+    return values
+
+
+def _resolve_models(value: Any) -> None:
+    if not isinstance(value, dict):
+        return
+    for name, item in value.items():
+        if name in ("model", "adapter") and isinstance(item, str):
+            value[name] = resolved_model(item)
+        else:
+            _resolve_models(item)
 
 
 MAX_POOL_FILES = 10_000
@@ -36,7 +58,7 @@ def policy_use(run: Run, role: str, policy: PolicyConfig, temperature: float = 1
     return PolicyUse(
         role=role,
         policy_id=run.policy_id(policy, temperature),
-        model=policy.model,
+        model=resolved_model(policy.model),
         revision=files.revision,
         weights_digest=files.weights_digest,
         adapter=policy.adapter,

@@ -97,7 +97,7 @@ def list_versions(
 @datasets.command(epilog="Example: grape datasets show s3://team/datasets/math-sft@v0003 --lineage")
 def show(
     reference: ReferenceArgument,
-    lineage: Annotated[bool, typer.Option("--lineage", help="Everything that it was made from, as a tree.")] = False,
+    lineage: Annotated[bool, typer.Option("--lineage", help="What it was made from, as a short tree.")] = False,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,10 +107,9 @@ def show(
     release = load(reference, storage_options(endpoint))
     manifest = release.manifest
     if lineage:
-        from grape_service.release.lineage import lineage_tree
+        from grape_service.release.lineage import lineage_tree, short_lineage
 
-        tree = lineage_tree(release)
-        print_json(tree.to_json()) if as_json else say(tree.render_text())
+        print_json(lineage_tree(release).to_json()) if as_json else say(short_lineage(release).render_text())
         return
     if as_json:
         print_json(

@@ -52,7 +52,10 @@ def train(
         record = runs.cancel(reference, settings.train, ray_address, options, again)
     else:
         deployments = deployments_for(settings.train)
-        record = runs.train(reference, settings.train, ray_address, options, again, write_error_line, deployments)
+        target = None if settings.target.adapter else settings.target.model
+        record = runs.train(
+            reference, settings.train, ray_address, options, again, write_error_line, deployments, target
+        )
     print_json(record) if as_json else show_training(record)
 
 

@@ -1,11 +1,15 @@
-"""What a version was made from, and what was trained on it, as a tree."""
+"""What a version was made from, and what was trained on it, as a tree: in full, and short for people."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
 
 from grape_service.errors import UserError
 from grape_service.release.load import Release, load
@@ -29,7 +33,65 @@ class Node:
 
     def render_text(self) -> str:
         """The tree as text; names from outside are escaped."""
-        return "\n".join(_lines(self))
+        console = Console(width=10_000, color_system=None, file=io.StringIO())
+        with console.capture() as captured:
+            console.print(self._as_rich(), soft_wrap=True)
+        return captured.get().rstrip("\n")
+
+    def _as_rich(self) -> Tree:
+        tree = Tree(Text(_shown(self.label)))
+        for child in self.children:
+            tree.add(child._as_rich())
+        return tree
+
+
+def short_lineage(release: Release) -> Node:
+    """Names, states and final figures: pool, policies, the version that was weighed, training runs."""
+    return _short_version(release, set())
+
+
+def _short_version(release: Release, seen: set[str]) -> Node:
+    manifest = release.manifest
+    tags = release.tags()
+    children = []
+    if manifest.parents.pool:
+        files = manifest.parents.pool
+        more = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
+        children.append(Node(f"pool: {files[0].path}{more}"))
+    children += [Node(f"{policy.role}: {policy.model}") for policy in manifest.parents.policies]
+    parent = manifest.parents.release
+    if parent:
+        if parent in seen or len(seen) > _MAX_DEPTH:
+            children.append(Node(f"weighed from {parent}"))
+        else:
+            try:
+                node = _short_version(load(parent, release.storage.options), seen | {release.reference})
+                children.append(Node(f"weighed from {node.label}", node.children))
+            except UserError as error:
+                children.append(Node(f"weighed from {parent} (gone: {error})"))
+    runs = [run for run in training_runs(release.storage, release.name) if trained_version(run) == release.version]
+    children += [_short_run(run) for run in runs]
+    return Node(f"{release.reference}  {manifest.rows:,} rows" + (f"  [{', '.join(tags)}]" if tags else ""), children)
+
+
+def _short_run(run: dict[str, Any]) -> Node:
+    stages = run.get("stages")
+    children = []
+    for stage, entry in sorted(stages.items(), reverse=True) if isinstance(stages, dict) else ():  # sft before rl
+        if isinstance(entry, dict):
+            words = [f"{stage}: {entry.get('state', 'state unknown')}", *_final_figures(entry.get("metrics"))]
+            checkpoint = entry.get("checkpoint")
+            children.append(Node(", ".join(words), [Node(str(checkpoint))] if checkpoint else []))
+    return Node(f"run {run['id']}: {run.get('state', 'state unknown')}", children)
+
+
+def _final_figures(metrics: Any) -> list[str]:
+    if not isinstance(metrics, dict):
+        return []
+    last = metrics.get("last")
+    figures = {**metrics, **(last if isinstance(last, dict) else {})}
+    named = (("loss", "loss"), ("ess", "effective sample size"), ("reward", "reward"), ("eval_loss", "eval loss"))
+    return [f"{label} {figures[name]:.4g}" for name, label in named if isinstance(figures.get(name), int | float)]
 
 
 def lineage_tree(release: Release) -> Node:
@@ -134,16 +196,6 @@ def _value_nodes(value: dict[str, Any]) -> list[Node]:
 
 def _number_or_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _lines(node: Node) -> list[str]:
-    lines = [_shown(node.label)]
-    for i, child in enumerate(node.children):
-        last = i == len(node.children) - 1
-        first, *rest = _lines(child)
-        lines.append(("└── " if last else "├── ") + first)
-        lines += [("    " if last else "│   ") + line for line in rest]
-    return lines
 
 
 def _shown(text: str) -> str:

@@ -28,7 +28,7 @@ from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
-from workers.provenance import parents, policies_used
+from workers.provenance import parents, policies_used, resolved_config
 from workers.run import Run
 from workers.scoring.work import ScoreTotals
 from workers.stages.select import Kept
@@ -58,7 +58,7 @@ def release(
     }
     fields = {
         "counts": counts,
-        "config": run.config.model_dump(mode="json"),
+        "config": resolved_config(run.config),
         "parents": parents(run, prepared, policies),
         "statistics": {
             "weights": weighed.counts.totals.figures() if run.config.weights else None,

@@ -17,7 +17,7 @@ from grape_service.rows.columns import BEHAVIOR_KNOWN
 from grape_service.select.partition import SelectCounts
 from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
-from workers.provenance import common_parents, policies_used
+from workers.provenance import common_parents, policies_used, resolved_config
 from workers.run import Run
 from workers.stages.prepare import check_compatibility
 from workers.stages.release import (
@@ -102,7 +102,7 @@ def release_reweighed(
     parents = common_parents(run, policies_used(run, policy_scores)).model_copy(
         update={"pool": old.parents.pool, "prepare_id": old.parents.prepare_id, "release": release.reference}
     )
-    config = {**run.config.model_dump(mode="json"), "select": old.config.get("select"), "pool": old.config.get("pool")}
+    config = {**resolved_config(run.config), "select": old.config.get("select"), "pool": old.config.get("pool")}
     fields = {
         "counts": {**old.counts, "weigh": weighed.counts.to_json()},
         "config": config,

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grape_service
-from grape_service.config.training import Job, Stage, TrainConfig, require_train_extra
+from grape_service.config.training import Job, SftJob, Stage, TrainConfig, require_train_extra
 from grape_service.errors import UserError
 from workers.cluster.jobs import IN_CLUSTER, PRIVATE, job_server
+from workers.training.base_model import check_local_model
 from workers.training.records import Record, RunRecords
+from workers.training.request import with_target
 from workers.training.runs import DONE, Deployments, TrainingRun, run_id_of
 
 
@@ -23,13 +25,16 @@ def train(
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
+    target_model: str | None = None,
 ) -> Record:
     """Do all stages of `config` and return the run's record.
+
+    `target_model`: what SFT trains where its section names no model; null: the release's target.
 
     `key`: another word makes another run of the same request. `say` gets a line for each change. Raises UserError
     for mistakes in the config, StageError with the end of the log for a job that failed or was cancelled.
     """
-    with open_run(reference, config, ray_address, storage_options, key, say, deployments) as run:
+    with open_run(reference, config, ray_address, storage_options, key, say, deployments, target_model) as run:
         for stage in run.stages:
             run.do(stage)
     return run.record
@@ -44,11 +49,16 @@ def open_run(
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
+    target_model: str | None = None,
 ) -> Iterator[TrainingRun]:
     """The run of a request, to do its stages one by one; arguments as for `train`."""
     jobs = checked_jobs(config, ray_address)
     release = grape_service.load(reference, storage_options)
-    run = TrainingRun(release, config, jobs, key, say, deployments)
+    run = TrainingRun(release, config, jobs, key, say, deployments, target_model)
+    sft = jobs.get("sft")
+    here = ray_address == "auto" and IN_CLUSTER not in os.environ
+    if isinstance(sft, SftJob) and sft.kind == "builtin" and here and run.record["stages"]["sft"]["state"] not in DONE:
+        check_local_model(release, with_target(sft.own_settings(), target_model))
     with contextlib.ExitStack() as stack:
         stack.callback(run.give_back)
         kinds = {jobs[stage].kind for stage in jobs if run.record["stages"][stage]["state"] not in DONE}

@@ -6,10 +6,11 @@ from typing import Any
 
 import orjson
 
-from grape_service.config.training import Job, RlTask, SftJob, SftTask, Stage
+from grape_service.config.training import Job, RlTask, SftJob, SftSettings, SftTask, Stage
 from grape_service.release.load import Release
 from grape_service.storage.storage import json_bytes
 from workers.cluster.jobs import JobRequest, JobServer
+from workers.training.base_model import resolved_model
 from workers.training.records import RunRecords
 
 
@@ -22,8 +23,10 @@ def request_of(
     release: Release,
     records: RunRecords,
     server: JobServer,
+    target_model: str | None = None,
 ) -> JobRequest:
-    """The job of a stage; `values` are the placeholders and what they stand for."""
+    """The job of a stage; `values` are the placeholders and what they stand for, `target_model` what SFT trains where
+    its section names none."""
     resources = job.resources
     gpus = resources.gpus if resources.gpus is not None else server.num_gpus
     environment = {f"GRAPE_{name.upper()}": value for name, value in values.items()} | dict(job.environment)
@@ -34,7 +37,7 @@ def request_of(
         assert gpus is not None, "checked_jobs has seen to that"
         environment["GRAPE_STORAGE_OPTIONS"] = orjson.dumps(release.storage.options).decode()
         python = "python" if job.pip else server.python
-        task = _write_task(job, values, job_id, run_id, release, records)
+        task = _write_task(job, values, job_id, run_id, release, records, target_model)
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
         command = [
             python,
@@ -58,7 +61,13 @@ def request_of(
 
 
 def _write_task(
-    job: Job, values: dict[str, str], job_id: str, run_id: str, release: Release, records: RunRecords
+    job: Job,
+    values: dict[str, str],
+    job_id: str,
+    run_id: str,
+    release: Release,
+    records: RunRecords,
+    target_model: str | None,
 ) -> str:
     """The settings file of a built-in trainer; its address."""
     shared: dict[str, Any] = {
@@ -69,12 +78,18 @@ def _write_task(
     }
     task: SftTask | RlTask
     if isinstance(job, SftJob):
-        task = SftTask(**shared, settings=job.own_settings())
+        task = SftTask(**shared, settings=with_target(job.own_settings(), target_model))
     else:
         task = RlTask(**shared, checkpoint=values["checkpoint"], settings=job.own_settings())
     name = f"{run_id}/{job_id}.json"
     records.storage.write(name, json_bytes(task.model_dump(mode="json")))
     return records.storage.url(name)
+
+
+def with_target(settings: SftSettings, target_model: str | None) -> SftSettings:
+    """The settings with `target_model` where they name no model; a local folder by its full path."""
+    model = settings.model or target_model
+    return settings.model_copy(update={"model": resolved_model(model)}) if model else settings
 
 
 def _filled(part: str, values: dict[str, str]) -> str:

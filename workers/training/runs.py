@@ -23,6 +23,7 @@ from grape_service.release.load import Release
 from grape_service.release.manifest import without_secrets
 from grape_service.storage.storage import Storage
 from workers.cluster.jobs import PRIVATE, JobServer
+from workers.training.progress import JobProgress
 from workers.training.records import FORMAT, Lease, Record, RunRecords
 from workers.training.request import request_of
 from workers.training.trainers import checkpoints
@@ -62,11 +63,13 @@ class TrainingRun:
         key: str | None,
         say: Callable[[str], None],
         deployments: Deployments | None,
+        target_model: str | None = None,
     ):
         self.release = release
         self.jobs = jobs
         self.say = say
         self.deployments = deployments
+        self.target_model = target_model  # of the config that asks, where SFT's own section names none
         self.server: JobServer | None = None
         self.id = run_id_of(release, config, key)
         self.records = RunRecords(release.storage, release.name)
@@ -184,8 +187,20 @@ class TrainingRun:
         assert self.server is not None
         job_id = self.record["stages"][stage]["job_id"]
         server = self.server
-        server.submit(request_of(stage, job, values, job_id, self.id, self.release, self.records, server))
-        ended = self._follow(stage, job, lambda: server.state(job_id) == "running", lambda: server.stop(job_id))
+        server.submit(
+            request_of(stage, job, values, job_id, self.id, self.release, self.records, server, self.target_model)
+        )
+        output = Storage(values["output"], self.release.storage.options)
+        progress = JobProgress(output, stage, self.record["stages"][stage]["started"], self.say)
+
+        def runs() -> bool:
+            if job.kind == "builtin":
+                progress.look()
+            return server.state(job_id) == "running"
+
+        ended = self._follow(stage, job, runs, lambda: server.stop(job_id))
+        if job.kind == "builtin":
+            progress.look(last=True)
         self._keep_log(stage, job_id)
         if ended is not None:
             return ended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from grape_service.release.lineage import lineage_tree
+from grape_service.release.lineage import lineage_tree, short_lineage
 from grape_service.release.load import load
 from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile, columns_of
 from grape_service.storage.storage import Storage, json_bytes
@@ -30,9 +30,26 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
     any_storage.write_json("math-sft/runs/sft-8.json", {**record, "version": "v0001"})
     any_storage.write("math-sft/runs/broken.json", b"{")
 
-    tree = lineage_tree(load(f"{any_storage.root}/math-sft@v0002"))
+    release = load(f"{any_storage.root}/math-sft@v0002")
+    short = short_lineage(release).render_text()
+    print(short)
+    assert short.splitlines() == [
+        f"{any_storage.root}/math-sft@v0002  3 rows  [best]",
+        "├── target: Qwen/Qwen2.5-7B",
+        f"├── weighed from {any_storage.root}/math-sft@v0001  3 rows  [latest]",
+        "│   ├── pool: s3://pool/a.jsonl and 1 more files",
+        "│   ├── target: Qwen/Qwen2.5-7B",
+        "│   └── run sft-8: succeeded",
+        "│       ├── sft: succeeded, loss 1.5",
+        "│       │   └── s3://ckpt/1",
+        "│       └── rl: waiting",
+        "└── run sft-7: succeeded",
+        "    ├── sft: succeeded, loss 1.5",
+        "    │   └── s3://ckpt/1",
+        "    └── rl: waiting",
+    ]
+    tree = lineage_tree(release)
     text = tree.render_text()
-    print(text)
     lines = text.splitlines()
     assert lines[0].startswith(f"{any_storage.root}/math-sft@v0002  3 rows")
     assert lines[0].endswith("[best]")
@@ -67,6 +84,7 @@ def test_a_parent_that_is_gone_or_goes_round_ends_the_tree(tmp_path) -> None:
     publish_version(storage, parts=[rows(0, 1)], parents=Parents(release=f"{tmp_path}/math-sft@v0001"))
     publish_version(storage, parts=[rows(0, 1)], parents=Parents(release=f"{tmp_path}/gone@v0009"))
     assert lineage_tree(load(f"{tmp_path}/math-sft@v0002")).render_text().count("weighed from") == 2
+    assert short_lineage(load(f"{tmp_path}/math-sft@v0002")).render_text().count("weighed from") == 2
     assert "gone: " in lineage_tree(load(f"{tmp_path}/math-sft@v0003")).render_text()
 
 

@@ -16,6 +16,8 @@ from grape_service.errors import StageError, UserError
 from grape_service.storage.storage import Storage, json_bytes
 
 MARKER = "complete.json"
+PROGRESS_FILE = "progress.json"
+"""Where a job of our own trainers is: step, steps, loss, ess, reward, seconds_left, time."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 DIGEST_LIMIT = 64 * 2**20
 """Files up to this size are listed with their sha256; of larger ones the size is checked."""

@@ -54,7 +54,7 @@ def run_rl(task: RlTask) -> dict[str, Any]:
         train_dataset=Dataset.from_list([_example(prompt, tokenizer, run_config) for prompt in prompts]),
         processing_class=tokenizer,
         peft_config=session.lora_config(settings),
-        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output)],
+        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output), session.Progress(output)],
     )
     trainer.train(resume_from_checkpoint=output.resume_from())
     return session.save_final(trainer, settings, output, facts)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from grape_service.errors import UserError
 from grape_service.models.files import resolve_model
 from grape_service.storage.storage import Storage
 from workers.training.trainers import checkpoints
+from workers.training.trainers.checkpoints import PROGRESS_FILE
 
 LONG_WAIT_SECONDS = 7200
 """How long processes wait for the one that copies a dataset or a model."""
+PROGRESS_SECONDS = 2.0
+"""How often progress is written, at most."""
 
 
 class Output:
@@ -90,6 +94,39 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Progress(TrainerCallback):
+    """Writes where training is to progress.json in the output, for whoever follows the job."""
+
+    def __init__(self, output: Output):
+        self.output = output
+        self.started, self.first_step, self.written = 0.0, 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.first_step = time.time(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        now, step = time.time(), state.global_step
+        is_last = step >= state.max_steps
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        if now - self.written < PROGRESS_SECONDS and not is_last:
+            return
+        done = step - self.first_step
+        left = (state.max_steps - step) * (now - self.started) / done if done else None
+        figures: dict[str, float | None] = {
+            name: float(logs[name]) for name in ("loss", "ess", "reward") if name in logs
+        }
+        known: dict[str, float | None] = {
+            "step": step,
+            "steps": state.max_steps,
+            **figures,
+            "seconds_left": left,
+            "time": now,
+        }
+        self.output.storage.write_json(PROGRESS_FILE, known)
+        self.written = now
 
 
 def num_processes() -> int:

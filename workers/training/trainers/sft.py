@@ -19,6 +19,7 @@ from grape_service.config.methods import WeightsConfig
 from grape_service.config.training import ONLINE_NEEDS_NO_DATASET_MEAN, SftSettings, SftTask, require_train_extra
 from grape_service.errors import UserError
 from grape_service.release.load import Release
+from workers.training.base_model import base_model, check_tokenizer
 from workers.training.trainers.task_file import main
 
 
@@ -38,7 +39,7 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     settings = task.settings
     release = grape_service.load(task.dataset, task.storage)
     run_config = release.manifest.config
-    base_model = settings.model or _target_model(task, run_config)
+    model_name = base_model(release, settings)
     pear = online_config(settings, run_config)
     if pear is not None:
         _refuse_temperatures(release)
@@ -68,14 +69,15 @@ def run_sft(task: SftTask) -> dict[str, Any]:
             groups = single_groups(indices)
         return Dataset.from_dict({"rows": rounded_up(groups, multiple)})
 
-    model = session.local_model(base_model, settings, task.storage)
+    model = session.local_model(model_name, settings, task.storage)
+    check_tokenizer(release, model_name, model, settings)
     tokenizer = session.load_tokenizer(model, settings, run_config)
     pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     facts = {
         "stage": "sft",
         "dataset": release.reference,
         "run": task.run,
-        "model": base_model,
+        "model": model_name,
         "settings": settings.model_dump(mode="json"),
         "rows": len(train_indices),
         "eval_rows": len(eval_indices),
@@ -91,7 +93,7 @@ def run_sft(task: SftTask) -> dict[str, Any]:
         data_collator=RowCollator(rows, pad_token_id, settings.packing),
         processing_class=tokenizer,
         peft_config=session.lora_config(settings),
-        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output)],
+        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output), session.Progress(output)],
     )
     trainer.train(resume_from_checkpoint=output.resume_from())
     metrics = dict(trainer.evaluate()) if len(eval_indices) else {}
@@ -121,18 +123,6 @@ def _refuse_temperatures(release: Release) -> None:
                 f"loss: online compares with the model at temperature 1, and rows of {release.reference} were sampled "
                 f"at {temperature:g}: use loss: column"
             )
-
-
-def _target_model(task: SftTask, run_config: dict[str, Any]) -> str:
-    target = run_config.get("target") or {}
-    if not target.get("model"):
-        raise UserError(f"{task.dataset} does not say which model it was made for: give train.sft.model")
-    if target.get("adapter"):
-        raise UserError(
-            f"{task.dataset} was made for '{target['model']}' with the adapter '{target['adapter']}': "
-            "give train.sft.model a folder in which they are merged"
-        )
-    return str(target["model"])
 
 
 def _check_rows(task: SftTask, num_rows: int, num_too_long: int, num_without_behavior: int) -> None:

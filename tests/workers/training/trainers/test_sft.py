@@ -337,7 +337,12 @@ def test_checkpoints_on_s3_are_whole_and_gone_on_from(reference: str, s3_url: st
     task = SftTask(dataset=reference, output=f"{s3_url}/sft", settings=settings)
     run_sft(task)
     storage = checkpoints.Storage(task.output)
-    assert {info.path.split("/")[0] for info in storage.list()} == {"checkpoint-4", "model", "metrics.jsonl"}
+    assert {info.path.split("/")[0] for info in storage.list()} == {
+        "checkpoint-4",
+        "model",
+        "metrics.jsonl",
+        "progress.json",
+    }
     assert checkpoints.check_whole(storage.sub("model"))["steps"] == 4
     assert checkpoints.last_whole(storage) == "checkpoint-4"
     storage.delete("checkpoint-4/optimizer.pt")
