@@ -71,7 +71,7 @@ ALONE = $(sort $(wildcard tests/flows/test_*.py tests/workers/cluster/test_*.py 
 	tests/workers/training/test_*.py tests/workers/training/trainers/test_sft.py tests/grape_service/release/test_load.py))
 COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-append --cov-report=
 # Tests that need neither Ray nor a model.
-QUICK = tests/grape_service/storage tests/grape_service/rows tests/grape_service/pool \
+QUICK = tests/test_documentation.py tests/grape_service/config tests/grape_service/storage tests/grape_service/rows tests/grape_service/pool \
 	tests/grape_service/score tests/grape_service/select tests/grape_service/weigh tests/grape_service/checks \
 	tests/grape_service/progress tests/grape_service/prepare tests/grape_service/test_webhooks.py \
 	tests/grape_service/report/test_statistics.py tests/grape_service/report/test_page.py

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from grape_service.cli.app import app
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LATER = {"pools.md", "methods.md", "exports.md", "evidence.md"}
@@ -19,6 +21,18 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     files = [link for link in links if not link.startswith("http")]
     missing = [link for link in files if not (page.parent / link).exists() and Path(link).name not in LATER]
     assert missing == []
+
+
+def test_every_command_that_is_named_exists() -> None:
+    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    groups = {group.name: group.typer_instance for group in app.registered_groups}
+    for page in PAGES:
+        for word, rest in re.findall(r"`(?:\.venv/bin/)?grape ([a-z]+)([^`\n]*)", page.read_text()):
+            assert word in known | set(groups), f"{page.name}: grape {word}"
+            if word in groups:
+                inner = {c.name or c.callback.__name__ for c in groups[word].registered_commands if c.callback}
+                for name in re.findall(r"[a-z]+", rest.replace("\\|", "|").split()[0]):
+                    assert name in inner, f"{page.name}: grape {word} {name}"
 
 
 def test_the_readme_is_short_and_its_pictures_are_small() -> None:

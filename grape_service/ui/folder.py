@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from grape_service.config.schema import NAME_PATTERN
@@ -45,6 +46,8 @@ class Folder:
     def __init__(self, path: str, options: dict[str, Any] | None = None, workspace: str | None = None):
         """Raises UserError for a place that cannot hold releases."""
         storage = Storage(path, options)
+        if not storage.is_s3 and not Path(storage.root).is_dir():
+            raise UserError(f"there is no folder {storage.root}: give the output.path of configs")
         self.only: str | None = None
         if not list_datasets(storage) and storage.folders("versions"):
             parent, _, self.only = storage.root.rpartition("/")

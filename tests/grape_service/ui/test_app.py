@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
+from grape_service.errors import UserError
 from grape_service.release.load import load
 from grape_service.storage.storage import Storage
 from grape_service.ui import app as app_module
@@ -324,6 +325,12 @@ def test_what_nobody_thought_of_is_a_sentence_too(client: TestClient, monkeypatc
     monkeypatch.setattr(app_module, "drawing_of", lambda release: 1 / 0)
     page = text_of(client, POOL, 500)
     assert "cannot be made (ZeroDivisionError)" in page
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        Folder(str(tmp_path / "nowhere"))
+    assert "There is no dataset here yet" in text_of(client_of(Folder(str(tmp_path))), "/")
 
 
 def test_on_s3(s3_url: str) -> None:
