@@ -6,13 +6,16 @@ import base64
 import hashlib
 import http.server
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from grape_service.errors import StageError, UserError
-from grape_service.storage.storage import Storage
+from grape_service.storage import storage as storage_module
+from grape_service.storage.storage import Storage, check_writable
 
 
 class Moody(http.server.BaseHTTPRequestHandler):
@@ -156,3 +159,16 @@ def test_many_objects_are_deleted_with_content_md5(storage: Storage) -> None:
     assert len(Moody.objects) == 3
     storage.delete_folder("folder")
     assert Moody.objects == {}
+
+
+def test_a_server_that_refuses_connections_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_ANSWER_SECONDS", 1.0)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"s3://bucket at {address} gave no answer for 1 seconds"):
+        check_writable(Storage("s3://bucket/folder", {"endpoint_url": address}))
+    assert time.monotonic() - began < 15
