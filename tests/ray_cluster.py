@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -13,10 +14,11 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.jobs import MARK, ROOT
 
@@ -163,10 +165,19 @@ def _session(pid: int) -> int:
 
 
 @contextmanager
-def ray_cluster(folder: Path, head_cpus: int = 4, *arguments: str) -> Iterator[RayCluster]:
-    """A head, started with `arguments`, that is ready; nothing of it is left after the block."""
+def ray_cluster(
+    folder: Path, head_cpus: int = 4, *arguments: str, autoscaling: Callable[[int], dict[str, Any]] | None = None
+) -> Iterator[RayCluster]:
+    """A head, started with `arguments`, that is ready; nothing of it is left after the block.
+
+    `autoscaling` makes the autoscaler's config from the port of the GCS.
+    """
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
         cluster = RayCluster(folder, f"{scratch}/n")
+        if autoscaling is not None:
+            written = folder / "autoscaling.json"
+            written.write_text(json.dumps(autoscaling(cluster.gcs_port)))
+            arguments = (*arguments, f"--autoscaling-config={written}")
         try:
             cluster.start_node(
                 "--head",
