@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from typing import Annotated
+import threading
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grape_service.cli.dataset_commands import OptionalPathArgument
 from grape_service.cli.last_folder import folder_or_last
 from grape_service.cli.output import EndpointOption, say, storage_options
-from grape_service.errors import UserError
+from grape_service.errors import UserError, best_effort
 
+if TYPE_CHECKING:
+    from grape_service.ui.folder import Folder
+
+LISTED = 100
+"""Datasets that are read ahead."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "GRAPE_UI_TOKEN"
 
@@ -54,8 +60,15 @@ def ui(
     say("Ctrl-C ends it")
     if open_it:
         typer.launch(shown)
+    threading.Thread(target=_read_ahead, args=(folder,), daemon=True).start()
     config = uvicorn.Config(create_app(folder, token), log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _read_ahead(folder: Folder) -> None:
+    """Read what the first page shows, while nobody has asked for it yet: connections, manifests and tags are kept."""
+    with best_effort("read ahead"):
+        folder.summaries(folder.names()[:LISTED])
 
 
 def _listener(host: str, port: int) -> socket.socket:
