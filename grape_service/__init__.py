@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from grape_service.config.schema import Config
     from grape_service.release.load import Release
 
 __version__ = "0.1.0"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uses(
+    statistics: Sequence[str] = ("logprob",),
+    columns: Sequence[str] = (),
+    better: Literal["largest", "smallest"] = "largest",
+) -> Callable[[Function], Function]:
+    """What a select or weights method of your own needs, said above its function.
+
+    `statistics` are of logprob, entropy, rank, top20_entropy; `columns` are the pool's; `better` is for select alone.
+    The function takes a `grape_service.rows.method_batch.MethodBatch` and gives one number a candidate, or one weight a
+    token.
+    """
+
+    def declare(function: Function) -> Function:
+        for name, value in (("statistics", tuple(statistics)), ("columns", tuple(columns)), ("better", better)):
+            setattr(function, name, value)
+        return function
+
+    return declare
 
 
 def load(reference: str, storage: dict[str, Any] | None = None, check_files: bool = False) -> Release:

@@ -81,6 +81,7 @@ def run_pipeline(
 def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, watch: Watch) -> Outcome:
     """The stages one after the other, on a private Ray or on the cluster that this process is a job of."""
     refuse_missing_engines(config)
+    config.check_methods()
     with (
         new_run(config) as run,
         watch(config, run.name, run.run_id),

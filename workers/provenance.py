@@ -105,6 +105,7 @@ def common_parents(run: Run, policies: list[PolicyUse]) -> Parents:
         policies=policies,
         libraries=library_versions(),
         code=code_version(),
+        methods=[method.record() for method in run.config.own_methods],
         workspace=run.workspace.root,
         run_id=run.run_id,
     )

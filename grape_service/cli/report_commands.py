@@ -87,7 +87,8 @@ def compare(
     elif ranking["rank_correlation"] is not None:
         say(f"rank correlation within prompts: {ranking['rank_correlation']:.3f} over {ranking['prompts']:,} prompts")
         apart = ranking["score_difference"]
-        say(f"scores differ by {apart['mean']:.2g} on average and {apart['largest']:.2g} at most")
+        if apart is not None:
+            say(f"scores differ by {apart['mean']:.2g} on average and {apart['largest']:.2g} at most")
         rows = [
             [e["prompt_id"], _who(e["first"]), _who(e["second"]), f"{e['lost']:.3f}"] for e in ranking["most_different"]
         ]

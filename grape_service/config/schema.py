@@ -14,9 +14,17 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from grape_service.config.base import Model
 from grape_service.config.checks import ChecksConfig
-from grape_service.config.methods import SelectConfig, WeightsConfig
+from grape_service.config.methods import (
+    ScoreConfig,
+    SelectConfig,
+    WeightsConfig,
+    refuse_unknown_methods,
+)
+from grape_service.config.own_methods import OwnMethod
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.training import TrainConfig
+from grape_service.errors import UserError
+from grape_service.rows.statistics import beside_logprob
 from grape_service.storage.storage import refuse_secrets
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -228,8 +236,10 @@ class Config(Model):
     """Who wrote the responses; needed for PEAR."""
     select: SelectConfig = SelectConfig()
     """GRAPE, or another method."""
+    score: ScoreConfig = ScoreConfig()
+    """What is scored beside log-probabilities."""
     weights: WeightsConfig | None = None
-    """PEAR, or null."""
+    """PEAR or another method, or null."""
     output: OutputConfig
     """Where releases go."""
     workspace: str | None = None
@@ -269,7 +279,8 @@ class Config(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.weights is not None and self.behavior is None:
+        refuse_unknown_methods(self.select, self.weights)
+        if self.weights is not None and self.weights.needs_behavior and self.behavior is None:
             raise ValueError("weights: pear needs a behavior: add a behavior section or set weights to null")
         if self.weights is not None:
             policies = [self.target, *(self.behavior.policies() if self.behavior else [])]
@@ -283,6 +294,46 @@ class Config(Model):
     def policies(self) -> list[PolicyConfig]:
         """The target and every policy whose behavior is scored."""
         return [self.target, *(self.behavior.policies() if self.behavior is not None else [])]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the target is asked for beside log-probabilities.
+
+        Raises UserError where score.statistics lacks what a method needs, or a method of the user's cannot be loaded.
+        """
+        weights = self.weights.statistics if self.weights is not None else ()
+        needed = {"select": self.select.statistics, "weights": weights}
+        if self.score.statistics == "auto":
+            return beside_logprob([name for names in needed.values() for name in names])
+        for key, names in needed.items():
+            for name in names:
+                if name not in self.score.statistics:
+                    raise UserError(
+                        f"score.statistics lacks '{name}', which {key}.method {getattr(self, key).method} needs: "
+                        "add it, or set score.statistics to auto"
+                    )
+        asked = beside_logprob(self.score.statistics)
+        if asked and not self.select.needs_scores and self.weights is None:
+            raise UserError(
+                f"score.statistics asks for {asked[0]}, but nothing is scored: select.method {self.select.method} "
+                "needs no scores and there are no weights"
+            )
+        return asked
+
+    @property
+    def compared_behavior(self) -> BehaviorConfig | None:
+        """Whose behavior the weights compare with; None where they compare with none."""
+        return self.behavior if self.weights is not None and self.weights.needs_behavior else None
+
+    @property
+    def own_methods(self) -> list[OwnMethod]:
+        """The user's functions. Raises UserError where one cannot be loaded."""
+        return [part.own for part in (self.select, self.weights) if part is not None and part.own is not None]
+
+    def check_methods(self) -> None:
+        """Load the user's own methods, before anything is scored. Raises UserError: see `statistics`, `own_methods`."""
+        assert self.statistics is not None
+        assert self.own_methods is not None
 
     @property
     def workspace_path(self) -> str:

@@ -77,8 +77,8 @@ class SftSettings(OptimizerSettings):
     """Weighted SFT on a release."""
 
     loss: Literal["uniform", "column", "online"] = "column"
-    """uniform: every token has weight 1; column: loss_weights as released; online: PEAR recomputed at each step from
-    behavior_logprobs and the current model."""
+    """uniform: every token has weight 1; column: loss_weights as released; online: weights recomputed at each step from
+    the current model: pear (with behavior_logprobs) or probability."""
     base_loss: Literal["nll", "dft"] = "nll"
     """nll: -log p; dft: -p log p with the factor p without gradient (arXiv 2508.05629)."""
     pear: WeightsConfig | None = None

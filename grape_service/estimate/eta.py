@@ -39,11 +39,12 @@ def stages_ahead(config: Config, tokens: float, per_prompt: float, cores: int, d
     ahead.append(Ahead("select", seconds("select", tokens)))
     if config.checks.enabled():
         ahead.append(Ahead("check", seconds("check", tokens)))
-    if config.weights is not None and config.behavior is not None:
-        policies = config.behavior.policies()
+    behavior = config.compared_behavior
+    if behavior is not None:
+        policies = behavior.policies()
         part = kept / max(1, len(policies))  # sources are taken as equally large
         rendering = seconds("render behavior", part)
-        stages = [winners_stage(config.behavior, place) for place in range(len(policies))]
+        stages = [winners_stage(behavior, place) for place in range(len(policies))]
         ahead += [Ahead(stage, rendering, part) for stage in stages]
         ahead.append(Ahead("weigh", seconds("weigh", kept)))
     return [*ahead, Ahead("release", seconds("release", kept))]
@@ -54,10 +55,11 @@ def rate_path(policy_id: str) -> str:
     return f"rates/{policy_id}.json"
 
 
-def winners_stage(behavior: BehaviorConfig, place: int | None, temperature: float = 1.0) -> str:
+def winners_stage(behavior: BehaviorConfig | None, place: int | None, temperature: float = 1.0) -> str:
     """What a user reads while kept rows are scored: under the behavior policy at `place`, or the target (None)."""
     if place is None:
         return "score winners under the target" + (f" at temperature {temperature:g}" if temperature != 1.0 else "")
+    assert behavior is not None, "a behavior policy is of a behavior"
     policy = behavior.policies()[place]
     sources = [name for name, one in sorted((behavior.sources or {}).items()) if one == policy]
     return f"score winners under behavior policy {', '.join(sources) or policy.model}"

@@ -112,13 +112,15 @@ def make_plan(
     policies = []
     if config.select.needs_scores:
         target_id = policy_id(config.target, files)
-        left, rows = _left_to_score(workspace, prepared, target_id) if prepared else (survey.tokens, survey.rows)
+        left, rows = (
+            _left_to_score(workspace, prepared, target_id, config) if prepared else (survey.tokens, survey.rows)
+        )
         policies.append(_estimate("target", config.target, rows, survey.rows - rows, left, throughput(config.target)))
-    if config.weights is not None and config.behavior is not None:
+    if config.compared_behavior is not None:
         share = min(1.0, config.select.usual_keep * survey.prompts / max(survey.rows, 1.0))
         if config.select.method == "all":
             share = 1.0
-        behaviors = config.behavior.policies()
+        behaviors = config.compared_behavior.policies()
         for policy in behaviors:
             part = share / len(behaviors)  # sources are taken as equally large
             rows, tokens, reused = survey.rows * part, survey.tokens * part, 0.0
@@ -177,7 +179,7 @@ def _survey_of(prepared: Prepared) -> Survey:
     return Survey(*counts, prepared.rejects.total, prepared.filtered, exact=True)
 
 
-def _left_to_score(workspace: Storage, prepared: Prepared, store_id: str) -> tuple[float, float]:
+def _left_to_score(workspace: Storage, prepared: Prepared, store_id: str, config: Config) -> tuple[float, float]:
     """Tokens and rows of a prepared pool that have no score yet, exactly; one partition's keys at a time, and each of
     its score files opened once."""
     store = ScoreStore(workspace, store_id).with_folders()
@@ -192,7 +194,7 @@ def _left_to_score(workspace: Storage, prepared: Prepared, store_id: str) -> tup
         for table in read_tables(workspace, shard_paths(prepared, partition), ["row_key", "input_ids"]):
             keys.append(table["row_key"].combine_chunks())
             lengths.append(pc.list_value_length(table["input_ids"]).to_numpy())
-        missing = store.missing(partition, pa.chunked_array(keys))
+        missing = store.missing(partition, pa.chunked_array(keys), config.statistics)
         rows += int(missing.sum())
         tokens += int(np.concatenate(lengths)[missing].sum())
     return tokens, rows

@@ -20,7 +20,7 @@ from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.partitions import partition_bits
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.score.store import ScoreStore
-from grape_service.select.grape import grape_scores
+from grape_service.select.methods import OURS, TokenStatistics, method_scores, select_method, token_statistics
 from grape_service.storage.parquet import array_of, read_tables
 from grape_service.storage.storage import Storage
 
@@ -34,8 +34,19 @@ class ScoredPool:
         self.workspace = workspace
         self.prepared = prepared
         self.select = SelectConfig.model_validate(config.get("select") or {})
+        self.method = select_method(self.select)
         target = next((p for p in release.manifest.parents.policies if p.role == "target"), None)
         self.store = ScoreStore(workspace, target.policy_id) if target and self.select.needs_scores else None
+
+    @property
+    def smallest_wins(self) -> bool:
+        """Whether the smallest score is the best."""
+        return self.method is not None and self.method.better == "smallest"
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether its candidates have scores."""
+        return self.store is not None or self.method is not None
 
     @property
     def num_partitions(self) -> int:
@@ -51,7 +62,8 @@ class ScoredPool:
 
     def tables(self, num_groups: int) -> Iterator[pa.Table]:
         """Candidates [N] of the prompts of each of `num_groups` parts of the pool, at most its partitions:
-        prompt_id, candidate_id, source, tokens (counted ones), score (NaN where there is none)."""
+        prompt_id, candidate_id, source, tokens (counted ones), score (of the release's method, or grape_score where
+        that needs none; NaN where there is none)."""
         bits = partition_bits(num_groups)
         names = sorted(self.prepared.partitions)
         for _, members in itertools.groupby(names, key=lambda name: name[: 1 + bits]):
@@ -60,18 +72,22 @@ class ScoredPool:
 
     def _partition(self, partition: str) -> Iterator[pa.Table]:
         paths = shard_paths(self.prepared, partition)
-        for table in read_tables(self.workspace, paths, ["row_key", *EMPTY.column_names[:3], "loss_mask"]):
+        own = self.method.columns if self.method is not None else ()
+        columns = list(dict.fromkeys(["row_key", *EMPTY.column_names[:3], "loss_mask", *own]))
+        for table in read_tables(self.workspace, paths, columns):
             offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
             lengths = segment_sums(mask > 0, offsets)
             counted = np.ones(int(lengths.sum()), bool) if self.select.count_turn_end else mask[mask > 0] == LOSS_TOKEN
             loss_offsets = offsets_from_lengths(lengths)
             scores = np.full(table.num_rows, np.nan)
+            tokens = TokenStatistics({}, loss_offsets, np.ones(table.num_rows, dtype=bool))
             if self.store is not None:
-                found = self.store.read(partition, array_of(table, "row_key"))
-                usable = found.finite() & (found.lengths == lengths)
-                logprobs = np.zeros(int(loss_offsets[-1]), dtype=np.float32)
-                logprobs[np.repeat(usable, lengths)] = found.take(np.flatnonzero(usable))
-                scores = grape_scores(logprobs, counted & np.repeat(usable, lengths), loss_offsets)
+                row_keys = array_of(table, "row_key")
+                tables = self.store.read_statistics(partition, row_keys, self.select.statistics)
+                finite = {name: one.finite() for name, one in tables.items()}
+                tokens = token_statistics(tables, finite, np.arange(table.num_rows), lengths, row_keys)
+            if self.store is not None or self.method is not None:
+                scores = method_scores(self.method or OURS["grape"], table, tokens, counted)
             table = table.select(EMPTY.column_names[:3])
             table = table.append_column("tokens", pa.array(segment_sums(counted, loss_offsets)))
             yield table.append_column("score", pa.array(scores))

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from grape_service.config.methods import weights_settings
 from grape_service.display import visible
 from grape_service.release.manifest import Manifest
 
@@ -77,9 +78,10 @@ def _weights(manifest: Manifest) -> list[str]:
     weights = manifest.config.get("weights")
     if not weights:
         return ["`loss_weights` are 1.0 on every token with loss: no weights were made.", ""]
-    settings = ", ".join(f"{_cell(key)} {_cell(value)}" for key, value in weights.items())
-    lines = [f"`loss_weights` are PEAR weights ({settings})."]
-    if (manifest.config.get("select") or {}).get("method") == "grape":
+    method, settings = weights_settings(weights)
+    text = ", ".join(f"{_cell(key)} {_cell(value)}" for key, value in settings.items())
+    lines = [f"`loss_weights` are {'PEAR' if method == 'pear' else _code(method)} weights ({text})."]
+    if method == "pear" and (manifest.config.get("select") or {}).get("method") == "grape":
         lines.append(
             "A GRAPE winner is no longer a sample from its behavior policy: the weights are biased by the choice."
         )

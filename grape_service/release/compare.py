@@ -37,7 +37,7 @@ def compare(first: Release, second: Release) -> dict[str, Any]:
         "same_choice": rows.same_choice,
         "agreement": rows.same_choice / both if both else None,
         "moves": rows.source_changes[:MOVES],
-        "ranking": ranking(*pools) if all(pool and pool.store for pool in pools) else None,
+        "ranking": ranking(*pools) if all(pool and pool.has_scores for pool in pools) else None,
         "settings": settings + differences(_policies(first), _policies(second), "policies."),
         "text": render_text(rows),
     }
@@ -47,6 +47,7 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
     """How alike two targets rank the candidates that both scored, prompt by prompt."""
     assert first is not None
     assert second is not None
+    same = _score_name(first) == _score_name(second)  # scores of different methods are no differences
     groups = min(first.num_partitions, second.num_partitions)
     num_prompts, total, same_first = 0, 0.0, 0
     num_scores, sum_apart, most_apart = 0, 0.0, 0.0
@@ -60,7 +61,7 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
         apart = np.abs(joined["score"].to_numpy() - joined["score_other"].to_numpy())
         num_scores, sum_apart = num_scores + len(apart), sum_apart + float(apart.sum())
         most_apart = max(most_apart, float(apart.max(initial=0.0)))
-        part = _rank_agreement(joined)
+        part = _rank_agreement(joined, (first.smallest_wins, second.smallest_wins))
         if part is None:
             continue
         rho, lost, rows = part
@@ -77,13 +78,19 @@ def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, An
         "prompts": num_prompts,
         "rank_correlation": total / num_prompts if num_prompts else None,
         "same_first": same_first / num_prompts if num_prompts else None,
-        "score_difference": {"mean": sum_apart / num_scores, "largest": most_apart} if num_scores else None,
+        "score_difference": {"mean": sum_apart / num_scores, "largest": most_apart} if num_scores and same else None,
         "histogram": histogram.tolist(),
         "most_different": [entry for _, _, entry in worst],
     }
 
 
-def _rank_agreement(joined: pa.Table) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray] | None:
+def _score_name(pool: ScoredPool) -> str:
+    return pool.method.name if pool.method is not None else "grape"
+
+
+def _rank_agreement(
+    joined: pa.Table, smallest_wins: tuple[bool, bool]
+) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray] | None:
     """Of prompts with two candidates or more [M]: Spearman's rho, what is lost in both scores together if each took
     the other's first choice, and the rows of both first choices [2, M]."""
     ids = joined["prompt_id"].combine_chunks() if joined.num_rows else None
@@ -92,7 +99,8 @@ def _rank_agreement(joined: pa.Table) -> tuple[npt.NDArray, npt.NDArray, npt.NDA
     prompts = ids.dictionary_encode().indices.to_numpy().astype(np.int64)
     sizes = np.bincount(prompts)
     ties = np.arange(len(prompts))
-    scores = [joined[name].to_numpy() for name in ("score", "score_other")]
+    columns = zip(("score", "score_other"), smallest_wins, strict=True)
+    scores = [-joined[name].to_numpy() if smallest else joined[name].to_numpy() for name, smallest in columns]
     ranks = np.empty((2, len(prompts)))
     best = np.empty((2, len(sizes)), dtype=np.int64)
     for side, values in enumerate(scores):

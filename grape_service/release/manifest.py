@@ -107,6 +107,7 @@ class Parents(_Part):
     policies: list[PolicyUse] = []
     libraries: dict[str, str] = {}
     code: CodeVersion | None = None
+    methods: list[dict[str, Any]] = []  # functions of the user's that chose or weighed: name, package, source digest
     release: str | None = None  # reference of the release that was weighed again
     workspace: str | None = None
     prepare_id: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.prepare.counts import pack_ids, union_of_ids
-from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TOKEN, LOSS_TURN_END, SHARD, message_type, release_schema
+from grape_service.rows.columns import (
+    BEHAVIOR_KNOWN,
+    LOSS_TOKEN,
+    LOSS_TURN_END,
+    SHARD,
+    made_fields,
+    message_type,
+    release_schema,
+)
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import (
     Int64s,
@@ -22,10 +30,11 @@ from grape_service.rows.ragged import (
     offsets_from_lengths,
     segment_sums,
 )
-from grape_service.select.partition import KEPT_COLUMNS
+from grape_service.rows.statistics import STATISTICS, TARGET_FIELDS
+from grape_service.select.partition import kept_columns
 from grape_service.storage.parquet import array_of, open_checked, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.partition import PEAR, UNIFORM
+from grape_service.weigh.partition import UNIFORM
 
 IGNORED_LABEL = -100
 """What labels hold off the mask."""
@@ -40,13 +49,14 @@ def final_batches(
     message_fields: list[str],
     other_columns: list[pa.Field],
     weight_factor: float = 1.0,
+    made: Sequence[pa.Field] = (),
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a kept or weighed file in `release_schema`, in the file's order.
 
-    `other_columns` are the pool's own; one that the file lacks is null. PEAR weights are multiplied by
-    `weight_factor` (see weigh.dataset_factor); rows without weights get 1.0.
+    `other_columns` are the pool's own, `made` those of `columns.made_fields`; one that the file lacks is null. Weights
+    are multiplied by `weight_factor` (see weigh.dataset_factor); rows without weights get 1.0.
     """
-    schema = release_schema(message_fields, other_columns)
+    schema = release_schema(message_fields, other_columns, made)
     for table in read_row_groups(storage, path):
         rows = max(1, table.num_rows * BATCH_BYTES // max(1, table.nbytes))
         for start in range(0, table.num_rows, rows):
@@ -63,7 +73,7 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
         "loss_mask": list_array(offsets, mask, pa.bool_()),
         "labels": list_array(offsets, np.where(mask, ids, IGNORED_LABEL).astype(np.int32), pa.int32()),
     }
-    for name in ("target_logprobs", "behavior_logprobs"):
+    for name in ("target_logprobs", "behavior_logprobs", *(item.name for item in TARGET_FIELDS.values())):
         if name in table.column_names:
             made[name] = spread(array_of(table, name), offsets, mask)
     if "behavior_logprobs" not in made and "recorded_logprobs" in table.column_names:
@@ -118,12 +128,12 @@ def spread(column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -
 
 
 def scale_weights(weights: pa.ListArray, weight_source: pa.Array, factor: float) -> pa.ListArray:
-    """Weights of PEAR rows times `factor`."""
+    """Weights of rows that have weights of their own times `factor`."""
     if factor == 1.0:
         return weights
     offsets, values = list_offsets_and_values(weights)
-    is_pear = np.repeat(pc.equal(weight_source, PEAR).to_numpy(zero_copy_only=False), np.diff(offsets))
-    return list_array(offsets, np.where(is_pear, values * factor, values).astype(np.float32), pa.float32())
+    is_weighed = np.repeat(pc.not_equal(weight_source, UNIFORM).to_numpy(zero_copy_only=False), np.diff(offsets))
+    return list_array(offsets, np.where(is_weighed, values * factor, values).astype(np.float32), pa.float32())
 
 
 def messages_array(texts: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -156,29 +166,33 @@ def write_kept_rows(
     other_fields: list[pa.Field],
     stop_ids: Collection[int],
     keep_scores: bool,
-) -> tuple[int, str]:
-    """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, and
-    the ids of their tokens with loss (see `pack_ids`).
+    made: Sequence[pa.Field] = (),
+) -> tuple[int, str, int]:
+    """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, the
+    ids of their tokens with loss (see `pack_ids`), and how many rows lack a statistic of the target.
 
     `stop_ids` are the target's: a token with loss that is one of these and ends a span is a turn end. The target's
-    log-probabilities are taken over when `keep_scores`, or null, to be scored again.
+    statistics are taken over when `keep_scores`, or null, to be scored again. `made` are those of
+    `columns.made_fields` that the kept rows have.
     """
-    schema = pa.schema([*SHARD, *other_fields, *KEPT_COLUMNS])
-    rows = 0
+    schema = pa.schema([*SHARD, *other_fields, *kept_columns(list(made))])
+    statistics = ["target_logprobs", *(item.name for item in TARGET_FIELDS.values() if item in made)]
+    rows = unscored = 0
     used = ""
 
     def tables() -> Iterator[pa.Table]:
-        nonlocal rows, used
+        nonlocal rows, used, unscored
         with open_checked(output, part_path, sha256) as file:
             for batch in file.iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
                 rows += table.num_rows
                 kept = kept_rows(table, schema, stop_ids, keep_scores)
                 used = union_of_ids([used, tokens_with_loss(kept)])
+                unscored += max(kept[name].null_count for name in statistics)
                 yield kept
 
     write_parquet(workspace, kept_path, schema, tables())
-    return rows, used
+    return rows, used, unscored
 
 
 def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], keep_scores: bool) -> pa.Table:
@@ -198,8 +212,10 @@ def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], kee
             [num_prompt_messages(row, int(n)) for row, n in zip(messages, spans, strict=True)], pa.int32()
         ),
         "recorded_logprobs": _recorded(table, offsets, mask),
-        "target_logprobs": narrow(array_of(table, "target_logprobs"), offsets, mask) if keep_scores else None,
     }
+    for name in ("target_logprobs", *(item.name for item in TARGET_FIELDS.values())):
+        there = keep_scores and name in table.column_names
+        made[name] = narrow(array_of(table, name), offsets, mask) if there else None
     columns = []
     for field in schema:
         values = made.get(field.name)
@@ -294,5 +310,5 @@ def tokens_with_loss(kept: pa.Table) -> str:
 
 def other_fields_of(schema: pa.Schema) -> list[pa.Field]:
     """The pool's own columns in a release's schema."""
-    ours = {*release_schema([], []).names, BEHAVIOR_KNOWN.name}
+    ours = {*release_schema([], [], made_fields(STATISTICS, True)).names, BEHAVIOR_KNOWN.name}
     return [field for field in schema if field.name not in ours and field.name not in SHARD.names]

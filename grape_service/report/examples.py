@@ -17,8 +17,9 @@ from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_of
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.rows.statistics import LOGPROB
 from grape_service.score.store import ScoreStore
-from grape_service.select.grape import grape_scores
+from grape_service.select.methods import OURS, TokenStatistics, method_scores, select_method, token_statistics
 from grape_service.storage.parquet import array_of, open_parquet
 from grape_service.storage.storage import Storage
 
@@ -71,7 +72,10 @@ def read_examples(
     `final` is the same already read. Without a `store` only kept rows have scores, of the log-probabilities there.
     Token values are cut to `max_tokens`; `num_tokens` says how many there are.
     """
-    table = rows_of_prompts(storage, shards, prompt_ids, COLUMNS)
+    method = select_method(select)
+    own_columns = method.columns if method is not None else ()
+    names = list(dict.fromkeys([*COLUMNS, "select_score", *own_columns]))
+    table = rows_of_prompts(storage, shards, prompt_ids, names)
     if table.num_rows == 0:
         return {}
     offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
@@ -84,14 +88,22 @@ def read_examples(
     has_score = np.zeros(table.num_rows, dtype=bool)
     scores = np.full(table.num_rows, np.nan)
     if store is not None:
-        found = store.read(partition, array_of(table, "row_key"))
-        logprobs = np.full(len(loss_ids), np.nan, dtype=np.float32)
-        has_score = found.finite() & (found.lengths == lengths)
-        logprobs[np.repeat(has_score, lengths)] = found.take(np.flatnonzero(has_score))
-        scores = grape_scores(np.nan_to_num(logprobs), counted & np.repeat(has_score, lengths), loss_offsets)
+        row_keys = array_of(table, "row_key")
+        tables = store.read_statistics(partition, row_keys, select.statistics)
+        finite = {name: one.finite() for name, one in tables.items()}
+        tokens = token_statistics(tables, finite, np.arange(table.num_rows), lengths, row_keys)
+        has_score = tokens.usable
+        logprobs = np.where(np.repeat(has_score, lengths), tokens.values[LOGPROB], np.nan).astype(np.float32)
+        scores = method_scores(method or OURS["grape"], table, tokens, counted)
+    elif "select_score" in table.column_names:
+        scores = table["select_score"].to_numpy(zero_copy_only=False)
+    elif method is not None and not method.statistics:
+        tokens = TokenStatistics({}, loss_offsets, np.ones(table.num_rows, dtype=bool))
+        scores = method_scores(method, table, tokens, counted)
     final = _final_rows(storage, final_path, prompt_ids) if final is None else final
     prompts: dict[str, dict[str, Any]] = {}
-    for row, light in enumerate(table.drop_columns(["input_ids", "loss_mask"]).to_pylist()):
+    shown = ["prompt_id", "candidate_id", "source", "truncated", "messages"]
+    for row, light in enumerate(table.select(shown).to_pylist()):
         span = slice(int(loss_offsets[row]), min(int(loss_offsets[row + 1]), int(loss_offsets[row]) + max_tokens))
         kept = final.get((light["prompt_id"], light["candidate_id"]))
         candidate = {
@@ -109,7 +121,7 @@ def read_examples(
         }
         if kept is not None:
             candidate.update({key: _rounded(values[:max_tokens]) for key, values in kept.items()})
-            if store is None and "logprobs" in kept:
+            if store is None and "logprobs" in kept and not select.makes_select_score:
                 known = kept["logprobs"][counted[loss_offsets[row] : loss_offsets[row + 1]]]
                 candidate["score"] = _number(known.mean()) if len(known) else None
         prompt = prompts.setdefault(
@@ -118,13 +130,14 @@ def read_examples(
         )
         prompt["candidates"].append(candidate)
     for prompt in prompts.values():
-        rank(prompt["candidates"])
+        rank(prompt["candidates"], smallest_wins=method is not None and method.better == "smallest")
     return prompts
 
 
-def rank(candidates: list[dict[str, Any]]) -> None:
+def rank(candidates: list[dict[str, Any]], smallest_wins: bool = False) -> None:
     """Sort candidates, best first; those without a score last. Equal scores: the smaller candidate_id."""
-    candidates.sort(key=lambda c: (-c["score"] if c["score"] is not None else float("inf"), c["candidate_id"]))
+    sign = 1 if smallest_wins else -1
+    candidates.sort(key=lambda c: (sign * c["score"] if c["score"] is not None else float("inf"), c["candidate_id"]))
     for place, candidate in enumerate(candidates, start=1):
         candidate["rank"] = place if candidate["score"] is not None else None
 
@@ -144,12 +157,15 @@ def reason_of(candidate: dict[str, Any], candidates: list[dict[str, Any]], selec
         if select.needs_scores and any(c["score"] is None for c in candidates):
             return "its prompt was left out: a candidate of it could not be scored"
         return "its prompt was left out: see min_margin, max_source_share and behavior.missing of the config"
-    if select.method != "grape":
+    method = select_method(select)
+    if method is None or candidate["score"] is None:
         return f"not chosen by method {select.method}"
-    worst = min(c["score"] for c in kept if c["score"] is not None)
-    if candidate["score"] > worst:
+    sign = -1 if method.better == "smallest" else 1
+    worst = min(sign * c["score"] for c in kept if c["score"] is not None)
+    behind = worst - sign * candidate["score"]
+    if behind < 0:
         return "scored better, but select.max_source_share passed the win to another source"
-    return f"its score is lower by {worst - candidate['score']:.4f}"
+    return f"its score is {'lower' if sign > 0 else 'higher'} by {behind:.4f}"
 
 
 def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> FinalRows:
@@ -180,7 +196,7 @@ def _final_values(row: dict[str, Any]) -> dict[str, Any]:
         values["logprobs"] = np.array(target)
     if target is not None and behavior is not None:
         values["ratios"] = np.array(target) - np.array(behavior)
-    if row.get("weights") is not None and row.get("weight_source") == "pear":
+    if row.get("weights") is not None and row.get("weight_source") != "uniform":
         values["weights"] = np.array(row["weights"])
     return values
 

@@ -209,6 +209,8 @@ def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
 def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
     figures = facts["statistics"].get("weights") or {}
     counts = facts["counts"].get("weigh") or {}
+    if (facts["config"].get("weights") or {}).get("method", "pear") != "pear":
+        return _other_weights(figures)
     found = []
     found += _recorded_numbers(counts)
     effective = figures.get("effective_share")
@@ -282,4 +284,28 @@ def _recorded_numbers(counts: dict[str, Any]) -> list[Warning]:
                         "they are, use weights.center: sequence, or a wider weights.ratio_clip.",
                     )
                 )
+    return found
+
+
+def _other_weights(figures: dict[str, Any]) -> list[Warning]:
+    """Of weights that compare with no behavior."""
+    found = []
+    effective = figures.get("effective_share")
+    if effective is not None and effective < 0.3:
+        found.append(
+            Warning(
+                f"The weights are worth {effective:.0%} of the tokens (effective sample size): few tokens carry the "
+                "training.",
+                "Raise the lower bound of weights.weight_clip, or lower weights.alpha where the method is entropy.",
+            )
+        )
+    for key, side in (("weight_low", "lower"), ("weight_high", "upper")):
+        held = figures.get(key)
+        if held is not None and held > 0.1:
+            found.append(
+                Warning(
+                    f"{held:.0%} of the weights are at their {side} bound.",
+                    f"Look at the weights by source, and widen weights.weight_clip if its {side} bound is too near.",
+                )
+            )
     return found

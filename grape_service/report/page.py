@@ -200,10 +200,12 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [{"name": "all of these weights", "tokens": None, **figures}]
     sources = sorted((weigh.get("sources") or {}).items(), key=lambda item: (-item[1]["tokens"], item[0]))
     parts = [(f"source {name}", sums) for name, sums in sources[:MAX_SOURCES]]
-    parts.append(("target against itself, exact", weigh.get("self_weights") or weigh.get("control") or {}))
-    parts.append(
-        ("target against itself, scored again", weigh.get("self_weights_repeat") or weigh.get("control_twice") or {})
-    )
+    compared = (facts["config"].get("weights") or {}).get("method", "pear") == "pear"
+    first, second = ("target against itself, exact", "target against itself, scored again")
+    if not compared:
+        first, second = ("rows that were scored again, at first", "rows that were scored again, the second time")
+    parts.append((first, weigh.get("self_weights") or weigh.get("control") or {}))
+    parts.append((second, weigh.get("self_weights_repeat") or weigh.get("control_twice") or {}))
     for name, sums in parts:
         if sums.get("tokens"):
             rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})
@@ -263,7 +265,7 @@ def _weight_figures(weights: dict[str, Any], clip: list[float] | None) -> dict[s
         return {}
     return {
         "weights": plots.weights(weights["names"], weights["weights"]),
-        "ratios": plots.ratios(weights["ratios"], clip),
+        **({"ratios": plots.ratios(weights["ratios"], clip)} if any(weights["ratios"]) else {}),
         "positions": plots.positions(weights),
     }
 

@@ -207,6 +207,8 @@ class SelectStatistics(Statistics):
             "longest": tokens.astype(np.float64),
             "shortest": -tokens.astype(np.float64),
         }
+        for name, values in detail.others.items():
+            keys[name] = np.nan_to_num(values[scored], nan=-np.inf)
         if detail.turn_end_scores is not None:
             keys["turn end the other way"] = np.nan_to_num(detail.turn_end_scores[scored], nan=-np.inf)
         ties = c.ties[scored]

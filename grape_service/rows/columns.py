@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import pyarrow as pa
+
+from grape_service.rows.statistics import STATISTICS, TARGET_FIELDS, beside_logprob
 
 LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END = 0, 1, 2
 """Values of a shard's loss_mask: context, a token that the policy wrote, a turn end that it wrote.
@@ -71,8 +75,27 @@ def message_type(extra_fields: list[str]) -> pa.DataType:
     return pa.list_(pa.struct([pa.field(name, pa.string()) for name in names]))
 
 
-def release_schema(message_fields: list[str], other_columns: list[pa.Field]) -> pa.Schema:
-    """Columns of a release row, in order; `other_columns` are the pool's own."""
+SELECT_FIELDS = [
+    pa.field("select_score", pa.float64()),
+    pa.field("select_rank", pa.int32()),  # 1 is best
+    pa.field("select_margin", pa.float64()),  # lead over the next best, null if there is none
+]
+"""What a method other than GRAPE chose by."""
+
+
+def made_fields(statistics: Iterable[str], has_select_score: bool) -> list[pa.Field]:
+    """Columns of kept rows and releases that are there where they were made: another method's score, statistics of the
+    target beside log-probabilities."""
+    return [
+        *(SELECT_FIELDS if has_select_score else []),
+        *(TARGET_FIELDS[name] for name in beside_logprob(statistics)),
+    ]
+
+
+def release_schema(
+    message_fields: list[str], other_columns: list[pa.Field], made: Sequence[pa.Field] = ()
+) -> pa.Schema:
+    """Columns of a release row, in order; `other_columns` are the pool's own, `made` those of `made_fields`."""
     return pa.schema(
         [
             pa.field("prompt_id", pa.string(), nullable=False),
@@ -89,6 +112,7 @@ def release_schema(message_fields: list[str], other_columns: list[pa.Field]) -> 
             pa.field("grape_score", pa.float64()),
             pa.field("grape_rank", pa.int32()),
             pa.field("grape_margin", pa.float64()),
+            *made,
             pa.field("num_candidates", pa.int32(), nullable=False),
             pa.field("truncated", pa.bool_(), nullable=False),
             *other_columns,
@@ -100,7 +124,11 @@ BEHAVIOR_KNOWN = pa.field("behavior_known", pa.list_(pa.bool_()))
 """Column of a release that has behavior_logprobs of which some are not known (turn ends that were not recorded, or are
 other tokens there): as long as input_ids, true where the number is the behavior's, null where behavior_logprobs is."""
 
-OUR_COLUMNS = frozenset(SHARD.names) | frozenset(release_schema([], []).names) | {BEHAVIOR_KNOWN.name}
+OUR_COLUMNS = (
+    frozenset(SHARD.names)
+    | frozenset(release_schema([], [], made_fields(STATISTICS, True)).names)
+    | {BEHAVIOR_KNOWN.name}
+)
 """Names that a pool's other column may not have; it gets the prefix pool_."""
 
 RELEASE_FORMAT = 2

@@ -1,10 +1,11 @@
-"""The score store: log-probabilities by row and policy, in Parquet files by partition.
+"""The score store: log-probabilities and other statistics of tokens by row and policy, in Parquet files by partition.
 
     scores/<policy_id>/<partition>/<milliseconds>-<shard>-<random>.parquet      schemas.SCORE
 
 A partition is named by a bit string after a 'b'. When the number of partitions changes, the rows of one
 lie in the folders of its ancestors (b01 -> b0, b) and descendants (b010, b011), so all of those are read.
-Of two scores of one row the first file name wins. Files are only ever added.
+Of two scores of one row the first file name wins, for each statistic by itself. Files are only ever added; one holds
+log-probabilities, and a column for each other statistic that was asked for with them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import time
 import uuid
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ import pyarrow as pa
 from grape_service.errors import StageError
 from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
+from grape_service.rows.statistics import LOGPROB, SCORE_FIELDS, ordered
 from grape_service.storage.parquet import array_of, open_parquet, write_parquet
 from grape_service.storage.storage import Storage
 
@@ -79,33 +81,29 @@ class ScoreStore:
         return sorted(files, key=lambda path: (path.rsplit("/", 1)[-1], path))
 
     def read(self, partition: str, keys: RowKeys) -> ScoreTable:
-        """The scores of `keys` [N]; holds no others, whatever the files hold. Raises StageError on a bad file."""
-        index = KeyIndex(keys)
-        found = np.zeros(index.num_unique, dtype=bool)
-        starts, lengths = np.zeros((2, index.num_unique), dtype=np.int64)
-        values: list[npt.NDArray[np.float32]] = []
-        num_values = 0
-        for part in self._each_file(partition, index, with_logprobs=True):
-            fresh, offsets = ~found[part.rows], offsets_from_lengths(part.lengths)
-            # Of equal rows within a file the first wins too: np.unique gives the first place of each.
-            rows, places = np.unique(part.rows[fresh], return_index=True)
-            places = np.flatnonzero(fresh)[places]
-            taken = part.values[gather_rows(offsets[places], part.lengths[places])]
-            found[rows] = True
-            lengths[rows] = part.lengths[places]
-            starts[rows] = num_values + offsets_from_lengths(part.lengths[places])[:-1]
-            num_values += len(taken)
-            values.append(taken)
-        flat = np.concatenate(values) if values else np.zeros(0, dtype=np.float32)
-        return ScoreTable(found[index.inverse], starts[index.inverse], lengths[index.inverse], flat)
+        """Log-probabilities of `keys` [N]; no others, whatever the files hold. Raises StageError on a bad file."""
+        return self.read_statistics(partition, keys, ())[LOGPROB]
 
-    def missing(self, partition: str, keys: RowKeys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` [N] have no score yet."""
+    def read_statistics(self, partition: str, keys: RowKeys, names: Iterable[str]) -> dict[str, ScoreTable]:
+        """Log-probabilities and other statistics of `keys` [N] by name, in one pass over the files.
+
+        Raises StageError on a bad file.
+        """
         index = KeyIndex(keys)
-        missing = np.ones(index.num_unique, dtype=bool)
-        for part in self._each_file(partition, index, with_logprobs=False):
-            missing[part.rows] = False
-        return missing[index.inverse]
+        parts = {name: _Collector(index.num_unique) for name in ordered(names)}
+        for found in self._each_file(partition, index, tuple(parts)):
+            for name, lists in found.lists.items():
+                parts[name].add(found.rows, lists)
+        return {name: part.table(index) for name, part in parts.items()}
+
+    def missing(self, partition: str, keys: RowKeys, names: Iterable[str] = ()) -> npt.NDArray[np.bool_]:
+        """Which of `keys` [N] lack log-probabilities, or another of the statistics `names`."""
+        index = KeyIndex(keys)
+        missing = {name: np.ones(index.num_unique, dtype=bool) for name in ordered(names)}
+        for found in self._each_file(partition, index, tuple(missing), keys_only=True):
+            for name in found.lists:
+                missing[name][found.rows] = False
+        return np.logical_or.reduce(list(missing.values()))[index.inverse]
 
     def versions(self, partition: str, keys: RowKeys) -> set[str]:
         """The engines, with their versions, that made the scores of `keys` which are read: (transformers 5.23.0)."""
@@ -113,7 +111,7 @@ class ScoreStore:
         found = np.zeros(index.num_unique, dtype=bool)
         versions = set()
         for path in self.partition_files(partition):
-            rows = self._read_file(path, index, with_logprobs=False).rows
+            rows = self._read_file(path, index, (LOGPROB,), keys_only=True).rows
             if (~found[rows]).any():
                 found[rows] = True
                 made_by = self.metadata(path)
@@ -128,17 +126,26 @@ class ScoreStore:
         logprobs: npt.NDArray[np.float32],
         metadata: dict[str, Any],
         shard: str = "scores",
+        statistics: Mapping[str, npt.NDArray] | None = None,
     ) -> str:
-        """Store scores [L] of rows [N] as a new file and give its path; `metadata` describes the engine."""
+        """Store scores [L] of rows [N] as a new file and give its path; `metadata` describes the engine.
+
+        `statistics` [L] by name are what is stored beside log-probabilities.
+        """
         assert PARTITION_PATTERN.fullmatch(partition), partition
         name = re.sub(r"[^A-Za-z0-9_.]", "-", shard.rsplit("/", 1)[-1].removesuffix(".parquet"))
         milliseconds = time.time_ns() // 1_000_000
         path = f"{self.folder}/{partition}/{milliseconds:013d}-{name}-{uuid.uuid4().hex[:8]}.parquet"
         keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
-        batch = pa.RecordBatch.from_arrays(
-            [keys, list_array(offsets, logprobs.astype(np.float32, copy=False), pa.float32())], schema=SCORE
-        )
-        schema = SCORE.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
+        values = {LOGPROB: logprobs, **(statistics or {})}
+        columns = {SCORE_FIELDS[name].name: (SCORE_FIELDS[name], values[name]) for name in ordered(values)}
+        lists = [
+            list_array(offsets, array.astype(item.type.value_type.to_pandas_dtype(), copy=False), item.type.value_type)
+            for item, array in columns.values()
+        ]
+        schema = pa.schema([SCORE.field("row_key"), *(item for item, _ in columns.values())])
+        batch = pa.RecordBatch.from_arrays([keys, *lists], schema=schema)
+        schema = schema.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
         write_parquet(self.storage, path, schema, [batch])
         return path
 
@@ -167,30 +174,44 @@ class ScoreStore:
         with open_parquet(self.storage, path) as file:
             return orjson.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
 
-    def _each_file(self, partition: str, index: KeyIndex, with_logprobs: bool) -> Iterator[_Found]:
+    def _each_file(
+        self, partition: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool = False
+    ) -> Iterator[_Found]:
         files = self.partition_files(partition)
         with ThreadPoolExecutor(16 if self.storage.is_s3 else 2, thread_name_prefix="scores") as pool:
-            yield from pool.map(lambda path: self._read_file(path, index, with_logprobs), files)
+            yield from pool.map(lambda path: self._read_file(path, index, names, keys_only), files)
 
-    def _read_file(self, path: str, index: KeyIndex, with_logprobs: bool) -> _Found:
-        columns = SCORE.names if with_logprobs else ["row_key"]
+    def _read_file(self, path: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool) -> _Found:
+        """The rows that are looked for, with those of the statistics `names` that the file has."""
         parts: list[_Found] = []
         try:
             with open_parquet(self.storage, path) as file:
                 schema = file.schema_arrow
-                if schema.names != SCORE.names or not all(
-                    schema.field(name).type.equals(SCORE.field(name).type) for name in SCORE.names
-                ):
+                known = [SCORE.field("row_key"), *SCORE_FIELDS.values()]
+                there = [item for item in known if item.name in schema.names]
+                if [(item.name, item.type) for item in schema] != [(item.name, item.type) for item in there] or len(
+                    [item for item in SCORE if item in there]
+                ) < len(SCORE):
                     raise pa.ArrowInvalid(f"its columns are {', '.join(schema.names)}, not {', '.join(SCORE.names)}")
+                names = tuple(name for name in names if SCORE_FIELDS[name].name in schema.names)
+                columns = ["row_key", *([] if keys_only else [SCORE_FIELDS[name].name for name in names])]
                 for group in range(file.num_row_groups):
-                    parts.append(index.find(file.read_row_group(group, columns=columns, use_threads=False)))
+                    parts.append(index.find(file.read_row_group(group, columns=columns, use_threads=False), names))
         except pa.ArrowInvalid as error:
             raise StageError(
                 f"{self.storage.url(path)} is not a score file: {error}; move it out of the folder and run again"
             ) from error
         except OSError as error:
             raise StageError(f"the score file {self.storage.url(path)} cannot be read: {error}") from error
-        return _Found.concatenate(parts)
+        return _Found.concatenate(parts, names)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Values of M rows."""
+
+    lengths: Int64s  # [M]
+    values: npt.NDArray[np.float32]  # flat
 
 
 @lru_cache(maxsize=8)
@@ -203,18 +224,52 @@ class _Found:
     """What a file holds of the rows that are looked for."""
 
     rows: Int64s  # [M] places among the unique keys
-    lengths: Int64s  # [M]
-    values: npt.NDArray[np.float32]  # flat
+    lists: dict[str, _Lists]  # by statistic
 
     @classmethod
-    def concatenate(cls, parts: list[_Found]) -> _Found:
-        if not parts:
-            return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
-        return cls(
-            np.concatenate([part.rows for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate([part.values for part in parts]),
-        )
+    def concatenate(cls, parts: list[_Found], names: tuple[str, ...]) -> _Found:
+        none = _Found(np.zeros(0, dtype=np.int64), dict.fromkeys(names, NO_LISTS))
+        parts = [none, *parts]
+        lists = {
+            name: _Lists(
+                np.concatenate([part.lists[name].lengths for part in parts]),
+                np.concatenate([part.lists[name].values for part in parts]),
+            )
+            for name in names
+        }
+        return cls(np.concatenate([part.rows for part in parts]), lists)
+
+
+NO_LISTS = _Lists(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+
+
+class _Collector:
+    """Collects one statistic of N unique rows, file after file: what comes first stays."""
+
+    def __init__(self, num_rows: int):
+        self.found = np.zeros(num_rows, dtype=bool)
+        self.starts, self.lengths = np.zeros((2, num_rows), dtype=np.int64)
+        self.values: list[npt.NDArray[np.float32]] = []
+        self.num_values = 0
+
+    def add(self, found_rows: Int64s, lists: _Lists) -> None:
+        """The rows of a file."""
+        fresh, offsets = ~self.found[found_rows], offsets_from_lengths(lists.lengths)
+        # Of equal rows within a file the first wins too: np.unique gives the first place of each.
+        rows, places = np.unique(found_rows[fresh], return_index=True)
+        places = np.flatnonzero(fresh)[places]
+        taken = lists.values[gather_rows(offsets[places], lists.lengths[places])]
+        self.found[rows] = True
+        self.lengths[rows] = lists.lengths[places]
+        self.starts[rows] = self.num_values + offsets_from_lengths(lists.lengths[places])[:-1]
+        self.num_values += len(taken)
+        self.values.append(taken)
+
+    def table(self, index: KeyIndex) -> ScoreTable:
+        """What was collected, in the order of the keys."""
+        flat = np.concatenate(self.values) if self.values else NO_LISTS.values
+        inverse = index.inverse
+        return ScoreTable(self.found[inverse], self.starts[inverse], self.lengths[inverse], flat)
 
 
 class KeyIndex:
@@ -247,18 +302,20 @@ class KeyIndex:
             place += step
         return np.where(same_first & (self.second[bounded] == second), bounded, -1)
 
-    def find(self, table: pa.Table) -> _Found:
-        """The rows of a table of scores that are among the keys."""
+    def find(self, table: pa.Table, names: tuple[str, ...]) -> _Found:
+        """The rows of a table of scores that are among the keys; without values where it has the keys alone."""
         places = self.places(table["row_key"])
         there = np.flatnonzero(places >= 0)
-        if "logprobs" not in table.column_names:
-            return _Found(places[there], np.zeros(len(there), dtype=np.int64), np.zeros(0, dtype=np.float32))
-        column = array_of(table, "logprobs")
-        if column.null_count or column.values.null_count:
-            raise pa.ArrowInvalid("it holds rows without scores")
-        offsets, values = list_offsets_and_values(column)
-        lengths = np.diff(offsets)[there]
-        return _Found(places[there], lengths, values[gather_rows(offsets[there], lengths)])
+        lists = dict.fromkeys(names, NO_LISTS)
+        for name in names if table.num_columns > 1 else ():
+            column = array_of(table, SCORE_FIELDS[name].name)
+            if column.null_count or column.values.null_count:
+                raise pa.ArrowInvalid("it holds rows without scores")
+            offsets, values = list_offsets_and_values(column)
+            lengths = np.diff(offsets)[there]
+            taken = values[gather_rows(offsets[there], lengths)].astype(np.float32, copy=False)
+            lists[name] = _Lists(lengths, taken)
+        return _Found(places[there], lists)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ choice: equal candidates are told apart by candidate_id, then by row key.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,8 @@ class Detail:
 
     prompt_ids: pa.Array  # [num_prompts]
     counted_tokens: Int64s  # [N], tokens that count in the score
-    turn_end_scores: Float64s | None  # [N], the score if the turn end counted (or did not, where it does)
+    turn_end_scores: Float64s | None  # [N], grape_score if the turn end counted (or did not, where it does)
+    others: dict[str, Float64s] = field(default_factory=dict)  # other methods' scores [N], the largest wins
 
     @classmethod
     def concatenate(cls, parts: list[Detail]) -> Detail:
@@ -42,6 +43,7 @@ class Detail:
             pa.concat_arrays([part.prompt_ids for part in parts]),
             np.concatenate([part.counted_tokens for part in parts]),
             np.concatenate(scores) if scores else None,
+            {name: np.concatenate([part.others[name] for part in parts]) for name in parts[0].others},
         )
 
 
@@ -60,6 +62,31 @@ class Candidates:
     detail: Detail | None = None  # for an observer
     distinct: Int64s | None = None  # [num_prompts], distinct responses; for min_candidates
     keep: Int64s | None = None  # [num_prompts], candidates to keep; None: select.keep of each
+    method_scores: Float64s | None = None  # [N], of the method that chooses, where that is not GRAPE; NaN where none
+    smallest_wins: bool = False  # of method_scores
+
+    @property
+    def oriented(self) -> Float64s | None:
+        """What the candidates are ranked by [N], the largest first; None where nothing was scored."""
+        if self.method_scores is None:
+            return self.scores
+        return -self.method_scores if self.smallest_wins else self.method_scores
+
+    def slice(self, start: int, stop: int) -> Candidates:
+        """The rows from start to stop; their prompts keep their numbers."""
+        rows = slice(start, stop)
+        return replace(
+            self,
+            prompts=self.prompts[rows],
+            ties=self.ties[rows],
+            sources=self.sources[rows],
+            loss_tokens=self.loss_tokens[rows],
+            scores=None if self.scores is None else self.scores[rows],
+            failed=self.failed[rows],
+            random=None if self.random is None else self.random[rows],
+            method_scores=None if self.method_scores is None else self.method_scores[rows],
+            detail=None,
+        )
 
     @classmethod
     def concatenate(cls, parts: list[Candidates]) -> Candidates:
@@ -78,6 +105,10 @@ class Candidates:
             None if first.detail is None else Detail.concatenate([part.detail for part in parts if part.detail]),
             distinct=None if first.distinct is None else np.concatenate([part.distinct for part in parts]),
             keep=None if first.keep is None else np.concatenate([part.keep for part in parts]),
+            method_scores=None
+            if first.method_scores is None
+            else np.concatenate([part.method_scores for part in parts]),
+            smallest_wins=first.smallest_wins,
         )
 
 
@@ -86,17 +117,18 @@ class Choice:
     """What was chosen among N candidates."""
 
     kept: npt.NDArray[np.bool_]  # [N]
-    ranking: Ranking | None  # None where nothing was scored
+    ranking: Ranking | None  # by the method, else by grape_score; None where nothing was scored
     num_candidates: npt.NDArray[np.int32]  # [N], of the row's prompt
     left_out: npt.NDArray[np.int8]  # [num_prompts], KEPT or why not
     passed_on: int = 0  # wins that max_source_share passed to another source
+    grape_ranking: Ranking | None = None  # by grape_score, where that is not `ranking`
 
     def slice(self, start: int, stop: int) -> Choice:
         """The rows from start to stop; `left_out` stays as it is."""
-        ranking = self.ranking and Ranking(
-            self.ranking.rank[start:stop], self.ranking.margin[start:stop], self.ranking.num_candidates[start:stop]
-        )
-        return Choice(self.kept[start:stop], ranking, self.num_candidates[start:stop], self.left_out, self.passed_on)
+        rows = slice(start, stop)
+        ranking = self.ranking and self.ranking.take(rows)
+        by_grape = self.grape_ranking and self.grape_ranking.take(rows)
+        return Choice(self.kept[rows], ranking, self.num_candidates[rows], self.left_out, self.passed_on, by_grape)
 
 
 def choose(candidates: Candidates, select: SelectConfig) -> Choice:
@@ -109,7 +141,11 @@ def choose(candidates: Candidates, select: SelectConfig) -> Choice:
     """
     c = candidates
     num_candidates = np.bincount(c.prompts, minlength=c.num_prompts).astype(np.int32)[c.prompts]
-    ranking = rank_candidates(c.prompts, c.scores, c.ties) if c.scores is not None else None
+    keys = c.oriented
+    ranking = rank_candidates(c.prompts, keys, c.ties) if keys is not None else None
+    by_grape = None
+    if c.method_scores is not None and c.scores is not None:
+        by_grape = rank_candidates(c.prompts, c.scores, c.ties)
     eligible = _eligible(c, select)
 
     left_out = np.full(c.num_prompts, NO_ELIGIBLE, dtype=np.int8)
@@ -134,7 +170,7 @@ def choose(candidates: Candidates, select: SelectConfig) -> Choice:
         passed_on = _limit_source_share(c, select.max_source_share, order, eligible, kept, ranking)
         still = np.bincount(c.prompts[kept], minlength=c.num_prompts) > 0
         left_out[(left_out == KEPT) & ~still] = SOURCE_SHARE
-    return Choice(kept, ranking, num_candidates, left_out, passed_on)
+    return Choice(kept, ranking, num_candidates, left_out, passed_on, by_grape)
 
 
 def _eligible(c: Candidates, select: SelectConfig) -> npt.NDArray[np.bool_]:
@@ -147,17 +183,17 @@ def _eligible(c: Candidates, select: SelectConfig) -> npt.NDArray[np.bool_]:
     if select.method.startswith("source:"):
         same = pc.fill_null(pc.equal(c.sources, select.method.removeprefix("source:")), False)
         eligible &= same.to_numpy(zero_copy_only=False)
-    if c.scores is not None:
-        eligible &= np.isfinite(c.scores)
+    if c.oriented is not None:
+        eligible &= np.isfinite(c.oriented)
     return eligible
 
 
 def _order(c: Candidates, select: SelectConfig, eligible: npt.NDArray[np.bool_]) -> tuple[Int64s, Int64s]:
     """Rows by prompt, those that may win first, best first; and each one's place in its prompt."""
     keys: npt.NDArray
-    if select.method == "grape":
-        assert c.scores is not None, "method grape needs scores"
-        keys = -c.scores
+    if not select.is_unscored:
+        assert c.oriented is not None, f"method {select.method} needs scores"
+        keys = -c.oriented
     elif select.method == "random":
         assert c.random is not None, "method random needs random keys"
         keys = c.random

@@ -44,6 +44,10 @@ class Ranking:
     num_candidates: npt.NDArray[np.int32]
     """Candidates of the prompt, those without a score included."""
 
+    def take(self, rows: slice) -> Ranking:
+        """Of some of the candidates."""
+        return Ranking(self.rank[rows], self.margin[rows], self.num_candidates[rows])
+
 
 def rank_candidates(prompts: Int64s, scores: Float64s, ties: Int64s) -> Ranking:
     """Rank candidates within their prompts by (score, largest first; tie, smallest first).

@@ -17,14 +17,15 @@ import pyarrow.compute as pc
 
 from grape_service.config.methods import SelectConfig
 from grape_service.config.schema import Config
-from grape_service.errors import StageError
-from grape_service.rows.columns import LOSS_TOKEN, NO_SOURCE, SHARD
+from grape_service.rows.columns import LOSS_TOKEN, NO_SOURCE, SHARD, made_fields
 from grape_service.rows.counts import Counts
 from grape_service.rows.ragged import list_array, list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.rows.statistics import LOGPROB, TARGET_FIELDS
 from grape_service.score.store import KeyIndex, RowKeys, ScoreStore, ScoreTable
 from grape_service.select.choose import KEPT, LEFT_OUT_REASONS, Candidates, Choice, Detail, choose, random_keys
-from grape_service.select.grape import grape_scores
+from grape_service.select.grape import Ranking, grape_scores
 from grape_service.select.limits import keep_column, prompt_limits
+from grape_service.select.methods import OURS, TokenStatistics, method_scores, select_method, token_statistics
 from grape_service.storage.parquet import array_of, open_parquet, read_tables, write_parquet
 from grape_service.storage.storage import Storage
 
@@ -35,7 +36,7 @@ KEPT_COLUMNS = [
     pa.field("grape_margin", pa.float64()),
     pa.field("num_candidates", pa.int32(), nullable=False),
 ]
-"""What a kept row has after the shard's columns."""
+"""What every kept row has after the shard's columns."""
 
 CHOICE_COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "loss_mask"]
 """The shard's columns that a choice depends on."""
@@ -101,11 +102,12 @@ def select_partition(
     keys of rows whose failure was reported. Raises StageError where a score does not fit its row.
     """
     select = config.select
-    scores = None
+    made = made_fields(config.statistics, select.makes_select_score)
+    scores: dict[str, ScoreTable] | None = None
     if select.needs_scores:
         assert store is not None, "this selection needs scores"
         keys = [table["row_key"].combine_chunks() for table in read_tables(storage, shards, ["row_key"])]
-        scores = store.read(partition, pa.chunked_array(keys, type=pa.binary(16)))
+        scores = store.read_statistics(partition, pa.chunked_array(keys, type=pa.binary(16)), config.statistics)
     reader = _CandidateReader(select, scores, KeyIndex(failures) if failures is not None else None)
     reader.with_detail = observer is not None
     counts = SelectCounts()
@@ -119,9 +121,10 @@ def select_partition(
                 _count(counts, candidates, choice)
                 if observer is not None:
                     observer.add_candidates(candidates, choice)
-                yield _kept_table(table, rows, candidates.scores, choice, scores, counts)
+                yield _kept_table(table, rows, candidates, choice, scores, made, counts)
             return
-        columns = [name for name in (*CHOICE_COLUMNS, keep_column(select)) if name is not None]
+        wanted = [*CHOICE_COLUMNS, keep_column(select), *(reader.method.columns if reader.method else ())]
+        columns = [name for name in dict.fromkeys(wanted) if name is not None]
         parts = [reader.read(table, counts) for table in read_tables(storage, shards, columns)]
         if not parts:
             return
@@ -133,28 +136,34 @@ def select_partition(
         row = 0
         for table in read_tables(storage, shards):
             end = row + table.num_rows
-            row_scores = candidates.scores[row:end] if candidates.scores is not None else None
-            yield _kept_table(table, np.arange(row, end), row_scores, choice.slice(row, end), scores, counts)
+            part = choice.slice(row, end)
+            yield _kept_table(table, np.arange(row, end), candidates.slice(row, end), part, scores, made, counts)
             row = end
 
-    write_parquet(storage, out_path, _kept_schema(storage, shards), kept_tables())
+    write_parquet(storage, out_path, _kept_schema(storage, shards, made), kept_tables())
     return counts
 
 
-def _kept_schema(storage: Storage, shards: Sequence[str]) -> pa.Schema:
+def kept_columns(made: list[pa.Field]) -> list[pa.Field]:
+    """What a kept row has after the shard's columns: `made` are those of `made_fields`."""
+    return [*KEPT_COLUMNS[:-1], *made, KEPT_COLUMNS[-1]]
+
+
+def _kept_schema(storage: Storage, shards: Sequence[str], made: list[pa.Field]) -> pa.Schema:
     if not shards:
-        return pa.schema([*SHARD, *KEPT_COLUMNS])
+        return pa.schema([*SHARD, *kept_columns(made)])
     with open_parquet(storage, shards[0]) as file:
-        return pa.schema([*file.schema_arrow.remove_metadata(), *KEPT_COLUMNS])
+        return pa.schema([*file.schema_arrow.remove_metadata(), *kept_columns(made)])
 
 
 class _CandidateReader:
     """Turns tables of whole prompts into Candidates, in the order of the rows that `scores` has."""
 
-    def __init__(self, select: SelectConfig, scores: ScoreTable | None, failures: KeyIndex | None):
+    def __init__(self, select: SelectConfig, scores: dict[str, ScoreTable] | None, failures: KeyIndex | None):
         self.select = select
+        self.method = select_method(select)
         self.scores = scores
-        self.finite = scores.finite() if scores is not None else None
+        self.finite = {name: table.finite() for name, table in (scores or {}).items()}
         self.failures = failures
         self.row = 0
         self.last_prompt: pa.Scalar = None
@@ -175,12 +184,28 @@ class _CandidateReader:
         offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
         loss_tokens = segment_sums(mask > 0, offsets)
         values, other, failed = None, None, np.zeros(table.num_rows, dtype=bool)
+        tokens = TokenStatistics({}, offsets_from_lengths(loss_tokens), ~failed)
+        counted = mask[mask > 0] == LOSS_TOKEN
+        if self.select.count_turn_end:
+            counted = np.ones(len(counted), dtype=bool)
         if self.scores is not None:
-            values, other, failed = self._scores(row_keys, mask, loss_tokens, counts)
+            rows = np.arange(self.row, self.row + table.num_rows)
+            tokens = token_statistics(self.scores, self.finite, rows, loss_tokens, row_keys)
+            values, other, failed = self._scores(tokens, rows, row_keys, mask, counted, counts)
+        chosen_by, others = None, {}
+        if self.method is not None and self.method.name != "grape":
+            chosen_by = method_scores(self.method, table, tokens, counted)
+            if self.scores is None:
+                counts.nothing_counted += int(np.isnan(chosen_by).sum())
         detail = None
         if self.with_detail:
-            counted = loss_tokens if self.select.count_turn_end else segment_sums(mask == LOSS_TOKEN, offsets)
-            detail = Detail(prompt_ids.dictionary, counted, other)
+            if self.scores is not None:
+                others = {
+                    name: method.oriented(method_scores(method, table, tokens, counted))
+                    for name, method in OURS.items()
+                    if name not in ("grape", self.select.method) and set(method.statistics) <= self.scores.keys()
+                }
+            detail = Detail(prompt_ids.dictionary, segment_sums(counted, tokens.offsets), other, others)
         random = None
         if self.select.method == "random" or self.select.max_source_share is not None:
             random = random_keys(self.select.seed, array_of(table, "prompt_id"), array_of(table, "candidate_id"))
@@ -199,43 +224,44 @@ class _CandidateReader:
             detail=detail,
             distinct=distinct,
             keep=keep,
+            method_scores=chosen_by,
+            smallest_wins=self.method is not None and self.method.better == "smallest",
         )
 
     def _scores(
-        self, row_keys: pa.Array, mask: npt.NDArray[np.uint8], loss_tokens: npt.NDArray[np.int64], counts: SelectCounts
+        self,
+        tokens: TokenStatistics,
+        rows: npt.NDArray[np.int64],
+        row_keys: pa.Array,
+        mask: npt.NDArray[np.uint8],
+        counted: npt.NDArray[np.bool_],
+        counts: SelectCounts,
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None, npt.NDArray[np.bool_]]:
+        """grape_score of each row, the same with the turn end the other way, and which rows have failed."""
         assert self.scores is not None
-        assert self.finite is not None
-        rows = np.arange(self.row, self.row + len(row_keys))
-        found, finite = self.scores.found[rows], self.finite[rows]
-        wrong = found & (self.scores.lengths[rows] != loss_tokens)
-        if wrong.any():
-            key = row_keys[int(np.flatnonzero(wrong)[0])].as_py().hex()
-            raise StageError(f"the stored score of row {key} does not have one value for each of its tokens with loss")
-        usable = np.repeat(finite, loss_tokens)
-        counted = usable if self.select.count_turn_end else usable & (mask[mask > 0] == LOSS_TOKEN)
-        logprobs = np.zeros(len(counted), dtype=np.float32)
-        logprobs[np.repeat(found, loss_tokens)] = self.scores.take(rows)
-        values = grape_scores(logprobs, counted, offsets_from_lengths(loss_tokens))
+        logprobs, finite = tokens.values[LOGPROB], tokens.usable
+        found = np.logical_and.reduce([table.found[rows] for table in self.scores.values()])
+        usable = np.repeat(finite, np.diff(tokens.offsets))
+        values = grape_scores(logprobs, usable & counted, tokens.offsets)
         other = None
         if self.with_detail:
-            counted = usable & (mask[mask > 0] == LOSS_TOKEN) if self.select.count_turn_end else usable
-            other = grape_scores(logprobs, counted, offsets_from_lengths(loss_tokens))
-        failed = ~finite
+            other_way = usable & (mask[mask > 0] == LOSS_TOKEN) if self.select.count_turn_end else usable
+            other = grape_scores(logprobs, other_way, tokens.offsets)
         reported = self.failures.places(row_keys) >= 0 if self.failures is not None else np.zeros(len(rows), dtype=bool)
-        counts.failed_candidates += int(failed.sum())
+        counts.failed_candidates += int((~finite).sum())
         counts.unexplained_failures += int((~found & ~reported).sum())
         counts.not_finite += int((found & ~finite).sum())
         counts.nothing_counted += int((finite & np.isnan(values)).sum())
-        return values, other, failed
+        return values, other, ~finite
 
 
 def _kept_table(
     table: pa.Table,
     rows: npt.NDArray[np.int64],
-    scores: npt.NDArray[np.float64] | None,
+    candidates: Candidates,
     choice: Choice,
-    score_table: ScoreTable | None,
+    tables: dict[str, ScoreTable] | None,
+    made: list[pa.Field],
     counts: SelectCounts,
 ) -> pa.Table:
     """The kept rows of a table with what was found out about them; counts their tokens."""
@@ -244,18 +270,33 @@ def _kept_table(
     offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
     counts.kept_tokens += int(offsets[-1])
     counts.kept_loss_tokens += int((mask > 0).sum())
-    columns = [pa.nulls(len(kept), item.type) for item in KEPT_COLUMNS]
-    if score_table is not None and scores is not None and choice.ranking is not None:
-        values = score_table.take(rows[kept])
-        columns[0] = list_array(offsets_from_lengths(score_table.lengths[rows[kept]]), values, pa.float32())
-        columns[1] = pa.array(scores[kept], from_pandas=True)
-        rank = choice.ranking.rank[kept]
-        columns[2] = pa.array(rank, mask=rank == 0)
-        columns[3] = pa.array(choice.ranking.margin[kept], from_pandas=True)
-    columns[4] = pa.array(choice.num_candidates[kept])
-    for item, column in zip(KEPT_COLUMNS, columns, strict=True):
-        table = table.append_column(item, column)
+    columns: dict[str, pa.Array] = {"num_candidates": pa.array(choice.num_candidates[kept])}
+    if tables is not None and candidates.scores is not None:
+        for name, scores in tables.items():
+            item = KEPT_COLUMNS[0] if name == LOGPROB else TARGET_FIELDS[name]
+            lengths = offsets_from_lengths(scores.lengths[rows[kept]])
+            values = scores.take(rows[kept]).astype(item.type.value_type.to_pandas_dtype(), copy=False)
+            columns[item.name] = list_array(lengths, values, item.type.value_type)
+        by_grape = choice.grape_ranking or choice.ranking
+        assert by_grape is not None
+        columns |= _ranked("grape", candidates.scores[kept], by_grape, kept)
+    if candidates.method_scores is not None:
+        assert choice.ranking is not None
+        columns |= _ranked("select", candidates.method_scores[kept], choice.ranking, kept)
+    for item in kept_columns(made):
+        table = table.append_column(item, columns.get(item.name, pa.nulls(len(kept), item.type)))
     return table
+
+
+def _ranked(
+    prefix: str, scores: npt.NDArray[np.float64], ranking: Ranking, kept: npt.NDArray[np.int64]
+) -> dict[str, pa.Array]:
+    rank = ranking.rank[kept]
+    return {
+        f"{prefix}_score": pa.array(scores, from_pandas=True),
+        f"{prefix}_rank": pa.array(rank, mask=rank == 0),
+        f"{prefix}_margin": pa.array(ranking.margin[kept], from_pandas=True),
+    }
 
 
 def _count(counts: SelectCounts, candidates: Candidates, choice: Choice) -> None:

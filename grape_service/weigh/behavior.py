@@ -21,6 +21,7 @@ from grape_service.storage.parquet import array_of, read_row_groups
 from grape_service.storage.storage import Storage
 
 RECORDED = -1
+NOT_ASKED = 1 << 40
 NO_POLICY, NOT_RECORDED, CUT_SUPPORT, GREEDY, NOT_FINITE, NOT_RENDERED = range(-2, -8, -1)
 MISSING_REASONS = {
     NO_POLICY: "source has no behavior",
@@ -44,9 +45,15 @@ BEHAVIOR_COLUMNS = ["row_key", "prompt_id", "source", "sampling", "recorded_logp
 class RowBehaviors:
     """Whose behavior each of N kept rows is."""
 
-    policy: Int64s  # [N]: the place in config.behavior.policies(), RECORDED, or one of MISSING_REASONS
+    policy: Int64s  # [N]: the place in config.behavior.policies(), RECORDED, NOT_ASKED, or one of MISSING_REASONS
     temperature: npt.NDArray[np.float64]  # [N], at which a recorded row was sampled; 1 for others
     sources: pa.Array  # [N]
+
+    @classmethod
+    def not_asked(cls, table: pa.Table) -> RowBehaviors:
+        """Of rows whose weights compare with no behavior: none of them misses one."""
+        num_rows = table.num_rows
+        return cls(np.full(num_rows, NOT_ASKED, dtype=np.int64), np.ones(num_rows), array_of(table, "source"))
 
     def missing(self) -> npt.NDArray[np.bool_]:
         """Rows [N] that are nobody's."""

@@ -80,8 +80,8 @@ class RowScores:
 class PartitionScores:
     """All scores that the weights of a partition's N kept rows need."""
 
-    target: RowScores | None
-    """At temperature 1; None where the kept rows bring them."""
+    target: dict[str, RowScores] | None
+    """The target's statistics at temperature 1, by name; None where the kept rows bring them."""
     tempered: RowScores
     """The target's of rows that were recorded at another temperature, at that one."""
     behavior: RowScores
@@ -122,16 +122,22 @@ def read_scores(
     keys: pa.Array,
     behaviors: RowBehaviors,
     target_store: ScoreStore | None,
+    statistics: Sequence[str],
     behavior_scores: list[BehaviorScores],
     behavior_rows: list[BehaviorRows],
     at_temperature: dict[float, ScoreStore],
 ) -> PartitionScores:
-    """Read the scores of the kept rows with these `keys` [N]; a score that does not exist is not usable."""
+    """Read the scores of the kept rows with these `keys` [N]; a score that does not exist is not usable.
+
+    `statistics` are what is read of the target beside log-probabilities.
+    """
     num_rows = len(keys)
     target = None
     if target_store is not None:
-        target = RowScores(num_rows)
-        target.add(np.arange(num_rows), target_store.read(partition, keys))
+        target = {}
+        for name, table in target_store.read_statistics(partition, keys, statistics).items():
+            target[name] = RowScores(num_rows)
+            target[name].add(np.arange(num_rows), table)
     tempered = RowScores(num_rows)
     for temperature, store in sorted(at_temperature.items()):
         rows = np.flatnonzero(behaviors.temperature == temperature)

@@ -1,4 +1,6 @@
-"""The weigh stage: from the kept rows of a partition and the scores of both policies to PEAR weights.
+"""The weigh stage: from the kept rows of a partition and the scores of their policies to weights.
+
+PEAR compares two policies; other methods take the target's statistics alone.
 
 The behavior policy renders the prompt in its own way, so its scores belong to other rows: a file says
 which. Both policies score the same response tokens, one value for each token with loss.
@@ -7,7 +9,7 @@ which. Both policies score the same response tokens, one value for each token wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from grape_service.config.methods import WeightsConfig
 from grape_service.config.schema import Config
 from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TURN_END, NO_SOURCE
 from grape_service.rows.counts import Counts
+from grape_service.rows.method_batch import MethodBatch
 from grape_service.rows.ragged import (
     Int64s,
     gather_rows,
@@ -27,11 +30,13 @@ from grape_service.rows.ragged import (
     offsets_from_lengths,
     segment_sums,
 )
+from grape_service.rows.statistics import LOGPROB, RANK, TARGET_FIELDS, ordered
 from grape_service.score.store import ScoreStore, ScoreTable
 from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import (
     BEHAVIOR_COLUMNS,
+    NOT_ASKED,
     RECORDED,
     RowBehaviors,
     refuse_missing,
@@ -45,10 +50,11 @@ from grape_service.weigh.lookup import (
     read_columns,
     read_scores,
 )
-from grape_service.weigh.pear import PearWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
+from grape_service.weigh.methods import token_weights
+from grape_service.weigh.pear import TokenWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
 
-PEAR, UNIFORM = "pear", "uniform"
-"""Values of weight_source."""
+UNIFORM = "uniform"
+"""weight_source of rows without weights of their own; of the others it is the method's name."""
 
 SAME_LOGPROB = 0.02
 """Log-probabilities that differ by less are one policy's, scored by two engines in half precision."""
@@ -61,8 +67,8 @@ WEIGHED_COLUMNS = [
     pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one per token with loss
     pa.field("weight_source", pa.string(), nullable=False),
 ]
-"""What a weighed row has after the kept row's columns; BEHAVIOR_KNOWN follows, one for each token with loss, where some
-behavior of the partition is not known."""
+"""What a weighed row has after the kept row's columns; the first only where its weights compare with a behavior.
+BEHAVIOR_KNOWN follows, one for each token with loss, where some behavior of the partition is not known."""
 
 
 @dataclass
@@ -73,7 +79,7 @@ class WeighCounts(Counts):
     prompts_in: int = 0
     rows: int = 0
     prompts: int = 0
-    pear_rows: int = 0
+    weighed_rows: int = 0
     uniform_rows: int = 0
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
     """Kept rows without a behavior policy, by source and reason, whether weighed 1 or left out."""
@@ -91,11 +97,13 @@ class WeighCounts(Counts):
     recorded_same: dict[str, int] = field(default_factory=dict)
     """Those of them for which it is the target's own at temperature 1: then the numbers are raw."""
     sources: dict[str, WeightTotals] = field(default_factory=dict)
-    """Sums over PEAR weights by source, before `normalize: dataset`."""
+    """Sums over weights by source, before `normalize: dataset`."""
     self_weights: WeightTotals = field(default_factory=WeightTotals)
-    """The same sums if both policies were the target and every score exact."""
+    """PEAR: the same sums if both policies were the target and every score exact. Other methods: over the kept rows
+    that the target scored again, the weights of the first scoring."""
     self_weights_repeat: WeightTotals = field(default_factory=WeightTotals)
-    """What the target against itself really gets, over the kept rows that it scored again."""
+    """PEAR: what the target against itself really gets, over the kept rows that it scored again. Other methods: the
+    weights of the second scoring."""
     noise_squares: float = 0.0
     """Sum over the tokens of `self_weights_repeat` of the squared difference between the two scorings."""
 
@@ -116,14 +124,14 @@ class WeighCounts(Counts):
 
 
 def dataset_factor(counts: WeighCounts, weights: WeightsConfig) -> float:
-    """What `normalize: dataset` multiplies PEAR weights by, from the counts of all partitions; else 1."""
+    """What `normalize: dataset` multiplies weights by, from the counts of all partitions; else 1."""
     totals = counts.totals
     return totals.tokens / totals.sum if weights.normalize == "dataset" and totals.sum else 1.0
 
 
 @dataclass(frozen=True)
 class WeightBatch:
-    """PEAR weights of some rows, for a report."""
+    """Weights of some rows, for a report."""
 
     sources: pa.Array  # [N]
     offsets: Int64s  # [N + 1]
@@ -159,45 +167,70 @@ def weigh_partition(
     StageError where scores do not fit their rows.
     """
     assert config.weights is not None, "weighing needs weights"
-    assert config.behavior is not None, "PEAR needs a behavior"
-    weights, missing = config.weights, config.behavior.missing
+    weights, behavior = config.weights, config.compared_behavior
+    assert behavior is not None or not weights.needs_behavior, "PEAR needs a behavior"
+    missing = behavior.missing if behavior is not None else None
     counts = WeighCounts()
-    light_columns = BEHAVIOR_COLUMNS if target_store is not None else [*BEHAVIOR_COLUMNS, "target_logprobs"]
     with open_parquet(storage, kept_path) as file:
         kept_schema = file.schema_arrow.remove_metadata()
+    target_columns = {LOGPROB: "target_logprobs"}
+    target_columns |= {name: item.name for name, item in TARGET_FIELDS.items() if item.name in kept_schema.names}
+    light_columns = BEHAVIOR_COLUMNS if target_store is not None else [*BEHAVIOR_COLUMNS, *target_columns.values()]
     light = read_columns(storage, [kept_path], pa.schema([kept_schema.field(name) for name in light_columns]))
     keys = array_of(light, "row_key")
-    behaviors = row_behaviors(light, config.behavior)
+    behaviors = row_behaviors(light, behavior) if behavior is not None else RowBehaviors.not_asked(light)
     behavior_rows, behaviors = find_behavior_rows(storage, keys, behaviors, behavior_scores)
     counts.missing = behaviors.census()
     if missing == "error":
         refuse_missing(counts.missing)
 
     scores = read_scores(
-        storage, partition, keys, behaviors, target_store, behavior_scores, behavior_rows, at_temperature or {}
+        storage,
+        partition,
+        keys,
+        behaviors,
+        target_store,
+        tuple(target_columns),
+        behavior_scores,
+        behavior_rows,
+        at_temperature or {},
     )
-    says_known = _has_unknown(light, behaviors, scores)
-    kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts)
+    says_known = behavior is not None and _has_unknown(light, behaviors, scores)
+    kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts, list(target_columns.values()))
     del light
-    repeat = repeat_store.read(REPEAT_PARTITION, keys) if repeat_store is not None else None
+    repeat = None
+    if repeat_store is not None:
+        repeat = repeat_store.read_statistics(REPEAT_PARTITION, keys, weights.statistics)
+    own = weights.own
+    columns = own.columns if own is not None else ()
+    made = WEIGHED_COLUMNS if behavior is not None else WEIGHED_COLUMNS[1:]
+    made = [*made, BEHAVIOR_KNOWN] if says_known else made
 
     def weighed_tables() -> Iterator[pa.Table]:
         row = 0
         for table in read_row_groups(storage, kept_path):
             rows = np.flatnonzero(kept[row : row + table.num_rows])
-            batch = _Batch(table.take(rows), rows + row, behaviors, scores)
-            pear = pear_weights(batch.ratios, batch.pear_offsets, weights)
-            if len(batch.pear_rows):
-                _count_weights(counts, batch, pear, weights)
+            batch = _Batch(table.take(rows), rows + row, behaviors, scores, target_columns)
+            if behavior is not None:
+                made_weights = pear_weights(batch.ratios, batch.weighed_offsets, weights)
+            else:
+                made_weights = token_weights(
+                    _method_batch(batch.table, batch.offsets, batch.target, weights.statistics, columns), weights
+                )
+            if len(batch.weighed_rows):
+                _count_weights(counts, batch, made_weights, weights)
                 if observer is not None:
-                    observer.add_weights(WeightBatch(batch.sources, batch.pear_offsets, pear.weights, batch.ratios))
-            if repeat is not None:
-                _count_repeat(counts, batch, repeat, rows + row, weights)
-            yield batch.output(pear, says_known)
+                    observer.add_weights(
+                        WeightBatch(batch.sources, batch.weighed_offsets, made_weights.weights, batch.ratios)
+                    )
+            if repeat is not None and behavior is not None:
+                _count_repeat(counts, batch, repeat[LOGPROB], rows + row, weights)
+            elif repeat is not None:
+                _count_both_scorings(counts, batch, made_weights, repeat, rows + row, weights, columns)
+            yield batch.output(made_weights, made, weights.method)
             row += table.num_rows
 
-    columns = [*WEIGHED_COLUMNS, BEHAVIOR_KNOWN] if says_known else WEIGHED_COLUMNS
-    write_parquet(storage, out_path, pa.schema([*kept_schema, *columns]), weighed_tables())
+    write_parquet(storage, out_path, pa.schema([*kept_schema, *made]), weighed_tables())
     return counts
 
 
@@ -210,16 +243,22 @@ def _has_unknown(light: pa.Table, behaviors: RowBehaviors, scores: PartitionScor
 
 
 def _rows_to_keep(
-    light: pa.Table, behaviors: RowBehaviors, scores: PartitionScores, drop_missing: bool, counts: WeighCounts
+    light: pa.Table,
+    behaviors: RowBehaviors,
+    scores: PartitionScores,
+    drop_missing: bool,
+    counts: WeighCounts,
+    target_columns: list[str],
 ) -> npt.NDArray[np.bool_]:
     """Rows [N] that are in the output; counts the others."""
     missing = behaviors.missing()
     if scores.target is not None:
-        target_usable = scores.target.usable
+        target_usable = np.logical_and.reduce([values.usable for values in scores.target.values()])
     else:
-        target_usable = array_of(light, "target_logprobs").is_valid().to_numpy(zero_copy_only=False)
+        valid = [array_of(light, name).is_valid().to_numpy(zero_copy_only=False) for name in target_columns]
+        target_usable = np.logical_and.reduce(valid)
     no_target = ~missing & ~np.where(behaviors.temperature == 1, target_usable, scores.tempered.usable)
-    no_behavior = (behaviors.policy >= 0) & ~scores.behavior.usable & ~no_target
+    no_behavior = (behaviors.policy >= 0) & (behaviors.policy != NOT_ASKED) & ~scores.behavior.usable & ~no_target
     for reason, rows in (("not scored by the target", no_target), ("not scored by its behavior policy", no_behavior)):
         if rows.any():
             counts.failed_rows[reason] = int(rows.sum())
@@ -237,27 +276,37 @@ def _rows_to_keep(
     counts.failed_prompts, counts.rows_of_failed_prompts = int(failed_prompts.sum()), int(failed.sum())
     counts.dropped_rows = int(dropped.sum())
     counts.uniform_rows = int((kept & missing).sum())
-    counts.pear_rows = int((kept & ~missing).sum())
+    counts.weighed_rows = int((kept & ~missing).sum())
     return kept
 
 
 class _Batch:
-    """Rows on their way through: N rows, L tokens with loss; those with a behavior are the PEAR rows."""
+    """Rows on their way through: N rows, L tokens with loss; those that no behavior is missing of are weighed."""
 
-    def __init__(self, table: pa.Table, rows: Int64s, behaviors: RowBehaviors, scores: PartitionScores):
-        """`rows` [N] are the places of the table's rows in the partition."""
+    def __init__(
+        self,
+        table: pa.Table,
+        rows: Int64s,
+        behaviors: RowBehaviors,
+        scores: PartitionScores,
+        target_columns: dict[str, str],
+    ):
+        """`rows` [N] are the places of the table's rows in the partition, `target_columns` those of the target's
+        statistics by name."""
         self.table = table
         token_offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
         self.lengths = segment_sums(mask > 0, token_offsets)
         self.offsets = offsets_from_lengths(self.lengths)
         self.keys = array_of(table, "row_key")
-        self.target = self._unknown()
-        self.target_usable: npt.NDArray[np.bool_] | None = None
-        if scores.target is not None:
-            scores.target.fill(self.target, self.offsets, rows, self.keys)
-            self.target_usable = scores.target.usable[rows]
-        else:
-            self._put(self.target, array_of(table, "target_logprobs"), np.arange(len(rows)))
+        self.target_columns = target_columns
+        self.target = {name: self._unknown() for name in target_columns}
+        self.target_usable: dict[str, npt.NDArray[np.bool_]] = {}
+        for name, column in target_columns.items():
+            if scores.target is not None:
+                scores.target[name].fill(self.target[name], self.offsets, rows, self.keys)
+                self.target_usable[name] = scores.target[name].usable[rows]
+            else:
+                self._put(self.target[name], array_of(table, column), np.arange(len(rows)))
 
         self.behavior = self._unknown()
         scores.behavior.fill(self.behavior, self.offsets, rows, self.keys)
@@ -267,14 +316,14 @@ class _Batch:
         self._put(self.behavior, array_of(table, "recorded_logprobs"), recorded)
 
         self.tempered = behaviors.temperature[rows] != 1
-        self.pear_rows = np.flatnonzero(~behaviors.missing()[rows])
-        self.pear_tokens = gather_rows(self.offsets[self.pear_rows], self.lengths[self.pear_rows])
-        self.pear_offsets = offsets_from_lengths(self.lengths[self.pear_rows])
-        self.sources = array_of(table, "source").take(pa.array(self.pear_rows))
-        compared = self.target.copy()  # at the temperature at which the response was sampled
+        self.weighed_rows = np.flatnonzero(~behaviors.missing()[rows])
+        self.weighed_tokens = gather_rows(self.offsets[self.weighed_rows], self.lengths[self.weighed_rows])
+        self.weighed_offsets = offsets_from_lengths(self.lengths[self.weighed_rows])
+        self.sources = array_of(table, "source").take(pa.array(self.weighed_rows))
+        compared = self.target[LOGPROB].copy()  # at the temperature at which the response was sampled
         scores.tempered.fill(compared, self.offsets, rows, self.keys)
-        self.compared = compared[self.pear_tokens]
-        self.ratios = log_ratios(self.compared, self.behavior[self.pear_tokens])
+        self.compared = compared[self.weighed_tokens]
+        self.ratios = log_ratios(self.compared, self.behavior[self.weighed_tokens])
 
     def _unknown(self) -> npt.NDArray[np.float32]:
         return np.full(int(self.offsets[-1]), np.nan, dtype=np.float32)
@@ -287,33 +336,52 @@ class _Batch:
         check_lengths(lengths, self.lengths[rows], self.keys, rows)
         flat[gather_rows(self.offsets[rows], lengths)] = values[gather_rows(offsets[rows], lengths)]
 
-    def output(self, pear: PearWeights, says_known: bool) -> pa.Table:
-        """The table with target_logprobs, behavior_logprobs, weights and weight_source.
+    def output(self, weighed: TokenWeights, made: list[pa.Field], method: str) -> pa.Table:
+        """The table with the target's statistics, and of the columns `made` behavior_logprobs, weights, weight_source.
 
         Where the behavior's log-probability is not known, the target's stands in its place: a delta of 0.
         """
         table = self.table
-        if self.target_usable is not None:
-            column = _lists(self.offsets, self.target, self.target_usable)
-            place = table.column_names.index("target_logprobs")
-            table = table.set_column(place, table.schema.field(place), column)
+        for name, usable in self.target_usable.items():
+            column = _lists(self.offsets, self.target[name], usable)
+            place = table.column_names.index(self.target_columns[name])
+            item = table.schema.field(place)
+            table = table.set_column(place, item, column.cast(item.type))
         is_known = ~np.isnan(self.behavior)
-        known = self.behavior[self.pear_tokens]
-        self.behavior[self.pear_tokens] = np.where(np.isnan(known), self.compared, known)
-        is_pear = np.zeros(len(self.lengths), dtype=bool)
-        is_pear[self.pear_rows] = True
+        known = self.behavior[self.weighed_tokens]
+        self.behavior[self.weighed_tokens] = np.where(np.isnan(known), self.compared, known)
+        is_weighed = np.zeros(len(self.lengths), dtype=bool)
+        is_weighed[self.weighed_rows] = True
         weights = np.ones(int(self.offsets[-1]), dtype=np.float32)
-        weights[self.pear_tokens] = pear.weights
-        columns = [
-            _lists(self.offsets, self.behavior, is_pear),
-            list_array(self.offsets, weights, pa.float32()),
-            pa.array([UNIFORM, PEAR]).take(pa.array(is_pear.astype(np.int8))),
-        ]
-        for item, column in zip(WEIGHED_COLUMNS, columns, strict=True):
-            table = table.append_column(item, column)
-        if says_known:
-            table = table.append_column(BEHAVIOR_KNOWN, _lists(self.offsets, is_known, is_pear))
+        weights[self.weighed_tokens] = weighed.weights
+        columns = {
+            "behavior_logprobs": _lists(self.offsets, self.behavior, is_weighed),
+            "weights": list_array(self.offsets, weights, pa.float32()),
+            "weight_source": pa.array([UNIFORM, method]).take(pa.array(is_weighed.astype(np.int8))),
+            BEHAVIOR_KNOWN.name: _lists(self.offsets, is_known, is_weighed),
+        }
+        for item in made:
+            table = table.append_column(item, columns[item.name])
         return table
+
+
+def _method_batch(
+    table: pa.Table,
+    offsets: Int64s,
+    values: dict[str, npt.NDArray[np.float32]],
+    names: Sequence[str],
+    columns: Sequence[str],
+) -> MethodBatch:
+    """Rows as a method takes them, with log-probabilities and the statistics `names` of `values` [L]."""
+    prompt_ids = array_of(table, "prompt_id")
+    return MethodBatch(
+        prompt_ids.dictionary_encode().indices.to_numpy().astype(np.int64),
+        prompt_ids,
+        array_of(table, "candidate_id"),
+        offsets,
+        {name: values[name].astype(np.int64) if name == RANK else values[name] for name in ordered(names)},
+        {name: array_of(table, name) for name in columns},
+    )
 
 
 def _lists(offsets: Int64s, values: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> pa.ListArray:
@@ -325,25 +393,28 @@ def _lists(offsets: Int64s, values: npt.NDArray[Any], valid: npt.NDArray[np.bool
     )
 
 
-def _count_weights(counts: WeighCounts, batch: _Batch, pear: PearWeights, weights: WeightsConfig) -> None:
+def _count_weights(counts: WeighCounts, batch: _Batch, pear: TokenWeights, weights: WeightsConfig) -> None:
     encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
-    for name, totals in zip(names, totals_by_group(pear, batch.pear_offsets, codes, len(names)), strict=True):
+    for name, totals in zip(names, totals_by_group(pear, batch.weighed_offsets, codes, len(names)), strict=True):
         counts.sources[name] = counts.sources.get(name, WeightTotals()) + totals
+    if not weights.needs_behavior:
+        return
     counts.unknown_tokens += int(np.isnan(batch.ratios).sum())
     _count_recorded(counts, batch, names, codes)
-    exact = pear_weights(np.zeros(len(batch.ratios)), batch.pear_offsets, weights)
-    counts.self_weights += _totals(exact, batch.pear_offsets)
+    exact = pear_weights(np.zeros(len(batch.ratios)), batch.weighed_offsets, weights)
+    counts.self_weights += _totals(exact, batch.weighed_offsets)
 
 
 def _count_recorded(counts: WeighCounts, batch: _Batch, names: list[str], codes: Int64s) -> None:
     """How many numbers that are said to be processed are the target's own before the temperature."""
-    target = batch.target[batch.pear_tokens]
-    behavior = batch.behavior[batch.pear_tokens]
-    tempered = np.repeat(batch.tempered[batch.pear_rows], batch.lengths[batch.pear_rows]) & ~np.isnan(behavior)
+    target = batch.target[LOGPROB][batch.weighed_tokens]
+    behavior = batch.behavior[batch.weighed_tokens]
+    lengths = batch.lengths[batch.weighed_rows]
+    tempered = np.repeat(batch.tempered[batch.weighed_rows], lengths) & ~np.isnan(behavior)
     if not tempered.any():
         return
-    sources = np.repeat(codes, batch.lengths[batch.pear_rows])
+    sources = np.repeat(codes, lengths)
     same = tempered & (np.abs(target - behavior) <= SAME_LOGPROB) & (np.abs(target - batch.compared) > SAME_LOGPROB)
     for place, name in enumerate(names):
         of_source = sources == place
@@ -354,17 +425,50 @@ def _count_recorded(counts: WeighCounts, batch: _Batch, names: list[str], codes:
 
 def _count_repeat(counts: WeighCounts, batch: _Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
     """The weights of the target against its second scoring; `rows` [N] are the batch's places in `repeat`."""
-    usable = segment_sums(~np.isfinite(batch.target), batch.offsets) == 0
-    usable &= repeat.finite()[rows] & (repeat.lengths[rows] == batch.lengths)
-    there = np.flatnonzero(usable)
+    there = np.flatnonzero(_scored_twice(batch, {LOGPROB: repeat}, rows))
     if not len(there):
         return
-    first = batch.target[gather_rows(batch.offsets[there], batch.lengths[there])]
+    first = batch.target[LOGPROB][gather_rows(batch.offsets[there], batch.lengths[there])]
     ratios = log_ratios(first, repeat.take(rows[there]))
     counts.noise_squares += float(np.square(ratios).sum())
     offsets = offsets_from_lengths(batch.lengths[there])
     counts.self_weights_repeat += _totals(pear_weights(ratios, offsets, weights), offsets)
 
 
-def _totals(pear: PearWeights, offsets: Int64s) -> WeightTotals:
+def _count_both_scorings(
+    counts: WeighCounts,
+    batch: _Batch,
+    first: TokenWeights,
+    repeat: dict[str, ScoreTable],
+    rows: Int64s,
+    weights: WeightsConfig,
+    columns: Sequence[str],
+) -> None:
+    """The weights `first` of the rows that were scored again, and those of the second scoring; `rows` [N] are the
+    batch's places in `repeat`."""
+    there = np.flatnonzero(_scored_twice(batch, repeat, rows))
+    if not len(there):
+        return
+    offsets = offsets_from_lengths(batch.lengths[there])
+    tokens = gather_rows(batch.offsets[there], batch.lengths[there])
+    second = {name: table.take(rows[there]) for name, table in repeat.items()}
+    difference = batch.target[LOGPROB][tokens].astype(np.float64) - second[LOGPROB]
+    counts.noise_squares += float(np.square(difference).sum())
+    held = TokenWeights(first.weights[tokens], *(of[there] for of in first.held()))
+    counts.self_weights += _totals(held, offsets)
+    table = batch.table.take(pa.array(there))
+    made = token_weights(_method_batch(table, offsets, second, weights.statistics, columns), weights)
+    counts.self_weights_repeat += _totals(made, offsets)
+
+
+def _scored_twice(batch: _Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
+    """Rows [N] with usable values of both scorings."""
+    usable = np.ones(len(rows), dtype=bool)
+    for name, table in repeat.items():
+        usable &= segment_sums(~np.isfinite(batch.target[name]), batch.offsets) == 0
+        usable &= table.finite()[rows] & (table.lengths[rows] == batch.lengths)
+    return usable
+
+
+def _totals(pear: TokenWeights, offsets: Int64s) -> WeightTotals:
     return totals_by_group(pear, offsets, np.zeros(len(offsets) - 1, dtype=np.int64), 1)[0]

@@ -42,7 +42,7 @@ CHUNK_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
-class PearWeights:
+class TokenWeights:
     """Weights [L] in float64, and for each response [N] how many of its tokens each clip held."""
 
     weights: npt.NDArray[np.float64]
@@ -50,6 +50,10 @@ class PearWeights:
     ratio_high: Int64s
     weight_low: Int64s
     weight_high: Int64s
+
+    def held(self) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+        """How many tokens each clip held, in the order of the fields."""
+        return self.ratio_low, self.ratio_high, self.weight_low, self.weight_high
 
 
 def log_ratios(target: npt.NDArray, behavior: npt.NDArray) -> npt.NDArray[np.float64]:
@@ -62,7 +66,7 @@ def log_ratios(target: npt.NDArray, behavior: npt.NDArray) -> npt.NDArray[np.flo
     return target.astype(np.float64) - behavior
 
 
-def pear_weights(ratios: npt.NDArray[np.float64], offsets: Int64s, config: WeightsConfig) -> PearWeights:
+def pear_weights(ratios: npt.NDArray[np.float64], offsets: Int64s, config: WeightsConfig) -> TokenWeights:
     """Weights of responses from their log ratios: [L], [N + 1] -> [L].
 
     `normalize: dataset` is left to the caller, who knows the dataset's mean. Raises UserError where the
@@ -77,7 +81,7 @@ def pear_weights(ratios: npt.NDArray[np.float64], offsets: Int64s, config: Weigh
         tokens = slice(offsets[row], offsets[end])
         held[:, row:end] = _weigh_chunk(ratios[tokens], offsets[row : end + 1] - offsets[row], config, weights[tokens])
         row = end
-    return PearWeights(weights, *held)
+    return TokenWeights(weights, *held)
 
 
 def _weigh_chunk(
@@ -174,7 +178,7 @@ class WeightTotals(Counts):
         return {"mean": self.mean, "effective_share": self.effective_share, **self.clip_shares()}
 
 
-def totals_by_group(pear: PearWeights, offsets: Int64s, groups: Int64s, num_groups: int) -> list[WeightTotals]:
+def totals_by_group(pear: TokenWeights, offsets: Int64s, groups: Int64s, num_groups: int) -> list[WeightTotals]:
     """WeightTotals of each group of responses; `groups` [N] holds a number from 0 for each."""
     lengths = np.diff(offsets)
     row_sums = segment_sums(pear.weights, offsets)

@@ -79,7 +79,7 @@ def write_group_shards(
     kept_path: str,
     out_folder: str,
     groups: list[Group],
-    behavior: BehaviorConfig,
+    behavior: BehaviorConfig | None,
     render: RenderConfig,
     target_turn_end_id: int | None,
     shard_tokens: int,
@@ -97,7 +97,7 @@ def write_group_shards(
     }
     unrenderable = dict.fromkeys(writers, 0)
     for batch in kept_batches(storage, kept_path):
-        behaviors = row_behaviors(batch, behavior)
+        behaviors = row_behaviors(batch, behavior) if behavior is not None else RowBehaviors.not_asked(batch)
         for group in groups:
             chosen = batch.take(pa.array(rows_of_group(group, behaviors)))
             if chosen.num_rows == 0:

@@ -1,7 +1,9 @@
-"""What an engine is: token id sequences with loss masks in, one log-probability per token with loss out."""
+"""What an engine is: token id sequences with loss masks in, log-probabilities and other statistics of each token with
+loss out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grape_service.rows.ragged import TokenBatch
+from grape_service.rows.statistics import LOGPROB, RANGES
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class Engine(Protocol):
         """
         ...
 
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Statistics `names` (rows/statistics.py) of each token with loss, log-probabilities always with them: flat [L]
+        each, in the batch's order, of the distribution at `temperature`.
+
+        A row with a value that could not be made has NaN in all its places of all of them. Raises OutOfMemory.
+        """
+        ...
+
     def stats(self) -> dict[str, float]:
         """Running counts since the start: tokens, cached_tokens, seconds."""
         ...
@@ -57,19 +70,21 @@ class Engine(Protocol):
         ...
 
 
-def first_invalid_score(scores: npt.NDArray[np.float32], batch: TokenBatch) -> dict[int, str]:
-    """Rows whose scores may not be stored, with the reason: not finite, or above 0.
+def invalid_rows(statistics: Mapping[str, npt.NDArray[np.float32]], batch: TokenBatch) -> dict[int, str]:
+    """Rows whose values may not be stored, with the reason: not finite, or out of the statistic's range.
 
-    Raises AssertionError when `scores` is not as long as the batch's masks say.
+    `statistics` by name hold log-probabilities at least. Raises AssertionError when one is not as long as the batch's
+    masks say.
     """
-    assert scores.shape == (int(batch.mask.sum()),), "an engine must give one value per token with loss"
-    bad = ~np.isfinite(scores) | (scores > 0)
-    if not bad.any():
-        return {}
     starts = batch.loss_offsets
-    rows = np.searchsorted(starts, np.flatnonzero(bad), side="right") - 1
     reasons: dict[int, str] = {}
-    for row in np.unique(rows):
-        values = scores[starts[row] : starts[row + 1]]
-        reasons[int(row)] = "log-probability above 0" if (values > 0).any() else "log-probability missing"
+    for name, values in statistics.items():
+        assert values.shape == (int(starts[-1]),), "an engine must give one value per token with loss"
+        low, high = RANGES[name]
+        outside = (values < low) | (values > high)
+        bad = outside | ~np.isfinite(values)
+        for row in np.unique(np.searchsorted(starts, np.flatnonzero(bad), side="right") - 1).tolist():
+            word, limit = ("log-probability", "above 0") if name == LOGPROB else (name, "out of its range")
+            is_outside = outside[starts[row] : starts[row + 1]].any()
+            reasons.setdefault(row, f"{word} {limit if is_outside else 'missing'}")
     return reasons

@@ -20,12 +20,16 @@ from grape_service.errors import StageError
 from grape_service.models.files import policy_id, resolve_model, text_digests
 from grape_service.rows.columns import FAILURE
 from grape_service.rows.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
+from grape_service.rows.statistics import LOGPROB, ordered
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import open_parquet, write_parquet
 from grape_service.storage.storage import Storage
-from workers.engines.base import Engine, OutOfMemory, first_invalid_score
+from workers.engines.base import Engine, OutOfMemory, invalid_rows
 from workers.engines.canary import check_canary
 from workers.engines.choose import load_engine
+
+Scores = dict[str, npt.NDArray[np.float32]]
+"""Statistics by name, one value per token with loss."""
 
 COLUMNS = ["row_key", "prompt_id", "candidate_id", "input_ids", "loss_mask", "prompt_len"]
 SLICE_BATCHES = 4
@@ -43,6 +47,7 @@ class Unit:
     rows: int
     tokens: int
     check: bool  # some of its rows may have scores already: look before scoring
+    statistics: tuple[str, ...] = ()  # that are made beside log-probabilities
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class ScoringActor:
         table = read_rows(self.spec.workspace, unit.path)
         total = table.num_rows
         if unit.check:
-            table = table.filter(pa.array(store.missing(unit.partition, table["row_key"])))
+            table = table.filter(pa.array(store.missing(unit.partition, table["row_key"], unit.statistics)))
         table = distinct_rows(table)
         batch = token_batch(table)
         with self.callers:
@@ -165,9 +170,9 @@ class ScoringActor:
                     return None
                 self.waiting.discard(call)
             started = time.monotonic()
-            scores = self._score_batch(batch, temperature)
+            scores = self._score_batch(batch, unit.statistics, temperature)
             seconds = time.monotonic() - started
-        bad = first_invalid_score(scores, batch)
+        bad = invalid_rows(scores, batch)
         good = np.ones(len(batch), dtype=bool)
         good[list(bad)] = False
         if good.any():
@@ -177,19 +182,22 @@ class ScoringActor:
             write_failures(self.spec.workspace, self.spec.run_id, store_id, unit, failed, list(bad.values()))
         return UnitResult(int(good.sum()), len(bad), total - len(batch), batch.num_tokens, seconds)
 
-    def _score_batch(self, batch: TokenBatch, temperature: float) -> npt.NDArray[np.float32]:
-        scores = np.full(int(batch.mask.sum()), np.nan, dtype=np.float32)
+    def _score_batch(self, batch: TokenBatch, names: tuple[str, ...], temperature: float) -> Scores:
         loss_offsets = batch.loss_offsets
+        scores = {name: np.full(int(loss_offsets[-1]), np.nan, dtype=np.float32) for name in ordered(names)}
         for start, stop in prompt_slices(batch, SLICE_BATCHES * self.engine.max_batch_tokens):
             rows = batch.take(np.arange(start, stop))
-            scores[loss_offsets[start] : loss_offsets[stop]] = self._score_slice(rows, temperature)
+            for name, values in self._score_slice(rows, names, temperature).items():
+                scores[name][loss_offsets[start] : loss_offsets[stop]] = values
             self.tokens_done += rows.num_tokens
         return scores
 
-    def _score_slice(self, batch: TokenBatch, temperature: float) -> npt.NDArray[np.float32]:
+    def _score_slice(self, batch: TokenBatch, names: tuple[str, ...], temperature: float) -> Scores:
         while True:
             try:
-                return self.engine.score(batch, temperature)
+                if names:
+                    return self.engine.score_statistics(batch, names, temperature)
+                return {LOGPROB: self.engine.score(batch, temperature)}
             except OutOfMemory as error:
                 budget = self.engine.max_batch_tokens
                 if budget < SMALLEST_BUDGET:
@@ -202,15 +210,16 @@ class ScoringActor:
         unit: Unit,
         table: pa.Table,
         batch: TokenBatch,
-        scores: npt.NDArray[np.float32],
+        scores: Scores,
         good: npt.NDArray[np.bool_],
     ) -> None:
         lengths = batch.loss_lengths
-        kept = scores[np.repeat(good, lengths)]
+        kept = {name: values[np.repeat(good, lengths)] for name, values in scores.items()}
         keys = table["row_key"].combine_chunks().filter(pa.array(good))
         description = replace(self.engine.description, extra={})
         metadata = {key: str(value) for key, value in asdict(description).items() if key != "extra"}
-        store.write(unit.partition, keys, offsets_from_lengths(lengths[good]), kept, metadata, shard=unit.path)
+        offsets, logprobs = offsets_from_lengths(lengths[good]), kept.pop(LOGPROB)
+        store.write(unit.partition, keys, offsets, logprobs, metadata, shard=unit.path, statistics=kept)
 
     def close(self) -> None:
         """Free the device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -23,7 +23,7 @@ from grape_service.release.tags import move_tag, read_tag
 from grape_service.release.writer import find_identical, publish, write_part
 from grape_service.report.examples import chosen_by_partition, examples_of_kinds, read_examples
 from grape_service.report.page import facts_of_fields, render_page
-from grape_service.rows.columns import BEHAVIOR_KNOWN, RELEASE_FORMAT, release_schema
+from grape_service.rows.columns import BEHAVIOR_KNOWN, RELEASE_FORMAT, made_fields, release_schema
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
@@ -75,7 +75,8 @@ def release(
     other_fields += [pa.field("tools", pa.string())] if "tool_calls" in message_fields else []
     other_fields += [BEHAVIOR_KNOWN] if says_known(run.config, weighed, bool(prepared.recorded)) else []
     with run.stage("release"):
-        columns = Columns(message_fields, other_fields)
+        made = made_fields(kept.target_statistics, run.config.select.makes_select_score)
+        columns = Columns(message_fields, other_fields, made)
         version, is_new = publish_rows(
             run,
             columns,
@@ -102,7 +103,7 @@ def release(
 
 def says_known(config: Config, weighed: Weighed, has_recorded: bool) -> bool:
     """Whether a release has to say which of the behavior's log-probabilities are known."""
-    return bool(weighed.counts.unknown_tokens) if config.weights is not None else has_recorded
+    return bool(weighed.counts.unknown_tokens) if config.compared_behavior is not None else has_recorded
 
 
 def report_statistics(kept: Kept, weighed: Weighed) -> dict[str, Any]:
@@ -138,11 +139,12 @@ class Columns:
 
     message_fields: list[str]
     other_fields: list[pa.Field]
+    made: list[pa.Field] = field(default_factory=list)
 
     @property
     def schema(self) -> pa.Schema:
         """The schema."""
-        return release_schema(self.message_fields, self.other_fields)
+        return release_schema(self.message_fields, self.other_fields, self.made)
 
 
 def write_part_task(
@@ -155,7 +157,7 @@ def write_part_task(
     factor: float,
 ) -> FileEntry:
     """One data file of a version from one partition's weighed rows (a Ray task)."""
-    batches = final_batches(workspace, weighed.path, columns.message_fields, columns.other_fields, factor)
+    batches = final_batches(workspace, weighed.path, columns.message_fields, columns.other_fields, factor, columns.made)
     entry = write_part(output, version_folder, index, columns.schema, batches)
     return entry.model_copy(update={"partition": weighed.partition})
 

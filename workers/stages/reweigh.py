@@ -13,7 +13,8 @@ from grape_service.release.rows import other_fields_of, write_kept_rows
 from grape_service.report.examples import chosen_by_partition
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
-from grape_service.rows.columns import BEHAVIOR_KNOWN
+from grape_service.rows.columns import BEHAVIOR_KNOWN, made_fields
+from grape_service.rows.statistics import TARGET_FIELDS, beside_logprob
 from grape_service.select.partition import SelectCounts
 from workers.cluster.tasks import run_tasks, together
 from workers.outcome import Outcome, release_outcome
@@ -43,6 +44,10 @@ def load_kept(run: Run, release: Release) -> Kept:
     target_id = run.policy_id(run.config.target)
     same_target = any(p.role == "target" and p.policy_id == target_id for p in release.manifest.parents.policies)
     other = other_fields_of(release.schema)
+    explicit = run.config.score.statistics
+    had = [name for name, item in TARGET_FIELDS.items() if same_target and item.name in release.schema.names]
+    wanted = [*run.config.weights.statistics, *had, *(explicit if explicit != "auto" else ())]
+    statistics = beside_logprob(wanted)
     paths = {_partition(entry): f"{run.folder}/kept/{_partition(entry)}.parquet" for entry in release.manifest.files}
     with run.stage("load kept rows"):
         done = run_tasks(
@@ -62,19 +67,22 @@ def load_kept(run: Run, release: Release) -> Kept:
                 "other_fields": other,
                 "stop_ids": sorted(run.target_renderer.stop_ids),
                 "keep_scores": same_target,
+                "made": made_fields(statistics, "select_score" in release.schema.names),
             },
             together=together(run.config.workers, len(paths)),
         )
-        rows, packed = 0, ""
-        for count, ids in done:
+        rows, packed, has_scores = 0, "", same_target
+        for count, ids, unscored in done:
             rows, packed = rows + count, union_of_ids([packed, ids])
+            has_scores = has_scores and not unscored
     used = unpack_ids(packed)
     if len(used) and used[-1] >= run.target_renderer.vocab_size:
         raise UserError(f"{run.config.target.model} does not have the tokens of {release.reference}: token {used[-1]}")
     check_compatibility(run, used)
     prompts = release.manifest.counts.get("select", {}).get("kept_prompts", rows)
     names = (_old_report(release).get("select") or {}).get("names") or source_names({})
-    return Kept(paths, SelectCounts(kept_rows=rows, kept_prompts=prompts), same_target, SelectStatistics.empty(names))
+    counts = SelectCounts(kept_rows=rows, kept_prompts=prompts)
+    return Kept(paths, counts, has_scores, SelectStatistics.empty(names), statistics)
 
 
 def _partition(entry: FileEntry) -> str:
@@ -95,13 +103,17 @@ def release_reweighed(
         [field.name for field in release.schema.field("messages").type.value_type],
         [
             *(field for field in release.schema if field.name in _extra_names(release)),
-            *([BEHAVIOR_KNOWN] if says_known(run.config, weighed, False) else []),
+            *([BEHAVIOR_KNOWN] if says_known(run.config, weighed, BEHAVIOR_KNOWN.name in release.schema.names) else []),
         ],
+        made_fields(kept.target_statistics, "select_score" in release.schema.names),
     )
     old = release.manifest
     parents = common_parents(run, policies_used(run, policy_scores)).model_copy(
         update={"pool": old.parents.pool, "prepare_id": old.parents.prepare_id, "release": release.reference}
     )
+    own = run.config.weights.own if run.config.weights is not None else None
+    chose = [method for method in old.parents.methods if method["kind"] == "select"]
+    parents = parents.model_copy(update={"methods": [*chose, *([own.record()] if own is not None else [])]})
     config = {**resolved_config(run.config), "select": old.config.get("select"), "pool": old.config.get("pool")}
     fields = {
         "counts": {**old.counts, "weigh": weighed.counts.to_json()},

@@ -13,11 +13,13 @@ import orjson
 import pyarrow as pa
 
 from grape_service.config.policy import PolicyConfig
-from grape_service.errors import StageError
+from grape_service.config.schema import Config
+from grape_service.errors import StageError, UserError
 from grape_service.estimate.eta import record_rate
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
+from grape_service.rows.columns import SHARD
 from grape_service.score.shards import Shards, ShardWriter
 from grape_service.score.store import ScoreStore
 from grape_service.storage.storage import Storage
@@ -39,13 +41,15 @@ def score_shards(
     stage: str,
     temperature: float = 1.0,
     store_id: str | None = None,
+    statistics: tuple[str, ...] = (),
 ) -> ScoreTotals:
     """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing.
 
-    Scores are kept under the policy's id at this temperature, unless a `store_id` is given.
+    Scores are kept under the policy's id at this temperature, unless a `store_id` is given. `statistics` are made
+    beside log-probabilities; a row that lacks one has no score yet.
     """
     store_id = store_id or run.policy_id(policy, temperature)
-    left = plan_units(run, store_id, shards)
+    left = plan_units(run, store_id, shards, statistics)
     reused = sum(one.stored for one in left)
     if reused and run.config.workers.reuse == "exact":
         refuse_other_versions(run, policy, store_id, shards)
@@ -76,6 +80,8 @@ class Left:
     rest: Shards | None = None
     stored: int = 0
     """Rows that have a score."""
+    statistics: tuple[str, ...] = ()
+    """What is made beside log-probabilities."""
 
     @property
     def num_units(self) -> int:
@@ -93,10 +99,10 @@ class Left:
             for place in places:
                 assert shards is not None
                 rows, tokens = shards.part(shards.rows, place), shards.part(shards.tokens, place)
-                yield Unit(shards.paths[place], shards.partition, rows, tokens, check=False)
+                yield Unit(shards.paths[place], shards.partition, rows, tokens, check=False, statistics=self.statistics)
 
 
-def plan_units(run: Run, store_id: str, shards: Sequence[Shards]) -> list[Left]:
+def plan_units(run: Run, store_id: str, shards: Sequence[Shards], statistics: tuple[str, ...] = ()) -> list[Left]:
     """What is left to score of each partition. Those without any score are not looked at."""
     store = ScoreStore(run.workspace, store_id).with_folders()
     scored = [one for one in shards if store.related(one.partition)]
@@ -105,14 +111,21 @@ def plan_units(run: Run, store_id: str, shards: Sequence[Shards]) -> list[Left]:
         plan_partition,
         ({"shards": one} for one in scored),
         workers,
-        shared={"store": store, "folder": f"{run.folder}/todo/{store_id}", "shard_tokens": workers.shard_tokens},
+        shared={
+            "store": store,
+            "folder": f"{run.folder}/todo/{store_id}",
+            "shard_tokens": workers.shard_tokens,
+            "statistics": statistics,
+        },
         together=together(workers, len(scored)),
     )
     found = {one.shards.partition: one for one in planned}
-    return [found.get(one.partition) or Left(one) for one in shards]
+    return [found.get(one.partition) or Left(one, statistics=statistics) for one in shards]
 
 
-def plan_partition(shards: Shards, store: ScoreStore, folder: str, shard_tokens: int) -> Left:
+def plan_partition(
+    shards: Shards, store: ScoreStore, folder: str, shard_tokens: int, statistics: tuple[str, ...] = ()
+) -> Left:
     """What is left to score of a partition (a Ray task).
 
     A shard without any score is a unit as it is. What is missing of the others is put together in files of
@@ -120,7 +133,7 @@ def plan_partition(shards: Shards, store: ScoreStore, folder: str, shard_tokens:
     """
     storage, partition = store.storage, shards.partition
     keys = [read_rows(storage, path, ["row_key"]) for path in shards.paths]
-    missing = store.missing(partition, pa.concat_tables(keys)["row_key"])
+    missing = store.missing(partition, pa.concat_tables(keys)["row_key"], statistics)
     whole: list[int] = []
     rest = ShardWriter(storage, f"{folder}/{partition}", partition, shard_tokens)
     ends = np.cumsum([table.num_rows for table in keys])[:-1]
@@ -129,7 +142,7 @@ def plan_partition(shards: Shards, store: ScoreStore, folder: str, shard_tokens:
             whole.append(place)
         elif here.any():
             rest.add(read_rows(storage, shards.paths[place]).filter(pa.array(here)))
-    return Left(shards, np.array(whole, dtype=np.int32), rest.close(), int((~missing).sum()))
+    return Left(shards, np.array(whole, dtype=np.int32), rest.close(), int((~missing).sum()), statistics)
 
 
 def refuse_other_versions(run: Run, policy: PolicyConfig, store_id: str, shards: Sequence[Shards]) -> None:
@@ -177,15 +190,29 @@ def record_failed_units(run: Run, totals: ScoreTotals) -> None:
 def record_failed_unit(storage: Storage, run_id: str, store_id: str, unit: Unit, reason: str) -> int:
     """Record the rows of a unit that still have no score (a Ray task); how many."""
     rows = read_rows(storage, unit.path, ["row_key", "prompt_id", "candidate_id"])
-    missing = ScoreStore(storage, store_id).missing(unit.partition, rows["row_key"])
+    missing = ScoreStore(storage, store_id).missing(unit.partition, rows["row_key"], unit.statistics)
     rows = rows.take(pa.array(np.flatnonzero(missing)))
     if rows.num_rows:
         write_failures(storage, run_id, store_id, unit, rows, [reason] * rows.num_rows)
     return rows.num_rows
 
 
+def refuse_missing_columns(config: Config, prepared: Prepared) -> None:
+    """Raises UserError where a method of the user's names a column that the pool has not."""
+    there = [*SHARD.names, *(item.name for item in prepared.other_fields)]
+    for method in config.own_methods:
+        for name in method.columns:
+            if name not in there:
+                others = ", ".join(item.name for item in prepared.other_fields) or "none beside ours"
+                raise UserError(
+                    f"{method.kind}.method {method.name} names the column '{name}', which the pool has not; "
+                    f"its columns are {others}"
+                )
+
+
 def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
-    """log p of every response token of the pool under the target policy."""
+    """log p of every response token of the pool under the target, and the other statistics that are asked for."""
+    refuse_missing_columns(run.config, prepared)
     if not run.config.select.needs_scores:
         return ScoreTotals()
     shards = [
@@ -199,14 +226,14 @@ def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
         if store.is_complete(shards_id):
             run.event(f"score target: all {prepared.rows:,} rows have stored scores, no engine is started")
             return ScoreTotals(reused=prepared.rows)
-        totals = score_shards(run, engines, run.config.target, shards, "score target")
+        statistics = run.config.statistics
+        totals = score_shards(run, engines, run.config.target, shards, "score target", statistics=statistics)
         if totals.failed == 0 and not totals.failed_units:
             store.note_complete(shards_id)
         return totals
 
 
 def _shards_id(run: Run, prepared: Prepared) -> str:
-    """Names the pool's shards and what is asked of their tokens, which the methods decide."""
-    asked = run.config.model_dump(mode="json", include={"score", "select", "weights"})
-    digest = hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    """Names the pool's shards and what is asked of their tokens."""
+    digest = hashlib.sha256(orjson.dumps(run.config.statistics)).hexdigest()
     return f"{prepared.prepare_id}-{digest[:16]}"

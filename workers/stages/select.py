@@ -69,7 +69,7 @@ def select(run: Run, prepared: Prepared) -> Kept:
         ):  # an engine's fault, which the next run may not meet
             raise StageError(f"{sentence}: run again to score the failed rows once more")
         raise UserError(sentence)
-    return Kept(kept, total, config.select.needs_scores, statistics)
+    return Kept(kept, total, config.select.needs_scores, statistics, config.statistics)
 
 
 def select_task(
@@ -94,6 +94,7 @@ class Kept:
     counts: SelectCounts
     has_scores: bool  # whether target_logprobs are in the files
     statistics: SelectStatistics
+    target_statistics: tuple[str, ...] = ()  # of the target's that its rows have or get, beside log-probabilities
 
 
 def sample_kept(

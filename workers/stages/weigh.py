@@ -1,4 +1,4 @@
-"""The weigh stage: kept rows are scored under the policies that PEAR compares, then weighed, as Ray tasks."""
+"""The weigh stage: kept rows are scored under the policies that their weights need, then weighed, as Ray tasks."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ T = TypeVar("T")
 
 def policy_groups(run: Run, kept: Kept) -> list[Group]:
     """Who scores kept rows: the target where it has not, the target at recorded temperatures, behavior policies."""
-    config = run.config
-    assert config.behavior is not None
+    config, behavior = run.config, run.config.compared_behavior
     target, files = config.target, run.target_files
     temperatures = [] if kept.has_scores else [1.0]
-    found = _on_kept(run, kept, recorded_temperatures, behavior=config.behavior)
-    temperatures += sorted({t for of_partition in found for t in of_partition})
+    if behavior is not None:
+        found = _on_kept(run, kept, recorded_temperatures, behavior=behavior)
+        temperatures += sorted({t for of_partition in found for t in of_partition})
     groups = [
         Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, place=None) for t in temperatures
     ]
-    for place, policy in enumerate(config.behavior.policies()):
+    for place, policy in enumerate(behavior.policies() if behavior is not None else []):
         folder = run.files_of(policy).folder
         groups.append(Group(f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place))
     return groups
@@ -67,10 +67,11 @@ class PolicyScores:
 
 
 def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
-    """log p of kept responses under whatever PEAR needs beside the target's scores, policy by policy."""
+    """What the weights of kept responses need beside the target's scores of the pool, policy by policy."""
     config = run.config
-    if config.weights is None or config.behavior is None:
+    if config.weights is None:
         return PolicyScores()
+    behavior = config.compared_behavior
     groups = policy_groups(run, kept)
     with run.stage("score behavior"):
         policy_scores = PolicyScores(groups)
@@ -85,7 +86,7 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
                 shared={
                     "storage": run.workspace,
                     "groups": groups,
-                    "behavior": config.behavior,
+                    "behavior": behavior,
                     "render": config.render,
                     "target_turn_end_id": run.target_renderer.turn_end_id,
                     "shard_tokens": config.workers.shard_tokens,
@@ -94,14 +95,15 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
             )
             policy_scores.shards = dict(zip(kept.paths, made, strict=True))
 
-        behavior = config.behavior
-
         def score_group(group: Group) -> None:
             shards = [by_group[group.name].shards for by_group in policy_scores.shards.values()]
             shards = [one for one in shards if one.number]
             if shards:
                 stage = winners_stage(behavior, group.place, group.temperature)
-                totals = score_shards(run, engines, group.policy, shards, stage, group.temperature)
+                statistics = kept.target_statistics if group.is_target and group.temperature == 1.0 else ()
+                totals = score_shards(
+                    run, engines, group.policy, shards, stage, group.temperature, statistics=statistics
+                )
                 policy_scores.totals[group.name] = totals
 
         # What the target scores comes first: its engines may be up.
@@ -144,7 +146,7 @@ class Weighed:
 
 
 def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
-    """Importance weights for the tokens of kept rows; without `weights`, 1 each."""
+    """Weights for the tokens of kept rows; without `weights`, 1 each."""
     config, partitions = run.config, list(kept.paths)
     if config.weights is None:
         digests = dict(zip(partitions, _on_kept(run, kept, sha256_of), strict=True))
@@ -153,7 +155,8 @@ def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
     names = kept.statistics.names
     paths = {partition: f"{run.folder}/weighed/{partition}.parquet" for partition in partitions}
     with run.stage("weigh"):
-        if config.behavior is not None and config.behavior.missing == "error":
+        behavior = config.compared_behavior
+        if behavior is not None and behavior.missing == "error":
             refuse_missing_behavior(run, kept)
         reporter().begin("weigh", len(partitions), "partitions")
         done = run_tasks(
@@ -275,8 +278,15 @@ def score_sample_again(run: Run, engines: Engines, kept: Kept) -> None:
     write_parquet(run.workspace, shard_path(folder, 0), SHARD, [sample])
     tokens = int(pc.sum(pc.list_value_length(sample["input_ids"])).as_py())
     shard = Shards(folder, REPEAT_PARTITION, 1, sample.num_rows, tokens)
+    assert run.config.weights is not None
     score_shards(
-        run, engines, target, [shard], "score a sample again under the target", store_id=repeat_store(run).policy_id
+        run,
+        engines,
+        target,
+        [shard],
+        "score a sample again under the target",
+        store_id=repeat_store(run).policy_id,
+        statistics=run.config.weights.statistics,
     )
 
 

@@ -88,7 +88,7 @@ def facts(better: str | None = None, collapse: bool = False, prompts: int = 300,
         "counts": {
             "pool": {**pool, "filtered": 1, "truncated": 0},
             "select": {"prompts": prompts, "candidates": 4 * prompts, "kept_rows": prompts, "rows_left_out": {}},
-            "weigh": {"rows": prompts, "pear_rows": prompts, "self_weights": sums, "sources": {NAMES[0]: sums}},
+            "weigh": {"rows": prompts, "weighed_rows": prompts, "self_weights": sums, "sources": {NAMES[0]: sums}},
         },
         "config": {
             "select": {"method": "grape"},

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grape_service.errors import StageError
+from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import offsets_from_lengths
 from grape_service.score.store import KeyIndex, ScoreStore, key_halves
+from grape_service.storage.parquet import open_parquet
 from grape_service.storage.storage import Storage
 
 
@@ -158,3 +160,29 @@ def test_reading_equals_a_dictionary(tmp_path_factory, files, wanted):
         assert table.found[place] == (row in expected)
         assert table.take(np.array([place])).tolist() == expected.get(row, [])
     assert store.missing("b", keys(*wanted)).tolist() == [row not in expected for row in wanted]
+
+
+def test_a_statistic_that_a_row_lacks_is_missing_and_the_first_log_probabilities_stay(store: ScoreStore) -> None:
+    offsets = offsets_from_lengths([2, 1])
+    put(store, "b", {1: [-1, -2], 2: [-3]})
+    assert not store.missing("b", keys(1, 2)).any()
+    assert store.missing("b", keys(1, 2), ["rank"]).all()
+    again = np.array([-1.5, -2.5, -3.5], dtype=np.float32)
+    statistics = {"rank": np.array([1, 65_535, 7]), "entropy": np.array([0.5, 1.5, 2.5])}
+    path = store.write("b", keys(1, 3), offsets, again, {}, statistics=statistics)
+    with open_parquet(store.storage, path) as file:
+        assert file.schema_arrow.names == ["row_key", "logprobs", "entropy", "rank"]
+        assert str(file.schema_arrow.field("rank").type) == "list<element: uint16>"
+    assert store.missing("b", keys(1, 2, 3), ["rank", "entropy"]).tolist() == [False, True, False]
+    assert store.missing("b", keys(1, 3), ["top20_entropy"]).all()
+    found = store.read_statistics("b", keys(1, 2, 3), ["rank"])
+    assert list(found) == ["logprob", "rank"]
+    assert found["logprob"].take(np.arange(3)).tolist() == [-1, -2, -3, -3.5]
+    assert found["rank"].found.tolist() == [True, False, True]
+    assert found["rank"].take(np.arange(3)).tolist() == [1, 65_535, 7]
+
+
+def test_without_statistics_a_score_file_is_what_it_was(store: ScoreStore) -> None:
+    path = put(store, "b", {1: [-1, -2]})
+    with open_parquet(store.storage, path) as file:
+        assert file.schema_arrow.remove_metadata() == SCORE

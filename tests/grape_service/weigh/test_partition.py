@@ -123,7 +123,7 @@ def test_a_behavior_policy_with_its_own_rendering(tmp_path):
     assert weighed["y"]["behavior_logprobs"] == [-1, -3]
     np.testing.assert_allclose(weighed["z"]["weights"], [GAMMA * math.exp(-1), 1.0], rtol=1e-6)
     assert {row["weight_source"] for row in weighed.values()} == {"pear"}
-    assert (counts.rows_in, counts.rows, counts.pear_rows, counts.uniform_rows) == (3, 3, 3, 0)
+    assert (counts.rows_in, counts.rows, counts.weighed_rows, counts.uniform_rows) == (3, 3, 3, 0)
     assert (counts.prompts_in, counts.prompts, counts.unknown_tokens) == (2, 2, 1)
     assert counts.totals.tokens == 7
     assert counts.totals.sum == pytest.approx(sum(sum(row["weights"]) for row in weighed.values()))
@@ -238,7 +238,7 @@ def test_rows_without_a_behavior_weigh_1(missing_bench):
         if name != "good":
             assert row["weights"] == [1.0] * 3
             assert row["behavior_logprobs"] is None
-    assert (counts.uniform_rows, counts.pear_rows, counts.dropped_rows) == (8, 1, 0)
+    assert (counts.uniform_rows, counts.weighed_rows, counts.dropped_rows) == (8, 1, 0)
     assert set(counts.sources) == {"w"}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ import transformers
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from grape_service.rows.ragged import Int64s, TokenBatch
+from grape_service.rows.statistics import LOGPROB, ordered
 from workers.engines.base import EngineDescription, OutOfMemory
+from workers.engines.token_statistics import token_statistics
 from workers.engines.transformers import packed_attention
 from workers.engines.transformers.causal_model import CausalModel, LengthDependentRope, is_out_of_memory, load_model
 from workers.engines.transformers.packing import PackedBatch, pack
@@ -91,14 +94,21 @@ class TransformersEngine:
         Logits are divided by `temperature`; log-softmax is float32. A row with a value that is not finite has NaN in
         all its places. Raises OutOfMemory, after which the engine works with half its max_batch_tokens.
         """
+        return self.score_statistics(batch, (), temperature)[LOGPROB]
+
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Log-probabilities and the statistics `names`, as `score` gives the first: see `Engine.score_statistics`."""
+        names = ordered(names)
         started = time.monotonic()
-        scores = np.full(int(batch.mask.sum()), np.nan, dtype=np.float32)
+        scores_LS = np.full((int(batch.mask.sum()), len(names)), np.nan, dtype=np.float32)
         computed = 0
         try:
             with torch.inference_mode():
                 kinds = self._rope.kinds(batch.lengths)
                 for packed in pack(batch, self.max_batch_tokens, kinds, padded=bool(self.why_padded)):
-                    scores[packed.loss_index] = self._score_packed(packed, temperature)
+                    scores_LS[packed.loss_index] = self._score_packed(packed, names, temperature)
                     computed += packed.num_tokens
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -108,7 +118,8 @@ class TransformersEngine:
             self._stats["tokens"] += batch.num_tokens
             self._stats["cached_tokens"] += batch.num_tokens - computed
             self._stats["seconds"] += time.monotonic() - started
-            return _without_bad_rows(scores, batch)
+            scores_LS = _without_bad_rows(scores_LS, batch)
+            return {name: np.ascontiguousarray(scores_LS[:, place]) for place, name in enumerate(names)}
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -124,17 +135,20 @@ class TransformersEngine:
 
     # From packed batches to log-probabilities
 
-    def _score_packed(self, packed: PackedBatch, temperature: float) -> npt.NDArray[np.float32]:
+    def _score_packed(self, packed: PackedBatch, names: tuple[str, ...], temperature: float) -> npt.NDArray[np.float32]:
         hidden = self._hidden_states(packed)
         targets = torch.from_numpy(packed.target_ids).to(hidden.device)
-        scores = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        scores_LS = torch.empty(len(targets), len(names), dtype=torch.float32, device=hidden.device)
         for begin in range(0, len(targets), self.logits_chunk_rows):
             chunk = slice(begin, begin + self.logits_chunk_rows)
-            logits = self._model.logits(hidden[chunk]).float()
-            if temperature != 1.0:
-                logits = logits / temperature
-            scores[chunk] = -torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
-        return scores.cpu().numpy()
+            logits = self._model.logits(hidden[chunk])
+            if names == (LOGPROB,):
+                logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+                scores_LS[chunk, 0] = -torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
+            else:
+                heat = None if temperature == 1.0 else torch.full_like(targets[chunk], temperature, dtype=torch.float32)
+                scores_LS[chunk] = token_statistics(logits, targets[chunk], heat, names)
+        return scores_LS.cpu().numpy()
 
     def _hidden_states(self, packed: PackedBatch) -> torch.Tensor:
         """Hidden states at the places that predict a token with loss: [L, hidden size]."""
@@ -259,11 +273,11 @@ def _engine_args(policy: PolicyConfig) -> dict[str, Any]:
     return {name: value for name, value in policy.engine_args.items() if name in ENGINE_ARGS}
 
 
-def _without_bad_rows(scores: npt.NDArray[np.float32], batch: TokenBatch) -> npt.NDArray[np.float32]:
+def _without_bad_rows(scores_LS: npt.NDArray[np.float32], batch: TokenBatch) -> npt.NDArray[np.float32]:
     """NaN over every row that has a value that is not finite."""
-    bad = ~np.isfinite(scores)
+    bad = ~np.isfinite(scores_LS).all(axis=1)
     if bad.any():
         lens: Int64s = batch.loss_lengths
         rows = np.repeat(np.arange(len(batch)), lens)
-        scores[np.isin(rows, rows[bad])] = np.nan
-    return scores
+        scores_LS[np.isin(rows, rows[bad])] = np.nan
+    return scores_LS

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from grape_service.rows.ragged import TokenBatch
+from grape_service.rows.statistics import LOGPROB, ordered
 from workers.engines.base import EngineDescription, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -80,12 +82,13 @@ class _Job:
 
     batch: TokenBatch
     temperature: float
-    answer: Future[npt.NDArray[np.float32]] = field(default_factory=Future)
+    names: tuple[str, ...]  # of the statistics
+    answer: Future[npt.NDArray[np.float32]] = field(default_factory=Future)  # [L, S]
     scores: npt.NDArray[np.float32] = field(init=False)
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = np.full(int(self.batch.mask.sum()), np.nan, dtype=np.float32)
+        self.scores = np.full((int(self.batch.mask.sum()), len(self.names)), np.nan, dtype=np.float32)
         self.left = len(self.batch)
         self.loss_offsets = self.batch.loss_offsets
 
@@ -134,15 +137,27 @@ class VllmEngine:
         return self._description
 
     def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
-        """See `Engine.score`. A row that came back with holes is scored again without the prefix cache.
+        """See `Engine.score`, and below."""
+        return self.score_statistics(batch, (), temperature)[LOGPROB]
 
-        Raises UserError for a row longer than the model takes, and for a temperature where the path is
-        prompt_logprobs. After OutOfMemory the engine's steps are half as large and it can be used again.
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """See `Engine.score_statistics`. A row that came back with holes is scored again without the prefix cache.
+
+        Raises UserError for a row longer than the model takes, and for a temperature or a statistic where the path
+        is prompt_logprobs. After OutOfMemory the engine's steps are half as large and it can be used again.
         """
+        names = ordered(names)
         if self._broken is not None:
             raise RuntimeError(f"the vLLM engine stopped: {self._broken}") from self._broken
         if len(batch) == 0:
-            return np.empty(0, dtype=np.float32)
+            return {name: np.empty(0, dtype=np.float32) for name in names}
+        if len(names) > 1 and self._description.path != "head":
+            raise UserError(
+                f"{names[1]} of {self._policy.model} cannot be made through vLLM's prompt_logprobs, which gives "
+                "log-probabilities alone: use engine: transformers for it"
+            )
         if temperature != 1.0 and self._description.path != "head":
             raise UserError(
                 f"{self._policy.model} cannot be scored at temperature {temperature} through vLLM's prompt_logprobs: "
@@ -154,9 +169,10 @@ class VllmEngine:
                 f"a row of {longest} tokens is longer than the {self._core.max_row_tokens} tokens that "
                 f"{self._policy.model} takes: set render.max_tokens to the model's length"
             )
-        job = _Job(batch, temperature)
+        job = _Job(batch, temperature, names)
         self._inbox.put(job)
-        return job.answer.result()
+        scores_LS = job.answer.result()
+        return {name: np.ascontiguousarray(scores_LS[:, place]) for place, name in enumerate(names)}
 
     num_callers = 2
     """Threads that may be in `score` at once: their rows share steps, so that none runs half empty."""
@@ -314,7 +330,7 @@ class VllmEngine:
             request_id = str(next(self._ids))
             self._running[request_id] = (job, row, use_cache)
             self._held_tokens += job.new_tokens(row)
-            self._core.add(request_id, ids, mask, job.temperature, use_cache)
+            self._core.add(request_id, ids, mask, job.temperature, use_cache, job.names)
 
     def _take_values(self, request_id: str, values: npt.NDArray[np.float32], cached: int) -> None:
         job, row, use_cache = self._running.pop(request_id)
@@ -322,7 +338,7 @@ class VllmEngine:
         self._held_tokens -= job.new_tokens(row)
         self._cached += cached
         place = slice(job.loss_offsets[row], job.loss_offsets[row + 1])
-        if len(values) == place.stop - place.start and np.isfinite(values).all() and (values <= 0).all():
+        if len(values) == place.stop - place.start and np.isfinite(values).all() and (values[:, 0] <= 0).all():
             job.scores[place] = values
         elif use_cache:
             log.warning("a row of %d tokens came back with holes; scoring it again without the prefix cache", len(ids))

@@ -34,7 +34,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from grape_service.errors import UserError
 from grape_service.models.weights import unwrapped
-from workers.engines.token_logprobs import token_logprobs
+from grape_service.rows.statistics import LOGPROB, ordered
+from workers.engines.token_statistics import token_statistics
 from workers.engines.transformers.lora_merge import load_adapter
 
 SCORING = "GrapeScoring"
@@ -106,9 +107,9 @@ def finite_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tupl
 
 
 class ScoringPooler(Pooler):
-    """Hidden states of a step -> for each request that ends with it, log p of its tokens with loss.
+    """Hidden states of a step -> for each request that ends with it, the statistics of its tokens with loss [L, S].
 
-    Between the chunks of a long sequence only log-probabilities are kept. Places that no hidden state was
+    Between the chunks of a long sequence only those are kept. Places that no hidden state was
     seen for (a prefix-cache hit covered them) are NaN, so that a hole shows.
     """
 
@@ -132,7 +133,8 @@ class ScoringPooler(Pooler):
         """Shapes: hidden_states [T, H] of all requests of the step, one after the other."""
         requests = [params.extra_kwargs for params in pooling_metadata.pooling_params]
         if any(request is None for request in requests):  # vLLM measures the memory that a full step takes
-            self._score(hidden_states, np.arange(len(hidden_states)), np.zeros(len(hidden_states), np.int64), None)
+            count = len(hidden_states)
+            self._score(hidden_states, np.arange(count), np.zeros(count, np.int64), None, (LOGPROB,))
             return [torch.zeros(1) for _ in requests]
 
         cursor = pooling_metadata.get_pooling_cursor()
@@ -143,6 +145,7 @@ class ScoringPooler(Pooler):
         step_starts = np.cumsum(counts) - counts
 
         rows, targets, spans, heat = [], [], [], []
+        names = ordered(name for request in requests for name in request.get("statistics", ()))
         scored = 0
         for i, request in enumerate(requests):
             positions = np.frombuffer(request["positions"], dtype=np.int32)
@@ -153,28 +156,32 @@ class ScoringPooler(Pooler):
             spans.append((low, scored, scored + high - low, len(positions)))
             scored += high - low
         with torch.profiler.record_function("scoring head"):
-            logprobs = self._score(
+            scores_LS = self._score(
                 hidden_states,
                 np.concatenate(rows),
                 np.concatenate(targets),
                 np.repeat(*map(np.asarray, zip(*heat, strict=True))) if any(t != 1.0 for t, _ in heat) else None,
+                names,
             )
-        if logprobs is None:  # a tensor-parallel rank that the logits are not gathered to
+        if scores_LS is None:  # a tensor-parallel rank that the logits are not gathered to
             return [torch.zeros(0) if end == length else None for end, length in zip(ends, lengths, strict=True)]
 
-        on_host = logprobs if self._own_storage else logprobs.to("cpu", non_blocking=True)
+        on_host = scores_LS if self._own_storage else scores_LS.to("cpu", non_blocking=True)
         outputs: list[torch.Tensor | None] = []
         for i, (first, start, stop, total) in enumerate(spans):
             kept = pooling_metadata.pooling_states[i].hidden_states_cache  # ours: (first position's index, values)
+            asked = ordered(requests[i].get("statistics", ()))
+            mine = slice(None) if asked == names else [names.index(name) for name in asked]
             if ends[i] < lengths[i]:
-                kept.append((first, logprobs[start:stop]))
+                kept.append((first, scores_LS[start:stop, mine]))
                 outputs.append(None)
             elif stop - start == total:
-                outputs.append(on_host[start:stop].clone() if self._own_storage else on_host[start:stop])
+                outputs.append(on_host[start:stop, mine].clone() if self._own_storage else on_host[start:stop, mine])
             else:
-                whole = torch.full((total,), torch.nan, dtype=torch.float32, device=logprobs.device)
+                part_LS = scores_LS[start:stop, mine]
+                whole = torch.full((total, part_LS.shape[1]), torch.nan, dtype=torch.float32, device=part_LS.device)
                 # After a preemption earlier parts come again; the later ones are as right as the first.
-                for part_first, part in [*kept, (first, logprobs[start:stop])]:
+                for part_first, part in [*kept, (first, part_LS)]:
                     whole[part_first : part_first + len(part)] = part
                 outputs.append(whole if self._own_storage else whole.to("cpu", non_blocking=True))
             if ends[i] >= lengths[i]:
@@ -187,25 +194,25 @@ class ScoringPooler(Pooler):
         rows_L: npt.NDArray[np.int64],
         targets_L: npt.NDArray[np.int32] | npt.NDArray[np.int64],
         temperatures_L: npt.NDArray[np.float64] | None,
+        names: tuple[str, ...],
     ) -> torch.Tensor | None:
-        """log p of `targets_L` given the hidden states at `rows_L`, float32 [L] on the device.
+        """The statistics `names` of `targets_L` given the hidden states at `rows_L`, float32 [L, S] on the device.
 
         None on a tensor-parallel rank that gets no logits.
         """
         device = hidden_states.device
         wanted = _to_device(np.stack([rows_L, targets_L]).astype(np.int64), device)
         temperatures = None if temperatures_L is None else _to_device(temperatures_L.astype(np.float32), device)
-        logprobs_L = torch.empty(len(rows_L), dtype=torch.float32, device=device)
+        scores_LS = torch.empty(len(rows_L), len(names), dtype=torch.float32, device=device)
         step = self._chunk_rows(device)
         for start in range(0, len(rows_L), step):
             chunk = slice(start, min(start + step, len(rows_L)))
             logits = self._compute_logits(hidden_states.index_select(0, wanted[0, chunk]))
             if logits is None:
                 return None
-            logprobs_L[chunk] = token_logprobs(
-                logits, wanted[1, chunk], None if temperatures is None else temperatures[chunk]
-            )
-        return logprobs_L
+            heat = None if temperatures is None else temperatures[chunk]
+            scores_LS[chunk] = token_statistics(logits, wanted[1, chunk], heat, names)
+        return scores_LS
 
     def _chunk_rows(self, device: torch.device) -> int:
         room = self._chunk_bytes or HEAD_CHUNK_BYTES.get(device.type, HEAD_CHUNK_BYTES["cpu"])
@@ -264,6 +271,7 @@ class VllmCore:
         mask: npt.NDArray[np.bool_],
         temperature: float,
         use_cache: bool,
+        names: tuple[str, ...] = (LOGPROB,),
     ) -> None:
         """Queue a sequence; the tokens where `mask` is true are scored."""
         params: PoolingParams | SamplingParams
@@ -276,6 +284,7 @@ class VllmCore:
                     "positions": (targets - 1).tobytes(),  # of the hidden states, ascending
                     "targets": ids[targets].astype(np.int32).tobytes(),  # the tokens they should predict
                     "temperature": float(temperature),
+                    **({"statistics": list(names)} if names != (LOGPROB,) else {}),
                 },
             )
         else:
@@ -286,7 +295,7 @@ class VllmCore:
         self._engine.add_request(request_id, tokens_input(ids.tolist()), params, lora_request=self._lora)
 
     def step(self) -> list[tuple[str, npt.NDArray[np.float32], int]]:
-        """Run one step. For each sequence that ended: its id, log p of its tokens with loss, its cached tokens.
+        """Run one step. For each sequence that ended: its id, values [L, S] of its tokens with loss, its cached tokens.
 
         NaN, or an array shorter than the mask says, where a value could not be made.
         """
@@ -299,10 +308,10 @@ class VllmCore:
     def _values(self, output: Any) -> npt.NDArray[np.float32]:
         if self.has_head:
             values: npt.NDArray[np.float32] = output.outputs.data.numpy()
-            return values
+            return values.reshape(len(values), -1)
         flat = output.prompt_logprobs
         starts = np.asarray(flat.start_indices)[self._masks.pop(output.request_id)]
-        return np.asarray(flat.logprobs, dtype=np.float32)[starts]
+        return np.asarray(flat.logprobs, dtype=np.float32)[starts, None]
 
     def drop_requests(self, request_ids: list[str]) -> None:
         """Forget requests after a step that failed half-way, and every cached block: some were never filled."""

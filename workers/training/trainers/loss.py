@@ -60,6 +60,24 @@ def pear_weights_n(target_n: Tensor, behavior_n: Tensor, sequence_n: Tensor, con
     return weights_n.float()
 
 
+def online_weights_n(target_n: Tensor, behavior_n: Tensor, sequence_n: Tensor, config: WeightsConfig) -> Tensor:
+    """Weights [n] of a method that the trainer can make again from the model's own log p, as `pear_weights_n`.
+
+    probability: the token's probability under the model that is trained, which makes nll the loss of DFT.
+    """
+    if config.method == "pear":
+        return pear_weights_n(target_n, behavior_n, sequence_n, config)
+    assert config.method == "probability", "settings are checked before training"
+    weights_n = target_n.detach().double().clamp(*config.weight_clip).exp()
+    if config.normalize == "sequence":
+        _, row_n, lengths_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
+        sums_s = torch.zeros(len(lengths_s), dtype=torch.float64, device=weights_n.device).index_add_(
+            0, row_n, weights_n
+        )
+        weights_n = weights_n * (lengths_s / sums_s)[row_n]
+    return weights_n.float()
+
+
 @dataclass
 class LossTotals:
     """Running sums over the tokens with loss since the last line of metrics, kept on the device."""

@@ -41,7 +41,7 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     run_config = release.manifest.config
     model_name = base_model(release, settings)
     pear = online_config(settings, run_config)
-    if pear is not None:
+    if pear is not None and pear.needs_behavior:
         _refuse_temperatures(release)
     output = session.Output(task.output, task.storage)
 
@@ -59,7 +59,8 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     fits = rows.lengths <= (settings.max_length or rows.lengths.max(initial=0))
     train_indices = np.flatnonzero(fits & ~rows.is_eval)
     eval_indices = np.flatnonzero(fits & rows.is_eval)
-    _check_rows(task, len(train_indices), int((~fits).sum()), rows.num_without_behavior(train_indices))
+    without_behavior = rows.num_without_behavior(train_indices) if pear is None or pear.needs_behavior else 0
+    _check_rows(task, len(train_indices), int((~fits).sum()), without_behavior)
 
     def dataset_of(indices: np.ndarray, multiple: int, seed: int | None) -> Any:
         if settings.packing:
@@ -100,6 +101,10 @@ def run_sft(task: SftTask) -> dict[str, Any]:
     return session.save_final(trainer, settings, output, {**facts, "metrics": metrics}, [rows_path])
 
 
+ONLINE_METHODS = ("pear", "probability")
+"""Weights methods that follow from the log p that a step computes anyway."""
+
+
 def online_config(settings: SftSettings, run_config: dict[str, Any]) -> WeightsConfig | None:
     """The formula of loss: online: the settings' own, else that of the release. Raises UserError."""
     if settings.loss != "online":
@@ -109,6 +114,11 @@ def online_config(settings: SftSettings, run_config: dict[str, Any]) -> WeightsC
         config = WeightsConfig.model_validate(run_config["weights"])
     if config is None:
         raise UserError("loss: online needs to know the formula, and the release was not weighed: give train.sft.pear")
+    if config.method not in ONLINE_METHODS:
+        raise UserError(
+            f"loss: online cannot make weights of method {config.method} again from the model that is trained "
+            f"({' and '.join(ONLINE_METHODS)} it can): use loss: column"
+        )
     if config.normalize == "dataset":
         raise UserError(ONLINE_NEEDS_NO_DATASET_MEAN)
     return config

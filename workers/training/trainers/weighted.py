@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from grape_service.config.methods import WeightsConfig
 from grape_service.config.training import SftSettings
 from workers.training.trainers.batches import OWN_KEYS
-from workers.training.trainers.loss import LossTotals, pear_weights_n, token_losses_n
+from workers.training.trainers.loss import LossTotals, online_weights_n, token_losses_n
 
 
 def has_dropout(config: PretrainedConfig) -> bool:
@@ -95,8 +95,8 @@ class WeightedSFTTrainer(SFTTrainer):
             with torch.no_grad():
                 log_probs_n = model(**inputs, fused_lm_head=True).log_probs[mask].float()
             model.train()
-        online_n = pear_weights_n(log_probs_n, own["behavior_logprobs"], own["sequence"], self.pear)
-        return torch.where(own["has_behavior"], online_n, column_n)
+        online_n = online_weights_n(log_probs_n, own["behavior_logprobs"], own["sequence"], self.pear)
+        return torch.where(own["has_behavior"], online_n, column_n) if self.pear.needs_behavior else online_n
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures over the tokens since the last line."""

@@ -18,7 +18,7 @@ from grape_service.errors import UserError
 from grape_service.rows.ragged import TokenBatch
 from tests.smollm2 import smollm2_folder
 from tests.tiny_models import make_model
-from workers.engines.base import OutOfMemory, first_invalid_score
+from workers.engines.base import OutOfMemory, invalid_rows
 from workers.engines.transformers import packed_attention
 from workers.engines.transformers.engine import TransformersEngine
 
@@ -111,7 +111,7 @@ def test_every_prompt_length_agrees_with_a_plain_forward(built: Build, name: str
     batch = candidates(range(1, 71), (1, 21, 9))
     scores = engine.score(batch)
     assert engine.description.path == "shared_prefix", engine.why_padded
-    assert not first_invalid_score(scores, batch)
+    assert not invalid_rows({"logprob": scores}, batch)
     np.testing.assert_allclose(scores, plain_scores(model, batch), rtol=0, atol=TOLERANCE)
     assert scores.std() > 0.5, "a model near to uniform would hide mistakes"
     assert engine.stats()["cached_tokens"] >= 3 * sum(range(1, 71))
@@ -287,7 +287,7 @@ def test_a_row_that_breaks_is_nan_and_leaves_the_others_alone(built: Build) -> N
     assert holds == [False, True, False, False]
     scores = engine.score(batch)
     assert np.isnan(scores).tolist() == np.repeat(holds, batch.loss_lengths).tolist()
-    assert first_invalid_score(scores, batch) == {1: "log-probability missing"}
+    assert invalid_rows({"logprob": scores}, batch) == {1: "log-probability missing"}
     others = np.repeat(np.logical_not(holds), batch.loss_lengths)
     np.testing.assert_allclose(scores[others], plain_scores(model, batch)[others], rtol=0, atol=TOLERANCE)
 

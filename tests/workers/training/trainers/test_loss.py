@@ -1,14 +1,17 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from grape_service.config.methods import WeightsConfig
+from grape_service.config.training import SftSettings
+from grape_service.errors import UserError
 from grape_service.rows.ragged import offsets_from_lengths
 from grape_service.weigh.pear import log_ratios, pear_weights
 from tests.workers.training.tiny_release import slow_weights
-from workers.training.trainers.loss import LossTotals, pear_weights_n, token_losses_n
+from workers.training.trainers.loss import LossTotals, online_weights_n, pear_weights_n, token_losses_n
 
 CONFIGS = [
     WeightsConfig(),
@@ -74,3 +77,30 @@ def test_totals_are_means_over_tokens_and_the_effective_sample_size() -> None:
     assert (figures["weight_min"], figures["weight_max"]) == (1.0, 3.0)
     assert (figures["loss_tokens"], figures["tokens"]) == (3, 20)
     assert totals.figures(all_reduce=False) == {}
+
+
+def test_probability_weights_are_made_again_from_the_models_own_log_p() -> None:
+    log_probs_n = torch.tensor([-0.5, -20.0, 0.0, -1.0, -2.0], requires_grad=True)
+    sequence_n = torch.tensor([0, 0, 0, 1, 1])
+    unknown_n = torch.full((5,), torch.nan)
+    weights_n = online_weights_n(log_probs_n, unknown_n, sequence_n, WeightsConfig(method="probability"))
+    assert not weights_n.requires_grad
+    assert weights_n.tolist() == pytest.approx([math.exp(v) for v in (-0.5, -10.0, 0.0, -1.0, -2.0)])
+    normalized = WeightsConfig(method="probability", normalize="sequence")
+    weights_n = online_weights_n(log_probs_n, unknown_n, sequence_n, normalized)
+    assert [weights_n[:3].mean().item(), weights_n[3:].mean().item()] == pytest.approx([1.0, 1.0])
+    # nll with these weights is the loss of DFT.
+    plain = token_losses_n(log_probs_n, "nll") * online_weights_n(
+        log_probs_n, unknown_n, sequence_n, WeightsConfig(method="probability", weight_clip=(-100, 5))
+    )
+    assert plain.tolist() == pytest.approx(token_losses_n(log_probs_n, "dft").tolist())
+
+
+def test_what_cannot_be_made_again_is_refused() -> None:
+    from workers.training.trainers.sft import online_config
+
+    settings = SftSettings(loss="online")
+    assert online_config(settings, {"weights": {"method": "probability"}}).method == "probability"
+    for method in ("entropy", "own_method:surprising_places"):
+        with pytest.raises(UserError, match="cannot make weights of method"):
+            online_config(settings, {"weights": {"method": method}})
