@@ -1,0 +1,180 @@
+"""Fields of a release in its exports, the split for evaluation, exports that were killed, and the page about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import grape_service
+from grape_service.errors import UserError
+from grape_service.exports import export
+from grape_service.exports.effects import EFFECTS, LEVELS, PLAIN_EFFECTS
+from grape_service.release.claim import claim_version
+from grape_service.release.load import Release
+from grape_service.release.manifest import ManifestFields
+from grape_service.release.writer import publish, write_part
+from grape_service.rows.columns import release_schema
+from grape_service.rows.keys import in_eval_share
+from grape_service.storage.storage import Storage
+from tests.workers.training.tiny_release import make_rows, write_release
+
+TOOLS = '[{"type":"function","function":{"name":"add","parameters":{"type":"object"}}}]'
+CALL = '[{"id":"c1","type":"function","function":{"name":"add","arguments":"{\\"a\\": 1}"}}]'
+SCHEMA = release_schema(["tool_calls", "tool_call_id", "reasoning_content"], [pa.field("tools", pa.string())])
+
+
+def row(number: int, messages: list[dict[str, Any]], num_spans: int, tools: str | None = None) -> dict[str, Any]:
+    """A row whose tokens have loss in `num_spans` stretches."""
+    mask = np.array([False] + [True, False] * num_spans)
+    return {
+        "prompt_id": f"p{number}",
+        "candidate_id": f"c{number}",
+        "messages": messages,
+        "input_ids": np.arange(len(mask), dtype=np.int32),
+        "loss_mask": mask,
+        "labels": np.where(mask, np.arange(len(mask)), -100).astype(np.int32),
+        "loss_weights": mask.astype(np.float32),
+        "weight_source": "uniform",
+        "num_candidates": 1,
+        "truncated": False,
+        "tools": tools,
+    }
+
+
+def say(role: str, content: str, **more: str) -> dict[str, str]:
+    return {"role": role, "content": content, **more}
+
+
+def release_of(folder: Path, rows: list[dict[str, Any]]) -> Release:
+    storage = Storage(str(folder))
+    claim = claim_version(storage, "t")
+    entry = write_part(storage, claim.folder, 0, SCHEMA, [pa.Table.from_pylist(rows, schema=SCHEMA)])
+    return grape_service.load(
+        publish(storage, claim, SCHEMA, [entry], ManifestFields(content_digest="x", tags=["latest"])).reference
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+CALLING = [
+    say("system", "S"),
+    say("user", "Q1"),
+    say("assistant", "", tool_calls=CALL, reasoning_content="I add."),
+    say("tool", "3", tool_call_id="c1"),
+    say("assistant", "Three."),
+]
+SECOND_TURN = [say("user", "Q"), say("assistant", "A"), say("user", "R"), say("assistant", "B")]
+
+
+def test_llamafactory_gets_tools_calls_and_reasoning(tmp_path: Path) -> None:
+    release = release_of(
+        tmp_path / "out", [row(0, CALLING, 2, TOOLS), row(1, [say("user", "Q"), say("assistant", "A")], 1)]
+    )
+    summary = export(release, "llamafactory", str(tmp_path / "lf"))
+    info = json.loads((tmp_path / "lf" / "dataset_info.json").read_text())["t"]
+    assert info["columns"] == {"messages": "messages", "tools": "tools"}
+    first, second = lines(tmp_path / "lf" / "train.jsonl")
+    assert (first["tools"], second["tools"]) == (TOOLS, "")
+    call = first["messages"][2]
+    assert call == say("function_call", '<think>\nI add.\n</think>\n\n[{"name":"add","arguments":{"a":1}}]')
+    assert [message["role"] for message in first["messages"]] == [
+        "system",
+        "user",
+        "function_call",
+        "tool",
+        "assistant",
+    ]
+    assert "messages.tool_call_id" in summary.left_behind
+    assert not any("mask_history" in note for note in summary.notes)
+
+
+def test_turns_without_loss_ask_for_mask_history(tmp_path: Path) -> None:
+    release = release_of(tmp_path / "out", [row(0, SECOND_TURN, 1), row(1, SECOND_TURN, 2)])
+    summary = export(release, "llamafactory", str(tmp_path / "lf"))
+    assert any("`mask_history: true`: 1 rows" in note for note in summary.notes)
+    assert "mask_history: true" in (tmp_path / "lf" / "README.md").read_text()
+    assert [len(line["messages"]) for line in lines(tmp_path / "lf" / "train.jsonl")] == [4, 2, 4]
+
+
+def test_v1_messages_have_their_parts_and_weights(tmp_path: Path) -> None:
+    export(
+        release_of(tmp_path / "out", [row(0, SECOND_TURN, 1), row(1, CALLING, 2, TOOLS)]),
+        "llamafactory-v1",
+        str(tmp_path / "v1"),
+    )
+    first, second = lines(tmp_path / "v1" / "train.jsonl")
+    assert [message["loss_weight"] for message in first["messages"]] == [0, 0, 0, 1]
+    assert [part["type"] for part in second["messages"][2]["content"]] == ["reasoning", "tool_call"]
+    assert json.loads(second["messages"][2]["content"][1]["value"]) == {"name": "add", "arguments": {"a": 1}}
+    assert second["tools"] == TOOLS
+    assert second["loss_mask"] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("to", ["trl", "verl", "tinker", "megatron-bridge"])
+def test_parquet_exports_hold_every_field_but_statistics(to: str, tmp_path: Path) -> None:
+    release = release_of(tmp_path / "out", [row(0, CALLING, 2, TOOLS)])
+    summary = export(release, to, str(tmp_path / "export"))
+    table = pq.read_table(tmp_path / "export" / "data" / "part-00000.parquet")
+    released = release.dataset.to_table()
+    for name in summary.kept:
+        assert table[name].to_pylist() == released[name].to_pylist(), name
+    assert summary.left_behind == ["target_logprobs", "behavior_logprobs"]
+
+
+def test_the_split_is_the_trainers_own(tmp_path: Path) -> None:
+    release = grape_service.load(write_release(tmp_path / "out", make_rows(40), {}))
+    summary = export(release, "jsonl", str(tmp_path / "jsonl"), eval_share=0.3)
+    held_back = {line["prompt_id"] for line in lines(tmp_path / "jsonl" / "eval.jsonl")}
+    assert held_back == {f"prompt-{n}" for n in range(40) if in_eval_share(f"prompt-{n}", 0.3)}
+    assert (summary.rows, summary.eval_rows) == (40 - len(held_back), len(held_back))
+    export(release, "verl", str(tmp_path / "verl"), eval_share=0.3)
+    assert pq.read_table(tmp_path / "verl" / "eval").num_rows == len(held_back)
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_an_export_that_was_killed_starts_over(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path / "export") if place == "local" else f"{request.getfixturevalue('s3_url')}/export"
+    release = grape_service.load(write_release(tmp_path / "out", make_rows(9), {}))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grape_service.exports.summary.Target.add_loader", killed)
+        with pytest.raises(Killed):
+            export(release, "verl", folder)
+    storage = Storage(folder)
+    assert {info.path.split("/")[0] for info in storage.list()} == {"unfinished"}
+    said: list[str] = []
+    assert export(release, "verl", folder, say=said.append).rows == 9
+    assert said == [f"an earlier export of {release.reference} to this folder did not end: starting over"]
+    names = {info.path for info in storage.list()}
+    assert names == {"README.md", "data/part-00000.parquet", "grape_verl.py"}
+    with pytest.raises(UserError, match="is not empty"):
+        export(release, "verl", folder)
+
+
+def test_the_page_lists_what_the_matrix_measures() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "exports.md").read_text()
+    for effects in (EFFECTS, PLAIN_EFFECTS):
+        for name, by_level in effects.items():
+            cells = [
+                by_level[level].gradient + (f": {by_level[level].how}" if by_level[level].how else "")
+                for level in LEVELS
+            ]
+            assert any(line.startswith(f"| `{name}` |") and " | ".join(cells) in line for line in page.splitlines()), (
+                name
+            )
