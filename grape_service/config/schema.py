@@ -15,6 +15,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from grape_service.config.base import Model
 from grape_service.config.checks import ChecksConfig
 from grape_service.config.methods import (
+    SELECT_STATISTICS,
+    WEIGHTS_STATISTICS,
     ScoreConfig,
     SelectConfig,
     WeightsConfig,
@@ -329,6 +331,12 @@ class Config(Model):
     def own_methods(self) -> list[OwnMethod]:
         """The user's functions. Raises UserError where one cannot be loaded."""
         return [part.own for part in (self.select, self.weights) if part is not None and part.own is not None]
+
+    @property
+    def names_own_methods(self) -> bool:
+        """Whether it names a function of the user's; loads nothing."""
+        select = not self.select.is_unscored and self.select.method not in SELECT_STATISTICS
+        return select or (self.weights is not None and self.weights.method not in WEIGHTS_STATISTICS)
 
     def check_methods(self) -> None:
         """Load the user's own methods, before anything is scored. Raises UserError: see `statistics`, `own_methods`."""

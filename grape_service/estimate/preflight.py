@@ -54,6 +54,8 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
     if places := secret_places(config.model_dump(mode="json")):
         keys = ", ".join(".".join(map(str, place)) for place in places)
         yield Finding("secrets", "ok", SECRETS_ARE_HIDDEN.format(keys))
+    if config.names_own_methods:
+        yield _look("methods", partial(_methods, config))
     if config.checks.enabled():
         yield _look("checks", partial(_checks, config))
     for name, probe in (probes or {}).items():
@@ -102,6 +104,11 @@ def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
     storage = Storage(path, options)
     check_writable(storage)
     return "ok", f"{storage.root} can be read and written"
+
+
+def _methods(config: Config) -> tuple[str, str]:
+    config.check_methods()
+    return "ok", "; ".join(f"{method.kind}: {method.path}" for method in config.own_methods)
 
 
 def _checks(config: Config) -> tuple[str, str]:
