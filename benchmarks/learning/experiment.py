@@ -1,4 +1,4 @@
-"""The arms: which candidates are selected and how they are weighed, then SFT, then the same RL for all.
+"""One arm and seed after the other: a release, SFT on it, then the same RL for all.
 
 Each arm and seed is one JSON file of results; what is there is not done again, and an arm that was interrupted resumes
 from its last checkpoint. Selection, weights, SFT and RL are those of the service: `grape run` and workers.training.
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.learning.policies import RECIPES, SEPARATOR, ModelSize, answers, make_policy
-from benchmarks.learning.task import ANSWER, Problem, problems
+from benchmarks.learning.arms import CPU_ARMS, GPU_ARMS, WEIGHTS, Arm
+from benchmarks.learning.policies import SEPARATOR, ModelSize, answers, make_policy
+from benchmarks.learning.task import ANSWER, Difficulty, Problem, problems
 from grape_service.config.training import PromptSettings, RewardSettings, RlSettings, RlTask, SftSettings, SftTask
 from workers.training.trainers.rewards import exact_match
 from workers.training.trainers.rl import run_rl
@@ -28,24 +29,7 @@ from workers.training.trainers.sft import run_sft
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL_SEED, RL_SEED, TEST_SEED = 100, 200, 300
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to make the training set."""
-
-    select: str  # as select.method of the config
-    level: str | None = None  # of PEAR; None is uniform
-
-    @property
-    def name(self) -> str:
-        return f"{self.select.replace(':', '-')}+{self.level or 'uniform'}"
-
-
-SELECTION_ARMS = [Arm("grape"), Arm("random"), Arm("longest"), Arm("source:words")]
-WEIGHT_ARMS = [Arm(select, level) for select in ("grape", "random") for level in ("sequence", "token", "block")]
-ARMS = [*SELECTION_ARMS, *WEIGHT_ARMS]
-"""Uniform weights with and without GRAPE are the arms grape and random."""
+PASS_AT = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,10 @@ class Size:
     sft: dict[str, Any]
     rl: dict[str, Any]
     test_problems: int
-    sources: tuple[str, ...] = tuple(name for name in RECIPES if name != "target")  # who writes the pool
+    arms: list[Arm]
+    sources: tuple[str, ...] = ("own", "words", "terse")  # who writes the pool
+    only_right: bool = False  # whether wrong answers are filtered before scoring, as in the paper's experiments
+    pass_problems: int = 0  # of pass@8; 0 leaves it out
 
 
 SMALL = Size(
@@ -70,6 +57,28 @@ SMALL = Size(
     sft={"batch_size": 64, "micro_batch_size": 64, "epochs": 3.0, "learning_rate": 2e-4, "warmup_steps": 10},
     rl={"steps": 40, "prompts_per_step": 32, "num_generations": 8, "micro_batch_size": 256, "learning_rate": 2e-5},
     test_problems=1000,
+    arms=GPU_ARMS,
+)
+CPU = Size(
+    model=ModelSize(
+        hidden=128,
+        layers=4,
+        heads=4,
+        pretrain_steps=600,
+        batch_size=64,
+        learning_rate=2e-3,
+        difficulty=Difficulty(shortest=2, longest=4, largest=19),
+    ),
+    prompts=600,
+    candidates=2,
+    max_tokens=224,
+    sft={"batch_size": 32, "micro_batch_size": 32, "epochs": 2.0, "learning_rate": 3e-4, "warmup_steps": 5},
+    rl={"steps": 15, "prompts_per_step": 16, "num_generations": 8, "micro_batch_size": 128, "learning_rate": 5e-5},
+    test_problems=400,
+    arms=CPU_ARMS,
+    sources=("own", "words", "terse", "verbose"),
+    only_right=True,
+    pass_problems=100,
 )
 TINY = Size(
     model=ModelSize(hidden=32, layers=1, heads=2, pretrain_steps=40, batch_size=16, learning_rate=1e-2),
@@ -79,8 +88,11 @@ TINY = Size(
     sft={"batch_size": 4, "epochs": 1.0, "learning_rate": 1e-3},
     rl={"steps": 1, "prompts_per_step": 2, "num_generations": 2, "learning_rate": 1e-4},
     test_problems=8,
+    arms=CPU_ARMS,
     sources=("own", "terse"),
+    pass_problems=2,
 )
+SIZES = {"cpu": CPU, "small": SMALL, "tiny": TINY}
 
 
 class Experiment:
@@ -103,12 +115,12 @@ class Experiment:
             part.rename(pool)
         prompts = "".join(
             json.dumps({"prompt": problem.prompt, "answer": str(problem.answer)}) + "\n"
-            for problem in problems(self.size.prompts, RL_SEED)
+            for problem in self.problems(self.size.prompts, RL_SEED)
         )
         (self.folder / "rl-prompts.jsonl").write_text(prompts)
         start = self.folder / "start.json"
         if not start.exists():
-            start.write_text(json.dumps({name: self.accuracy(self._policy(name)) for name in names}))
+            start.write_text(json.dumps({name: self.skill(self._policy(name)) for name in names}, indent=1))
 
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The results of an arm and seed: from its file, or made now."""
@@ -121,7 +133,7 @@ class Experiment:
         sft = run_sft(
             SftTask(dataset=reference, output=str(output / "sft"), settings=SftSettings(**self.size.sft, seed=seed))
         )
-        after_sft = self.accuracy(output / "sft" / "model")
+        after_sft = self.skill(output / "sft" / "model")
         rl_settings = RlSettings(
             **self.size.rl,
             seed=seed,
@@ -141,23 +153,32 @@ class Experiment:
         found = {
             "arm": arm.name,
             "select": arm.select,
-            "weights": arm.level or "uniform",
+            "weights": arm.weights,
             "seed": seed,
             "reference": reference,
             "rows": sft["rows"],
             "ess": sft["metrics"]["last"]["ess"],
+            "grad_norm": _mean(_metrics(output / "sft", "grad_norm")),
+            "rl_rewards": [round(reward, 4) for reward in _metrics(output / "rl", "reward")],
             "after_sft": after_sft,
-            "after_rl": self.accuracy(output / "rl" / "model"),
+            "after_rl": self.skill(output / "rl" / "model"),
             "seconds": round(time.monotonic() - started, 1),
         }
         result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps(found, indent=1))
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1))
+        part.rename(result)
         return found
 
     def release(self, arm: Arm, seed: int) -> str:
-        """Reference of the arm's dataset version, made by `grape run`; scores are shared by all arms."""
+        """Reference of the arm's dataset version, made once by `grape run`; scores are shared by all arms."""
+        seed = seed if arm.depends_on_seed else 0
+        made = self.folder / "releases" / f"{arm.name}-{seed}"
+        if made.exists():
+            return made.read_text()
         config = self.folder / "configs" / f"{arm.name}-{seed}.yaml"
-        config.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (config.parent, made.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(self.config(arm, seed), sort_keys=False))
         ended = subprocess.run(
             [sys.executable, "-m", "grape_service.cli", "run", str(config), "--json"],
@@ -167,38 +188,62 @@ class Experiment:
             text=True,
             check=True,
         )
-        return str(json.loads(ended.stdout)["reference"])
+        reference = str(json.loads(ended.stdout)["reference"])
+        made.write_text(reference)
+        return reference
 
     def config(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The service's config of an arm."""
         config: dict[str, Any] = {
-            "name": arm.name.replace("+", "-"),
+            "name": arm.dataset,
             "pool": {"path": str(self.folder / "pool.jsonl"), "max_reject_share": 1.0},
             "render": {"mode": "plain", "separator": SEPARATOR},
             "target": {"model": str(self._policy("target")), "dtype": "float32", "engine": "transformers"},
             "select": {"method": arm.select, "seed": seed},
             "output": {"path": str(self.folder / "datasets")},
         }
-        if arm.level is not None:
+        if self.size.only_right:
+            config["pool"]["where"] = [{"column": "correct", "equals": True}]
+        weights = WEIGHTS[arm.weights]
+        if weights is not None:
+            config["weights"] = weights
+        if weights is not None and weights["method"] == "pear":
             policies = {
                 name: {"model": str(self._policy(name)), "dtype": "float32", "engine": "transformers"}
                 for name in self.size.sources
             }
             config["behavior"] = {"sources": policies}
-            config["weights"] = {"method": "pear", "level": arm.level}
         return config
 
     def accuracy(self, model: Path) -> float:
         """Share of the test problems that a model's most likely answer solves."""
-        asked = problems(self.size.test_problems, TEST_SEED)
+        asked = self.problems(self.size.test_problems, TEST_SEED)
         found = answers(model, asked, self.size.max_tokens, self.device, temperature=0.0, seed=0)
         return sum(solved(text, problem) for (text, _), problem in zip(found, asked, strict=True)) / len(asked)
+
+    def skill(self, model: Path) -> dict[str, float]:
+        """Accuracy of the most likely answers, and pass@8: the share of problems of which one of 8 samples is right."""
+        found = {"accuracy": self.accuracy(model)}
+        if self.size.pass_problems:
+            asked = self.problems(self.size.pass_problems, TEST_SEED)
+            repeated = [problem for problem in asked for _ in range(PASS_AT)]
+            made = answers(model, repeated, self.size.max_tokens, self.device, temperature=1.0, seed=0)
+            right = [solved(text, problem) > 0 for (text, _), problem in zip(made, repeated, strict=True)]
+            passed = sum(any(right[start : start + PASS_AT]) for start in range(0, len(right), PASS_AT))
+            found["pass_at_8"] = passed / len(asked)
+        return found
+
+    def problems(self, number: int, seed: int) -> list[Problem]:
+        """Problems of this size's difficulty."""
+        return problems(number, seed, self.size.model.difficulty)
 
     def _policy(self, name: str) -> Path:
         return self.folder / "policies" / name
 
     def _pool_rows(self) -> list[dict[str, Any]]:
-        asked = [problem for problem in problems(self.size.prompts, POOL_SEED) for _ in range(self.size.candidates)]
+        asked = [
+            problem for problem in self.problems(self.size.prompts, POOL_SEED) for _ in range(self.size.candidates)
+        ]
         rows = []
         for number, source in enumerate(self.size.sources):
             found = answers(self._policy(source), asked, self.size.max_tokens, self.device, 1.0, seed=number)
@@ -214,6 +259,20 @@ class Experiment:
                     }
                 )
         return rows
+
+
+def _metrics(output: Path, key: str) -> list[float]:
+    """Values of a metric over the steps of a job; a step that was done again after an interruption counts once."""
+    by_step = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if key in entry:
+            by_step[entry["step"]] = float(entry[key])
+    return [value for _, value in sorted(by_step.items())]
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / max(1, len(values)), 5)
 
 
 def solved(response: str, problem: Problem) -> float:

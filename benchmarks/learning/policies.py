@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.learning.task import Problem, problems, solution
+from benchmarks.learning.task import Difficulty, Problem, problems, solution
 
 SEPARATOR = "\n"
 
@@ -26,7 +26,7 @@ class Recipe:
     styles: dict[str, float]  # shares of the solutions that it saw
     steps: float  # in units of the size's pretraining steps
     seed: int
-    from_policy: str | None = None  # goes on from this one
+    from_policy: str | None = None  # trained further from this one
 
 
 RECIPES = {
@@ -34,8 +34,12 @@ RECIPES = {
     "own": Recipe({"steps": 1.0}, 1.0, seed=2, from_policy="target"),  # the target's own family, further trained
     "words": Recipe({"words": 1.0}, 2.5, seed=3),  # the strongest, in another style
     "terse": Recipe({"terse": 1.0}, 1.0, seed=4),  # short and often wrong
+    "verbose": Recipe({"verbose": 1.0}, 1.5, seed=5),  # in many words
 }
-"""The model to train, and the three policies that write candidates."""
+"""The model to train, and the policies that write candidates."""
+
+
+STANDARD = Difficulty()
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class ModelSize:
     pretrain_steps: int
     batch_size: int
     learning_rate: float = 1e-3
+    difficulty: Difficulty = STANDARD
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -69,7 +74,7 @@ def make_tokenizer(folder: Path) -> Any:
 
 
 def make_policy(name: str, folder: Path, size: ModelSize, device: str) -> Path:
-    """Train a policy of RECIPES into folder/name, once; those that it goes on from too."""
+    """Train a policy of RECIPES into folder/name, once; those that it starts from too."""
     target = folder / name
     if (target / "model.safetensors").exists():
         return target
@@ -106,7 +111,7 @@ def _pretrain(model: Any, tokenizer: Any, recipe: Recipe, size: ModelSize, devic
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=steps + 1)
     rng = random.Random(recipe.seed)
-    pool = problems(50 * size.batch_size, seed=10_000 + recipe.seed)
+    pool = problems(50 * size.batch_size, 10_000 + recipe.seed, size.difficulty)
     styles, shares = list(recipe.styles), list(recipe.styles.values())
     model.train()
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The task: chains of additions and subtractions, and three ways to write a solution down.
+"""The task: chains of additions and subtractions, and four ways to write a solution down.
 
 A problem is "7+15-4+9=" and its answer 27. Each style ends with "#" and the answer, so that all are judged alike.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 ANSWER = r"#(-?\d+)"
 """What a response's answer is: the last match counts."""
 
-STYLES = ("steps", "words", "terse")
+STYLES = ("steps", "words", "verbose", "terse")
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,22 @@ class Problem:
         return self.numbers[0] + sum(sign * n for sign, n in zip(self.signs, self.numbers[1:], strict=True))
 
 
-def problems(number: int, seed: int) -> list[Problem]:
-    """Different problems of 3 to 5 numbers below 30."""
+@dataclass(frozen=True)
+class Difficulty:
+    """What problems are made of."""
+
+    shortest: int = 3  # numbers in a problem
+    longest: int = 5
+    largest: int = 29  # number
+
+
+def problems(number: int, seed: int, difficulty: Difficulty = Difficulty()) -> list[Problem]:
+    """Different problems, the same ones for the same arguments."""
     rng = random.Random(seed)
     found: dict[str, Problem] = {}
     while len(found) < number:
-        length = rng.randint(3, 5)
-        numbers = tuple(rng.randint(1, 29) for _ in range(length))
+        length = rng.randint(difficulty.shortest, difficulty.longest)
+        numbers = tuple(rng.randint(1, difficulty.largest) for _ in range(length))
         signs = tuple(rng.choice((1, -1)) for _ in range(length - 1))
         problem = Problem(numbers, signs)
         found.setdefault(problem.prompt, problem)
@@ -45,14 +54,23 @@ def problems(number: int, seed: int) -> list[Problem]:
 
 
 def solution(problem: Problem, style: str) -> str:
-    """A right solution: running sums (steps), sentences (words), or the answer alone (terse)."""
+    """A right solution: running sums (steps), sentences (words), long ones (verbose), or the answer alone (terse)."""
     if style == "terse":
         return f"#{problem.answer}"
     total, lines = problem.numbers[0], []
     for sign, n in zip(problem.signs, problem.numbers[1:], strict=True):
         after = total + sign * n
         operator, verb = ("+", "add") if sign > 0 else ("-", "take away")
-        lines.append(f"{total}{operator}{n}={after};" if style == "steps" else f"{verb} {n}, we get {after}. ")
+        line = {
+            "steps": f"{total}{operator}{n}={after};",
+            "words": f"{verb} {n}, we get {after}. ",
+            "verbose": f"Now from {total} we have to {verb} {n}, and so we are at {after}. ",
+        }
+        lines.append(line[style])
         total = after
-    start = "" if style == "steps" else f"start at {problem.numbers[0]}. "
-    return f"{start}{''.join(lines)}#{total}"
+    start = {
+        "steps": "",
+        "words": f"start at {problem.numbers[0]}. ",
+        "verbose": f"We begin with {problem.numbers[0]}. ",
+    }
+    return f"{start[style]}{''.join(lines)}#{total}"
