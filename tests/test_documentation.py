@@ -11,15 +11,13 @@ from grape_service.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LATER = {"pools.md", "methods.md", "exports.md", "evidence.md"}
-"""Pages of docs/ that come with what they describe."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
     files = [link for link in links if not link.startswith("http")]
-    missing = [link for link in files if not (page.parent / link).exists() and Path(link).name not in LATER]
+    missing = [link for link in files if not (page.parent / link).exists()]
     assert missing == []
 
 

@@ -34,7 +34,7 @@ from grape_service.rows.statistics import STATISTICS, TARGET_FIELDS
 from grape_service.select.partition import kept_columns
 from grape_service.storage.parquet import array_of, open_checked, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.partition import UNIFORM
+from grape_service.weigh.batch import UNIFORM
 
 IGNORED_LABEL = -100
 """What labels hold off the mask."""

@@ -111,10 +111,6 @@ class Renderer:
         """The bytes that each id decodes to inside of a text; None for an id that is no token."""
         return self.vocabulary.bytes_of(ids)
 
-    def tokenizer_digest(self) -> str:
-        """sha256 of vocabulary, merges, added tokens, normaliser and the rest of the tokenizer."""
-        return self.vocabulary.digest
-
     def template_digest(self) -> str:
         """sha256 of the chat template and its variables; of the separator in plain mode."""
         if self._template is not None:
@@ -129,7 +125,7 @@ class Renderer:
     def _digest(self) -> str:
         parts = {
             "format": FORMAT,
-            "tokenizer": self.tokenizer_digest(),
+            "tokenizer": self.vocabulary.digest,
             "template": self.template_digest(),
             "mode": self.mode,
             "system_prompt": self.system_prompt,

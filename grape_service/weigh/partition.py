@@ -8,10 +8,9 @@ which. Both policies score the same response tokens, one value for each token wi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +18,19 @@ import pyarrow as pa
 
 from grape_service.config.methods import WeightsConfig
 from grape_service.config.schema import Config
-from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TURN_END, NO_SOURCE
-from grape_service.rows.counts import Counts
-from grape_service.rows.method_batch import MethodBatch
+from grape_service.rows.columns import BEHAVIOR_KNOWN, NO_SOURCE
 from grape_service.rows.ragged import (
     Int64s,
     gather_rows,
-    list_array,
     list_offsets_and_values,
     offsets_from_lengths,
     segment_sums,
 )
-from grape_service.rows.statistics import LOGPROB, RANK, TARGET_FIELDS, ordered
+from grape_service.rows.statistics import LOGPROB, TARGET_FIELDS
 from grape_service.score.store import ScoreStore, ScoreTable
 from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
+from grape_service.weigh.batch import Batch, method_batch
 from grape_service.weigh.behavior import (
     BEHAVIOR_COLUMNS,
     NOT_ASKED,
@@ -42,19 +39,16 @@ from grape_service.weigh.behavior import (
     refuse_missing,
     row_behaviors,
 )
+from grape_service.weigh.counts import WeighCounts
 from grape_service.weigh.lookup import (
     BehaviorScores,
     PartitionScores,
-    check_lengths,
     find_behavior_rows,
     read_columns,
     read_scores,
 )
 from grape_service.weigh.methods import token_weights
 from grape_service.weigh.pear import TokenWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
-
-UNIFORM = "uniform"
-"""weight_source of rows without weights of their own; of the others it is the method's name."""
 
 SAME_LOGPROB = 0.02
 """Log-probabilities that differ by less are one policy's, scored by two engines in half precision."""
@@ -69,64 +63,6 @@ WEIGHED_COLUMNS = [
 ]
 """What a weighed row has after the kept row's columns; the first only where its weights compare with a behavior.
 BEHAVIOR_KNOWN follows, one for each token with loss, where some behavior of the partition is not known."""
-
-
-@dataclass
-class WeighCounts(Counts):
-    """What was weighed and what was not."""
-
-    rows_in: int = 0
-    prompts_in: int = 0
-    rows: int = 0
-    prompts: int = 0
-    weighed_rows: int = 0
-    uniform_rows: int = 0
-    missing: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Kept rows without a behavior policy, by source and reason, whether weighed 1 or left out."""
-    dropped_rows: int = 0
-    """Rows left out because they have no behavior policy."""
-    failed_rows: dict[str, int] = field(default_factory=dict)
-    """Rows that a policy could not score, by reason."""
-    failed_prompts: int = 0
-    """Prompts left out with a row that could not be scored."""
-    rows_of_failed_prompts: int = 0
-    unknown_tokens: int = 0
-    """Tokens of weighed rows whose log ratio is not known (turn ends), so that it counts as 0."""
-    recorded_tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens by source whose behavior's log-probability was recorded at a temperature other than 1 and is processed."""
-    recorded_same: dict[str, int] = field(default_factory=dict)
-    """Those of them for which it is the target's own at temperature 1: then the numbers are raw."""
-    sources: dict[str, WeightTotals] = field(default_factory=dict)
-    """Sums over weights by source, before `normalize: dataset`."""
-    self_weights: WeightTotals = field(default_factory=WeightTotals)
-    """PEAR: the same sums if both policies were the target and every score exact. Other methods: over the kept rows
-    that the target scored again, the weights of the first scoring."""
-    self_weights_repeat: WeightTotals = field(default_factory=WeightTotals)
-    """PEAR: what the target against itself really gets, over the kept rows that it scored again. Other methods: the
-    weights of the second scoring."""
-    noise_squares: float = 0.0
-    """Sum over the tokens of `self_weights_repeat` of the squared difference between the two scorings."""
-
-    @property
-    def scoring_noise(self) -> float | None:
-        """Root mean square difference of a token's log-probability between two scorings by the target."""
-        return (
-            math.sqrt(self.noise_squares / self.self_weights_repeat.tokens) if self.self_weights_repeat.tokens else None
-        )
-
-    @property
-    def totals(self) -> WeightTotals:
-        """Sums over all sources."""
-        totals = WeightTotals()
-        for source in sorted(self.sources):
-            totals += self.sources[source]
-        return totals
-
-
-def dataset_factor(counts: WeighCounts, weights: WeightsConfig) -> float:
-    """What `normalize: dataset` multiplies weights by, from the counts of all partitions; else 1."""
-    totals = counts.totals
-    return totals.tokens / totals.sum if weights.normalize == "dataset" and totals.sum else 1.0
 
 
 @dataclass(frozen=True)
@@ -210,12 +146,12 @@ def weigh_partition(
         row = 0
         for table in read_row_groups(storage, kept_path):
             rows = np.flatnonzero(kept[row : row + table.num_rows])
-            batch = _Batch(table.take(rows), rows + row, behaviors, scores, target_columns)
+            batch = Batch(table.take(rows), rows + row, behaviors, scores, target_columns)
             if behavior is not None:
                 made_weights = pear_weights(batch.ratios, batch.weighed_offsets, weights)
             else:
                 made_weights = token_weights(
-                    _method_batch(batch.table, batch.offsets, batch.target, weights.statistics, columns), weights
+                    method_batch(batch.table, batch.offsets, batch.target, weights.statistics, columns), weights
                 )
             if len(batch.weighed_rows):
                 _count_weights(counts, batch, made_weights, weights)
@@ -280,120 +216,7 @@ def _rows_to_keep(
     return kept
 
 
-class _Batch:
-    """Rows on their way through: N rows, L tokens with loss; those that no behavior is missing of are weighed."""
-
-    def __init__(
-        self,
-        table: pa.Table,
-        rows: Int64s,
-        behaviors: RowBehaviors,
-        scores: PartitionScores,
-        target_columns: dict[str, str],
-    ):
-        """`rows` [N] are the places of the table's rows in the partition, `target_columns` those of the target's
-        statistics by name."""
-        self.table = table
-        token_offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
-        self.lengths = segment_sums(mask > 0, token_offsets)
-        self.offsets = offsets_from_lengths(self.lengths)
-        self.keys = array_of(table, "row_key")
-        self.target_columns = target_columns
-        self.target = {name: self._unknown() for name in target_columns}
-        self.target_usable: dict[str, npt.NDArray[np.bool_]] = {}
-        for name, column in target_columns.items():
-            if scores.target is not None:
-                scores.target[name].fill(self.target[name], self.offsets, rows, self.keys)
-                self.target_usable[name] = scores.target[name].usable[rows]
-            else:
-                self._put(self.target[name], array_of(table, column), np.arange(len(rows)))
-
-        self.behavior = self._unknown()
-        scores.behavior.fill(self.behavior, self.offsets, rows, self.keys)
-        differs = np.repeat(scores.turn_end_differs[rows], self.lengths)
-        self.behavior[differs & (mask[mask > 0] == LOSS_TURN_END)] = np.nan
-        recorded = np.flatnonzero(behaviors.policy[rows] == RECORDED)
-        self._put(self.behavior, array_of(table, "recorded_logprobs"), recorded)
-
-        self.tempered = behaviors.temperature[rows] != 1
-        self.weighed_rows = np.flatnonzero(~behaviors.missing()[rows])
-        self.weighed_tokens = gather_rows(self.offsets[self.weighed_rows], self.lengths[self.weighed_rows])
-        self.weighed_offsets = offsets_from_lengths(self.lengths[self.weighed_rows])
-        self.sources = array_of(table, "source").take(pa.array(self.weighed_rows))
-        compared = self.target[LOGPROB].copy()  # at the temperature at which the response was sampled
-        scores.tempered.fill(compared, self.offsets, rows, self.keys)
-        self.compared = compared[self.weighed_tokens]
-        self.ratios = log_ratios(self.compared, self.behavior[self.weighed_tokens])
-
-    def _unknown(self) -> npt.NDArray[np.float32]:
-        return np.full(int(self.offsets[-1]), np.nan, dtype=np.float32)
-
-    def _put(self, flat: npt.NDArray[np.float32], column: pa.Array, rows: Int64s) -> None:
-        """Put a list column's values of `rows` into their places in a flat array [L]; nothing where it is null."""
-        rows = rows[column.is_valid().to_numpy(zero_copy_only=False)[rows]]
-        offsets, values = list_offsets_and_values(column)
-        lengths = np.diff(offsets)[rows]
-        check_lengths(lengths, self.lengths[rows], self.keys, rows)
-        flat[gather_rows(self.offsets[rows], lengths)] = values[gather_rows(offsets[rows], lengths)]
-
-    def output(self, weighed: TokenWeights, made: list[pa.Field], method: str) -> pa.Table:
-        """The table with the target's statistics, and of the columns `made` behavior_logprobs, weights, weight_source.
-
-        Where the behavior's log-probability is not known, the target's stands in its place: a delta of 0.
-        """
-        table = self.table
-        for name, usable in self.target_usable.items():
-            column = _lists(self.offsets, self.target[name], usable)
-            place = table.column_names.index(self.target_columns[name])
-            item = table.schema.field(place)
-            table = table.set_column(place, item, column.cast(item.type))
-        is_known = ~np.isnan(self.behavior)
-        known = self.behavior[self.weighed_tokens]
-        self.behavior[self.weighed_tokens] = np.where(np.isnan(known), self.compared, known)
-        is_weighed = np.zeros(len(self.lengths), dtype=bool)
-        is_weighed[self.weighed_rows] = True
-        weights = np.ones(int(self.offsets[-1]), dtype=np.float32)
-        weights[self.weighed_tokens] = weighed.weights
-        columns = {
-            "behavior_logprobs": _lists(self.offsets, self.behavior, is_weighed),
-            "weights": list_array(self.offsets, weights, pa.float32()),
-            "weight_source": pa.array([UNIFORM, method]).take(pa.array(is_weighed.astype(np.int8))),
-            BEHAVIOR_KNOWN.name: _lists(self.offsets, is_known, is_weighed),
-        }
-        for item in made:
-            table = table.append_column(item, columns[item.name])
-        return table
-
-
-def _method_batch(
-    table: pa.Table,
-    offsets: Int64s,
-    values: dict[str, npt.NDArray[np.float32]],
-    names: Sequence[str],
-    columns: Sequence[str],
-) -> MethodBatch:
-    """Rows as a method takes them, with log-probabilities and the statistics `names` of `values` [L]."""
-    prompt_ids = array_of(table, "prompt_id")
-    return MethodBatch(
-        prompt_ids.dictionary_encode().indices.to_numpy().astype(np.int64),
-        prompt_ids,
-        array_of(table, "candidate_id"),
-        offsets,
-        {name: values[name].astype(np.int64) if name == RANK else values[name] for name in ordered(names)},
-        {name: array_of(table, name) for name in columns},
-    )
-
-
-def _lists(offsets: Int64s, values: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> pa.ListArray:
-    """A list column with nulls where not `valid` [N]."""
-    lengths = np.where(valid, np.diff(offsets), 0)
-    values = values[gather_rows(offsets[:-1], lengths)]
-    return pa.ListArray.from_arrays(
-        pa.array(offsets_from_lengths(lengths).astype(np.int32)), pa.array(values), mask=pa.array(~valid)
-    )
-
-
-def _count_weights(counts: WeighCounts, batch: _Batch, pear: TokenWeights, weights: WeightsConfig) -> None:
+def _count_weights(counts: WeighCounts, batch: Batch, pear: TokenWeights, weights: WeightsConfig) -> None:
     encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
     for name, totals in zip(names, totals_by_group(pear, batch.weighed_offsets, codes, len(names)), strict=True):
@@ -406,7 +229,7 @@ def _count_weights(counts: WeighCounts, batch: _Batch, pear: TokenWeights, weigh
     counts.self_weights += _totals(exact, batch.weighed_offsets)
 
 
-def _count_recorded(counts: WeighCounts, batch: _Batch, names: list[str], codes: Int64s) -> None:
+def _count_recorded(counts: WeighCounts, batch: Batch, names: list[str], codes: Int64s) -> None:
     """How many numbers that are said to be processed are the target's own before the temperature."""
     target = batch.target[LOGPROB][batch.weighed_tokens]
     behavior = batch.behavior[batch.weighed_tokens]
@@ -423,7 +246,7 @@ def _count_recorded(counts: WeighCounts, batch: _Batch, names: list[str], codes:
                 into[name] = into.get(name, 0) + int((number & of_source).sum())
 
 
-def _count_repeat(counts: WeighCounts, batch: _Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
+def _count_repeat(counts: WeighCounts, batch: Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
     """The weights of the target against its second scoring; `rows` [N] are the batch's places in `repeat`."""
     there = np.flatnonzero(_scored_twice(batch, {LOGPROB: repeat}, rows))
     if not len(there):
@@ -437,7 +260,7 @@ def _count_repeat(counts: WeighCounts, batch: _Batch, repeat: ScoreTable, rows: 
 
 def _count_both_scorings(
     counts: WeighCounts,
-    batch: _Batch,
+    batch: Batch,
     first: TokenWeights,
     repeat: dict[str, ScoreTable],
     rows: Int64s,
@@ -457,11 +280,11 @@ def _count_both_scorings(
     held = TokenWeights(first.weights[tokens], *(of[there] for of in first.held()))
     counts.self_weights += _totals(held, offsets)
     table = batch.table.take(pa.array(there))
-    made = token_weights(_method_batch(table, offsets, second, weights.statistics, columns), weights)
+    made = token_weights(method_batch(table, offsets, second, weights.statistics, columns), weights)
     counts.self_weights_repeat += _totals(made, offsets)
 
 
-def _scored_twice(batch: _Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
+def _scored_twice(batch: Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
     """Rows [N] with usable values of both scorings."""
     usable = np.ones(len(rows), dtype=bool)
     for name, table in repeat.items():

@@ -12,7 +12,7 @@ import pytest
 
 import grape_service
 from grape_service.errors import UserError
-from grape_service.weigh.partition import WeighCounts
+from grape_service.weigh.counts import WeighCounts
 from tests import tiny_models
 from tests.jobs import Job, Terminal, pool_rows, tiny_job, write_jsonl
 

@@ -23,7 +23,7 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
     """vllm | transformers; auto takes vllm where it is importable and runs the model."""
     if policy.engine != "auto":
         return policy.engine
-    from workers.engines.vllm.engine import vllm_available_for
+    from workers.engines.vllm.available import vllm_available_for
 
     available, reason = vllm_available_for(folder)
     if not available:

@@ -20,7 +20,8 @@ from grape_service.score.store import REPEAT_SUFFIX, ScoreStore
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
-from grape_service.weigh.partition import REPEAT_PARTITION, BehaviorScores, WeighCounts, dataset_factor, weigh_partition
+from grape_service.weigh.counts import WeighCounts, dataset_factor
+from grape_service.weigh.partition import REPEAT_PARTITION, BehaviorScores, weigh_partition
 from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run

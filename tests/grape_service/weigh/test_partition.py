@@ -23,8 +23,9 @@ from grape_service.weigh.behavior import (
     refuse_missing,
     unsaid_temperature,
 )
+from grape_service.weigh.counts import WeighCounts, dataset_factor
 from grape_service.weigh.lookup import BEHAVIOR_ROW_COLUMNS, BehaviorScores
-from grape_service.weigh.partition import WeighCounts, dataset_factor, weigh_partition
+from grape_service.weigh.partition import weigh_partition
 from tests.made_rows import Row, put_scores, put_shards
 
 GAMMA = 0.9

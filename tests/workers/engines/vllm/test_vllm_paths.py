@@ -20,7 +20,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed: run make test-vllm")
 
 from tests.workers.engines.vllm.reference import assert_exact, engine_of, load_reference, random_ids, row, tiny_model
 from workers.engines.vllm import head
-from workers.engines.vllm.engine import VllmEngine, vllm_available_for
+from workers.engines.vllm.available import vllm_available_for
+from workers.engines.vllm.engine import VllmEngine
 
 ROWS = [row(random_ids(1, length), random_ids(2, 20)) for length in (1, 33, 70)]
 
