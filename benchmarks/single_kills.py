@@ -4,7 +4,7 @@
 
 Each time a run without earlier scores begins, one process of it (or the S3 server) gets SIGKILL, and the run has to
 end by itself within HANG_SECONDS. If it failed, the same command is run once more and has to succeed. The release has
-to hold the rows that an undisturbed run chose, no score may have been made twice, and no process may be left.
+to hold the rows that an undisturbed run chose, no stored score may have been recomputed, and no process may be left.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _one(job: Job, s3: SeaweedServer, kind: str, moment: float, expected: pa.Tab
         keys = _stored_keys(job)
         facts |= {"stored_before": stored, "scored": outcome["scored"]}
         if len(keys) != len(set(keys)):
-            problems.append(f"{len(keys) - len(set(keys))} scores were made twice")
+            problems.append(f"{len(keys) - len(set(keys))} stored scores were recomputed")
         problems += _differences(outcome["reference"], expected)
     else:
         problems.append(f"the run after it ended with {status}: {error[-500:]}")

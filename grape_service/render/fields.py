@@ -13,7 +13,7 @@ SHOWN_AS_WORDS = ("role", "content")
 LINKS = ("tool_call_id",)
 """Fields that say which message belongs to which: templates that keep the order need not show them."""
 PAST_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Templates of reasoning models leave these out of turns that are past, and mean it."""
+"""Templates of reasoning models leave these out of past turns on purpose."""
 
 
 class Renders(Protocol):

@@ -21,7 +21,7 @@ class WeighCounts(Counts):
     weighed_rows: int = 0
     uniform_rows: int = 0
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Kept rows without a behavior policy, by source and reason, whether weighed 1 or left out."""
+    """Kept rows without a behavior policy, by source and reason, whether they have weight 1 or are left out."""
     dropped_rows: int = 0
     """Rows left out because they have no behavior policy."""
     failed_rows: dict[str, int] = field(default_factory=dict)

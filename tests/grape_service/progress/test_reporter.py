@@ -29,7 +29,7 @@ AHEAD = [
     Ahead("prepare", seconds=10),
     Ahead("score target", tokens=8000),
     Ahead("select", seconds=2),
-    Ahead("score behavior-0", tokens=1000),
+    Ahead("score winners under behavior policy x", tokens=1000),
     Ahead("weigh", seconds=1),
 ]
 
