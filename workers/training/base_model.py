@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def base_model(release: Release, settings: SftSettings) -> str:
 def resolved_model(model: str) -> str:
     """A local folder by its full path; a hub id or an s3:// folder as it is."""
     folder = Path(model).expanduser()
-    return str(folder.absolute()) if "://" not in model and folder.is_dir() else model
+    return os.path.abspath(folder) if "://" not in model and folder.is_dir() else model
 
 
 def check_local_model(release: Release, settings: SftSettings) -> None:
