@@ -51,7 +51,8 @@ class DrillEngine(ConstantEngine):
 
     Keys: seconds (a call takes), slow_factor (of the first engine that was started), fail_token (a batch with this
     token id raises), oom_above (tokens: a larger batch runs out of memory), die_once (the process ends in a call,
-    once for each value), missing_token (rows with this token id get no score).
+    once for each value), hang_token (the first batch with this
+    token id takes an hour), missing_token (rows with this token id get no score).
     """
 
     def __init__(self, policy: PolicyConfig, folder: str):
@@ -79,6 +80,8 @@ class DrillEngine(ConstantEngine):
         time.sleep(drill.get("seconds", 0) * (drill.get("slow_factor", 1) if self.is_first else 1))
         if "die_once" in drill and self._once(f"died-{drill['die_once']}"):
             os._exit(1)
+        if drill.get("hang_token") in batch.input_ids.tolist() and self._once(f"hung-{drill['name']}"):
+            time.sleep(3600)
         if drill.get("fail_token") in batch.input_ids.tolist():
             raise RuntimeError("this batch always fails")
         if "oom_above" in drill and self.budget > drill["oom_above"]:

@@ -184,7 +184,9 @@ def prefect_or_direct() -> Iterator[bool]:
     except Exception as error:
         names = {kind.__name__ for kind in type(error).__mro__}  # Ray itself may not be imported
         if names & {"LocalRayletDiedError", "NodeDiedError"}:
-            raise StageError("Ray ended in the middle of the run: run again; stored scores are reused") from error
+            from workers.cluster.ray import RAY_ENDED
+
+            raise StageError(RAY_ENDED) from error
         if with_prefect and prefect_is_gone(error):
             raise StageError(
                 f"the Prefect server does not answer ({str(error) or type(error).__name__}): "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 LOOPBACK = "127.0.0.1"
+LOOK_SECONDS = 1.0
+"""How often it is seen whether Ray's processes are alive."""
 
 
 class PrivateNode(Node):
@@ -25,8 +28,10 @@ class PrivateNode(Node):
             super().start_api_server(include_dashboard=True, raise_on_failure=raise_on_failure)
 
 
-def start(folder: str, num_cpus: int, dashboard_port: int | None, object_store_bytes: int) -> dict[str, Any]:
-    """Start Ray in `folder`; its address, and that of its Jobs API where a dashboard port is given."""
+def start(
+    folder: str, num_cpus: int, dashboard_port: int | None, object_store_bytes: int
+) -> tuple[PrivateNode, dict[str, Any]]:
+    """Start Ray in `folder`; its node, its address, and that of its Jobs API where a dashboard port is given."""
     options: dict[str, Any] = {
         "node_ip_address": LOOPBACK,
         "num_cpus": num_cpus,
@@ -41,13 +46,19 @@ def start(folder: str, num_cpus: int, dashboard_port: int | None, object_store_b
         "no_monitor": True,
     }
     node = PrivateNode(RayParams(**options), head=True, shutdown_at_exit=False, spawn_reaper=True)
-    return {"address": node.address, "jobs": f"http://{LOOPBACK}:{dashboard_port}" if dashboard_port else None}
+    return node, {"address": node.address, "jobs": f"http://{LOOPBACK}:{dashboard_port}" if dashboard_port else None}
 
 
 def main() -> None:
-    """Start with the arguments of standard input's first line, say where Ray is, end when standard input ends."""
-    print(json.dumps(start(**json.loads(sys.stdin.readline()))), flush=True)
-    sys.stdin.read()
+    """Start with the arguments of standard input's first line, say where Ray is, end when standard input ends.
+
+    A Ray of which a process is gone is of no use: then this ends too, by which the run knows.
+    """
+    node, found = start(**json.loads(sys.stdin.readline()))
+    print(json.dumps(found), flush=True)
+    while not node.dead_processes():
+        if select.select([sys.stdin], [], [], LOOK_SECONDS)[0] and not sys.stdin.read(1):
+            break
     from workers.cluster.scratch import MARK, end_processes, remove
 
     scratch = os.environ[MARK]

@@ -28,6 +28,7 @@ IN_CLUSTER = "GRAPE_IN_CLUSTER"
 CPUS_PER_CORE = 2
 """CPUs that a private Ray is told it has for each core: an actor that holds one leaves room for tasks."""
 START_SECONDS = 120.0
+RAY_ENDED = "Ray ended in the middle of the run: run again; stored scores are reused"
 STORE_BYTES = 256 * 2**20
 LOOPBACK = ("127.0.0.1", "localhost")
 OTHER_RAYS = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_REDIS_ADDRESS")
@@ -193,6 +194,12 @@ def need_ray() -> None:
     if not ray.is_initialized():
         assert _wanted, "tasks and engines run inside ray_for"
         _wanted[-1].start()
+
+
+def check_ray_is_alive() -> None:
+    """Raises StageError where the private Ray of this process is gone: its head ends when one of its processes does."""
+    if any(head.poll() is not None for head in _heads.values()):
+        raise StageError(RAY_ENDED)
 
 
 def ray_is_up() -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
-from workers.cluster.ray import CPUS_PER_CORE, is_private, need_ray, num_slots
+from workers.cluster.ray import CPUS_PER_CORE, check_ray_is_alive, is_private, need_ray, num_slots
 
 if TYPE_CHECKING:
     import ray
@@ -85,6 +85,7 @@ def run_tasks(
                 submitted += 1
             if not in_flight:
                 return
+            check_ray_is_alive()
             ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=SLOTS_SECONDS)
             for reference in ready:
                 place, calls = in_flight.pop(reference)

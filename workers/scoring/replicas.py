@@ -14,7 +14,7 @@ import ray
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
-from workers.cluster.ray import node_gpus, num_nodes, num_slots
+from workers.cluster.ray import check_ray_is_alive, node_gpus, num_nodes, num_slots
 from workers.cluster.tasks import ENGINE_CPUS
 from workers.engines.vllm.versions import sentence
 from workers.run import Events
@@ -31,6 +31,10 @@ ATTEMPTS = 3
 """A unit that failed this often is recorded as failed."""
 START_SECONDS = 1800
 """A run that has no engine for so long fails: none starts, or none finds room on the cluster."""
+STUCK_SECONDS = 300.0
+STUCK_FACTOR = 5.0
+"""An engine is taken for dead after STUCK_SECONDS without progress, or STUCK_FACTOR times what its largest unit takes
+at the rate that it has shown, whichever is longer; one that has shown none yet, after START_SECONDS."""
 ANSWER_SECONDS = 20
 """How long the driver waits for a short answer of an actor that may be lost."""
 
@@ -45,6 +49,9 @@ class Replica:
     asked: ray.ObjectRef | None = None  # for its progress, not answered yet
     tokens_seen: int = 0
     looked_at: float = field(default_factory=time.monotonic)
+    moved_at: float = field(default_factory=time.monotonic)  # when it last showed progress, or had nothing to do
+    tokens_done: int = 0
+    busy_seconds: float = 0.0
     description: dict[str, Any] = field(default_factory=dict)
     is_ready: bool = False
 
@@ -101,6 +108,7 @@ class Replicas:
         while sum(replica.is_ready for replica in self.replicas) < min(count, len(self.replicas)):
             if time.monotonic() > deadline:
                 raise self._no_engine()
+            check_ray_is_alive()
             self._look_for_started(timeout=1.0)
 
     def _start(self) -> Replica:
@@ -175,11 +183,18 @@ class Replicas:
             stats["gpu_seconds"] = self.gpus * seconds
         return found
 
-    def score(self, queue: WorkQueue[Work], advance: Callable[[int], None]) -> ScoreTotals:
-        """Score every unit; `advance(tokens)` is called about once a second while it goes on."""
+    def score(
+        self,
+        queue: WorkQueue[Work],
+        advance: Callable[[int], None],
+        look: Callable[[ScoreTotals], None] = lambda totals: None,
+    ) -> ScoreTotals:
+        """Score every unit; `advance(tokens)` is called about once a second, `look(totals)` whenever one has ended: it
+        may raise to stop."""
         totals = ScoreTotals()
         last_progress = last_ready = time.monotonic()
         while queue or any(replica.in_flight for replica in self.replicas):
+            check_ray_is_alive()
             if any(replica.is_ready for replica in self.replicas):
                 last_ready = time.monotonic()
             elif time.monotonic() - last_ready > START_SECONDS:
@@ -197,10 +212,12 @@ class Replicas:
                     self._take_started(starting[reference])
                 else:
                     self._collect(reference, queue, totals)
+                    look(totals)
             if time.monotonic() - last_progress >= 1.0:
                 self._poll(advance)
                 self.metrics.queue(len(queue) + sum(len(replica.in_flight) for replica in self.replicas))
                 last_progress = time.monotonic()
+                self._replace_stuck(queue, totals)
         self._poll(advance, wait=5.0)
         self.metrics.queue(0)
         return totals
@@ -245,6 +262,26 @@ class Replicas:
         totals.tokens += result.tokens
         totals.engine_seconds += result.seconds
 
+    def _replace_stuck(self, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
+        """Take a replica for dead that has work and shows no progress for far longer than its work should take."""
+        for replica in self.replicas:
+            if not replica.is_ready or not replica.in_flight:
+                replica.moved_at = time.monotonic()
+                continue
+            largest = max(work.unit.tokens for work in replica.in_flight.values())
+            patience = float(START_SECONDS)  # until it has shown a rate
+            if replica.tokens_done:
+                patience = max(STUCK_SECONDS, STUCK_FACTOR * largest * replica.busy_seconds / replica.tokens_done)
+            if time.monotonic() - replica.moved_at < patience:
+                continue
+            reason = f"its engine made no progress for {patience:.0f} seconds"
+            self._event(f"an engine made no progress for {patience:.0f} seconds and is replaced")
+            waiting = list(replica.in_flight.values())
+            waiting[0].attempts += 1
+            for lost in reversed(waiting):
+                self._again(lost, reason, queue, totals)
+            self._replace(replica)
+
     def _is_usable(self, replica: Replica) -> bool:
         try:
             return bool(ray.get(replica.actor.is_usable.remote(), timeout=ANSWER_SECONDS))
@@ -257,7 +294,7 @@ class Replicas:
         replica.in_flight.clear()
         fresh = self._start()
         replica.actor, replica.started, replica.is_ready = fresh.actor, fresh.started, False
-        replica.asked, replica.tokens_seen = None, 0
+        replica.asked, replica.tokens_seen, replica.moved_at = None, 0, time.monotonic()
 
     def _again(self, work: Work, reason: str, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
         """Put a unit back in front; after the last attempt it is recorded as failed."""
@@ -296,9 +333,12 @@ class Replicas:
                 continue
             tokens, events, cached = answer
             seen, now = max(0, tokens - replica.tokens_seen), time.monotonic()
+            replica.tokens_done += seen
+            replica.busy_seconds += now - replica.looked_at if replica.in_flight else 0.0
             self.metrics.replica(place, seen, now - replica.looked_at, cached)
             replica.tokens_seen, replica.looked_at = tokens, now
             if seen:
+                replica.moved_at = now
                 advance(seen)
             for event in events:
                 self._event(event)

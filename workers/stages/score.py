@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,13 @@ def score_shards(
     temperature: float = 1.0,
     store_id: str | None = None,
     statistics: tuple[str, ...] = (),
+    max_failed: float = math.inf,
 ) -> ScoreTotals:
     """Score the rows of `shards` that have no score yet under `policy`; no engine starts when none is missing.
 
     Scores are kept under the policy's id at this temperature, unless a `store_id` is given. `statistics` are made
-    beside log-probabilities; a row that lacks one has no score yet.
+    beside log-probabilities; a row that lacks one has no score yet. Raises StageError as soon as more than
+    `max_failed` rows have failed.
     """
     store_id = store_id or run.policy_id(policy, temperature)
     left = plan_units(run, store_id, shards, statistics)
@@ -62,11 +65,12 @@ def score_shards(
     reporter().begin(stage, sum(one.tokens for one in left), "tokens")
     works = (Work(unit, store_id, temperature) for one in left for unit in one.units())
     began = time.monotonic()
-    totals = replicas.score(WorkQueue(works, num_units), lambda tokens: reporter().advance(stage, tokens))
+    look = FailureLimit(run, max_failed).look
+    totals = replicas.score(WorkQueue(works, num_units), lambda tokens: reporter().advance(stage, tokens), look)
+    look(totals)
     totals.reused += reused
     reporter().end(stage)
     record_rate(run.workspace, store_id, totals.tokens, time.monotonic() - began)
-    record_failed_units(run, totals)
     return totals
 
 
@@ -172,23 +176,31 @@ def stored_versions(shards: Shards, store: ScoreStore) -> set[str]:
     return store.versions(shards.partition, pa.concat_tables(keys)["row_key"])
 
 
-def record_failed_units(run: Run, totals: ScoreTotals) -> None:
-    """Write the rows of units that failed too often to the failures table and count them."""
-    for work, reason in totals.failed_units:
-        run.event(f"shard {work.unit.path} failed its last attempt and is skipped: {reason}")
-    failed = run_tasks(
-        record_failed_unit,
-        ({"store_id": work.store_id, "unit": work.unit, "reason": reason} for work, reason in totals.failed_units),
-        run.config.workers,
-        shared={"storage": run.workspace, "run_id": run.run_id},
-    )
-    for (work, _), rows in zip(totals.failed_units, failed, strict=True):
-        ScoringMetrics(run.name, work.store_id, gpus=0).add("grape_failures", rows)
-        totals.failed += rows
+class FailureLimit:
+    """Records the rows of units that failed too often as they fail, and stops a run that can no longer succeed."""
+
+    def __init__(self, run: Run, max_failed: float):
+        self.run, self.max_failed = run, max_failed
+        self.recorded = 0  # units
+
+    def look(self, totals: ScoreTotals) -> None:
+        """Write failed units to the failures table and count their rows. Raises StageError above the limit."""
+        for work, reason in totals.failed_units[self.recorded :]:
+            self.recorded += 1
+            self.run.event(f"shard {work.unit.path} failed its last attempt and is skipped: {reason}")
+            rows = record_failed_unit(self.run.workspace, self.run.run_id, work.store_id, work.unit, reason)
+            ScoringMetrics(self.run.name, work.store_id, gpus=0).add("grape_failures", rows)
+            totals.failed += rows
+        if totals.failed > self.max_failed:
+            raise StageError(
+                f"{totals.failed:,} rows could not be scored, more than workers.max_failed_share "
+                f"{self.run.config.workers.max_failed_share:g} allows: the run stops and nothing is published; run "
+                "again to try them once more, or see the failures folder of the run"
+            )
 
 
 def record_failed_unit(storage: Storage, run_id: str, store_id: str, unit: Unit, reason: str) -> int:
-    """Record the rows of a unit that still have no score (a Ray task); how many."""
+    """Record the rows of a unit that still have no score; how many."""
     rows = read_rows(storage, unit.path, ["row_key", "prompt_id", "candidate_id"])
     missing = ScoreStore(storage, store_id).missing(unit.partition, rows["row_key"], unit.statistics)
     rows = rows.take(pa.array(np.flatnonzero(missing)))
@@ -227,7 +239,10 @@ def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
             run.event(f"score target: all {prepared.rows:,} rows have stored scores, no engine is started")
             return ScoreTotals(reused=prepared.rows)
         statistics = run.config.statistics
-        totals = score_shards(run, engines, run.config.target, shards, "score target", statistics=statistics)
+        most = run.config.workers.max_failed_share * prepared.rows
+        totals = score_shards(
+            run, engines, run.config.target, shards, "score target", statistics=statistics, max_failed=most
+        )
         if totals.failed == 0 and not totals.failed_units:
             store.note_complete(shards_id)
         return totals

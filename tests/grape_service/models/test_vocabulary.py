@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grape_service.config.schema import RenderConfig
+from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.renderer import Renderer
 from tests import tiny_models
 
@@ -39,17 +40,16 @@ def test_byte_level_tokens_join_to_the_text(tmp_path):
 @pytest.mark.parametrize("text", ["a b ab", "aéb", "東 🙂"])
 def test_sentencepiece_byte_fallback(text):
     tokenizer = sentencepiece(byte_fallback=True)
-    renderer = Renderer(tokenizer, RenderConfig())
+    vocabulary = Vocabulary(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert b"".join(renderer.token_bytes(ids)) == text.encode()
-    without = Renderer(sentencepiece(byte_fallback=False), RenderConfig())
-    assert without.token_bytes([3]) == [b"<0x00>"]
+    assert b"".join(vocabulary.bytes_of(ids)) == text.encode()
+    without = Vocabulary(sentencepiece(byte_fallback=False))
+    assert without.bytes_of([3]) == [b"<0x00>"]
 
 
 def test_metaspace():
     backend = Tokenizer(models.WordLevel({"▁Hi": 0, "▁you": 1, "<unk>": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    renderer = Renderer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), RenderConfig())
-    assert renderer.token_bytes([0, 1]) == [b" Hi", b" you"]
-    assert renderer.turn_end_id is None
+    vocabulary = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert vocabulary.bytes_of([0, 1]) == [b" Hi", b" you"]

@@ -29,6 +29,7 @@ from grape_service.storage.storage import Storage
 from tests import tiny_models
 from workers.cluster.ray import ray_for
 from workers.run import Run, new_run
+from workers.scoring import replicas as replicas_module
 from workers.scoring.engines import engines_of
 from workers.scoring.queue import WorkQueue
 from workers.scoring.replicas import Replicas, Work
@@ -181,6 +182,34 @@ def test_a_shard_that_always_fails_is_tried_three_times_and_recorded(bench: Benc
         again = score_shards(run, engines, run.config.target, shards, "score again")
         assert (again.rows, again.reused, again.failed) == (4, 20, 0)
         assert_each_once(run, 24)
+
+
+def test_an_engine_without_progress_is_replaced(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas_module, "STUCK_SECONDS", 3.0)
+    monkeypatch.setattr(replicas_module, "STUCK_FACTOR", 0.0)
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 8)
+        engines.of(run.config.target, 8)
+        bench.drill(seconds=0.5, hang_token=450)
+        started = time.monotonic()
+        totals = score_shards(run, engines, run.config.target, shards, "score")
+        assert time.monotonic() - started < 60
+        assert (totals.rows + totals.reused, totals.failed) == (32, 0)
+        assert_each_once(run, 32)
+        engines.close()
+        assert any("an engine made no progress for 3 seconds" in event["event"] for event in run.events.kept)
+
+
+def test_a_run_that_can_no_longer_succeed_stops_at_once(bench: Bench) -> None:
+    bench.drill()
+    with new_run(bench.config(1)) as run, engines_of(run) as engines:
+        shards = make_shards(run.workspace, 60)
+        engines.of(run.config.target, 60)
+        bench.drill(seconds=0.2, missing_token=450)
+        with pytest.raises(StageError, match=r"more than workers\.max_failed_share 0 allows: the run stops"):
+            score_shards(run, engines, run.config.target, shards, "score", max_failed=0)
+        assert len(stored_keys(run)) < 60
 
 
 def test_a_row_without_a_score_goes_to_failures_alone(bench: Bench) -> None:
