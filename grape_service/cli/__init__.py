@@ -78,6 +78,15 @@ def _end_at_once() -> None:
     os._exit(INTERRUPTED)
 
 
+def end_without_ray() -> None:
+    """Ray has ended in the middle of a run, which waits for it in vain: say so, and leave."""
+    from workers.cluster.ray import RAY_ENDED
+    from workers.cluster.scratch import end_own
+
+    end_own()
+    os._exit(_fail(RAY_ENDED, 1))
+
+
 def _leave(status: int) -> None:
     """End this process without taking Python apart, in which Ray crashes where it was stopped while it started."""
     import atexit

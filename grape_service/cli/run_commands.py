@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from grape_service.cli import end_without_ray
 from grape_service.cli.last_folder import remember
 from grape_service.cli.output import (
     ConfigArgument,
@@ -174,18 +175,18 @@ def prefect_or_direct() -> Iterator[bool]:
     Raises StageError where the Prefect server or Ray ends in the middle of a run.
     """
     from grape_service.progress.bars import shown
+    from workers.cluster.ray import RAY_ENDED, on_ray_ended
 
     with_prefect = prefect_is_configured()
     if with_prefect:
         quiet_prefect()
+    on_ray_ended[:] = [end_without_ray]
     try:
         with stdout_to_stderr(), shown():
             yield with_prefect
     except Exception as error:
         names = {kind.__name__ for kind in type(error).__mro__}  # Ray itself may not be imported
         if names & {"LocalRayletDiedError", "NodeDiedError"}:
-            from workers.cluster.ray import RAY_ENDED
-
             raise StageError(RAY_ENDED) from error
         if with_prefect and prefect_is_gone(error):
             raise StageError(

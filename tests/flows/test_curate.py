@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -64,8 +65,7 @@ def test_ten_prompts_end_to_end(tmp_path: Path, model: str) -> None:
         assert again["scored"] == 0
         assert again["version"] == first["version"]
         assert not again["is_new"]
-        assert "the pool is unchanged" in done.stderr
-        assert "all 30 rows have stored scores, no engine is started" in done.stderr
+        assert "nothing is left to do" in done.stderr
         assert "starting" not in done.stderr
         assert job.wait_gone(15) == {}
 
@@ -159,6 +159,25 @@ def num_scores(job: Job) -> int:
     import pyarrow.parquet as pq
 
     return sum(pq.ParquetFile(path).metadata.num_rows for path in score_files(job))
+
+
+@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+def test_ray_that_is_killed_ends_the_run(tmp_path: Path, model: str, process: str) -> None:
+    slow = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "0.5"}
+    with tiny_job(tmp_path, model, pool_rows(60), workers={"shard_tokens": 200}) as job:
+        job.environment |= slow
+        running = job.start("run", str(job.config_path))
+        wait_for_scores(job)
+        killed = [pid for pid, command in job.processes().items() if command.split(" ")[0].endswith(f"/{process}")]
+        assert len(killed) == 1
+        started = time.monotonic()
+        os.kill(killed[0], signal.SIGKILL)
+        _, err = running.communicate(timeout=60)
+        assert time.monotonic() - started < 30
+        assert running.returncode == 1, err[-2000:]
+        assert "error: Ray ended in the middle of the run: run again; stored scores are reused" in err
+        assert "Traceback" not in err
+        assert job.wait_gone(15) == {}
 
 
 def test_user_errors_are_one_sentence_and_status_2(tmp_path: Path, model: str) -> None:

@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ IN_CLUSTER = "GRAPE_IN_CLUSTER"
 CPUS_PER_CORE = 2
 """CPUs that a private Ray is told it has for each core: an actor that holds one leaves room for tasks."""
 START_SECONDS = 120.0
+GRACE_SECONDS = 8.0
+"""How long a run may take to see by itself that its Ray has ended."""
 RAY_ENDED = "Ray ended in the middle of the run: run again; stored scores are reused"
 STORE_BYTES = 256 * 2**20
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -86,7 +90,21 @@ def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
         why = lines[-1] if lines else f"it did not answer within {START_SECONDS:.0f} s"
         raise StageError(f"Ray does not start on this machine: {why}")
     found: dict[str, Any] = json.loads(line)
+    threading.Thread(target=_watch, args=(scratch.path, head), daemon=True, name="ray-watch").start()
     return found
+
+
+def _watch(scratch_path: str, head: subprocess.Popen[bytes]) -> None:
+    """Where the private Ray has ended in the middle of the run, and the run hangs in one of its calls: end the run."""
+    head.wait()
+    time.sleep(GRACE_SECONDS)
+    if _heads.get(scratch_path) is head:
+        for end in on_ray_ended:
+            end()
+
+
+on_ray_ended: list[Callable[[], None]] = []
+"""What ends this process where its Ray has ended: the command line sets it, a program that calls us may not want it."""
 
 
 _heads: dict[str, subprocess.Popen[bytes]] = {}

@@ -290,6 +290,7 @@ class Replicas:
 
     def _replace(self, replica: Replica) -> None:
         """A new actor in the place of one that is dead or cannot go on."""
+        check_ray_is_alive()
         self._end(replica)
         replica.in_flight.clear()
         fresh = self._start()
