@@ -27,7 +27,7 @@ def main() -> None:
         if not _interruptions:
             raise
     if _interruptions:
-        _leave(_fail(STOPPED, INTERRUPTED))
+        _leave(fail(STOPPED, INTERRUPTED))
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -50,7 +50,7 @@ def _run() -> Any:
     except (UserError, StageError) as error:
         if _interruptions:
             return INTERRUPTED
-        return _fail(str(error), 2 if isinstance(error, UserError) else 1)
+        return fail(str(error), 2 if isinstance(error, UserError) else 1)
     except click_exception as error:
         return _usage(error)
 
@@ -74,17 +74,8 @@ def _end_at_once() -> None:
     workers_scratch = sys.modules.get("workers.cluster.scratch")
     if workers_scratch is not None:
         workers_scratch.end_own()
-    _fail(STOPPED, INTERRUPTED)
+    fail(STOPPED, INTERRUPTED)
     os._exit(INTERRUPTED)
-
-
-def end_without_ray() -> None:
-    """Ray has ended in the middle of a run, which waits for it in vain: say so, and leave."""
-    from workers.cluster.ray import RAY_ENDED
-    from workers.cluster.scratch import end_own
-
-    end_own()
-    os._exit(_fail(RAY_ENDED, 1))
 
 
 def _leave(status: int) -> None:
@@ -103,14 +94,15 @@ def _usage(error: Any) -> int:
         error.show()
         return 2
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "grape"
-    return _fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
+    return fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
 
 
 _said: set[str] = set()
 
 
-def _fail(sentence: str, status: int) -> int:
-    if sentence not in _said:  # once, whoever says it first
+def fail(sentence: str, status: int) -> int:
+    """Say what is wrong on standard error, once, whoever says it first; the status."""
+    if sentence not in _said:
         _said.add(sentence)
         from grape_service.display import visible
 

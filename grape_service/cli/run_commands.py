@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grape_service.cli import end_without_ray
+from grape_service.cli import fail
 from grape_service.cli.last_folder import remember
 from grape_service.cli.output import (
     ConfigArgument,
@@ -194,6 +194,15 @@ def prefect_or_direct() -> Iterator[bool]:
                 "run again once it does, or without PREFECT_API_URL; stored scores are reused"
             ) from error
         raise
+
+
+def end_without_ray() -> None:
+    """Ray has ended in the middle of a run, which waits for it in vain: say so, and leave."""
+    from workers.cluster.ray import RAY_ENDED
+    from workers.cluster.scratch import end_own
+
+    end_own()
+    os._exit(fail(RAY_ENDED, 1))
 
 
 def prefect_is_gone(error: Exception) -> bool:

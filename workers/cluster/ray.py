@@ -220,6 +220,21 @@ def check_ray_is_alive() -> None:
         raise StageError(RAY_ENDED)
 
 
+def wait(references: list[Any], num_returns: int, timeout: float) -> list[Any]:
+    """The references whose results are there, after `timeout` seconds at most; a signal's exception comes as it is.
+
+    Ray's own wait turns what a signal handler raises, such as Prefect's end of a cancelled run, into a SystemError.
+    """
+    import ray
+
+    try:
+        return ray.wait(references, num_returns=num_returns, timeout=timeout)[0]
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
 def ray_is_up() -> bool:
     """Whether this process is connected to a Ray; imports none."""
     ray = sys.modules.get("ray")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
-from workers.cluster.ray import CPUS_PER_CORE, check_ray_is_alive, is_private, need_ray, num_slots
+from workers.cluster.ray import CPUS_PER_CORE, check_ray_is_alive, is_private, need_ray, num_slots, wait
 
 if TYPE_CHECKING:
     import ray
@@ -86,7 +86,7 @@ def run_tasks(
             if not in_flight:
                 return
             check_ray_is_alive()
-            ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=SLOTS_SECONDS)
+            ready = wait(list(in_flight), num_returns=1, timeout=SLOTS_SECONDS)
             for reference in ready:
                 place, calls = in_flight.pop(reference)
                 finished[place] = _results(reference)

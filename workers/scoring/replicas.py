@@ -14,7 +14,7 @@ import ray
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
-from workers.cluster.ray import check_ray_is_alive, node_gpus, num_nodes, num_slots
+from workers.cluster.ray import check_ray_is_alive, node_gpus, num_nodes, num_slots, wait
 from workers.cluster.tasks import ENGINE_CPUS
 from workers.engines.vllm.versions import sentence
 from workers.run import Events
@@ -131,7 +131,7 @@ class Replicas:
     def _look_for_started(self, timeout: float) -> None:
         starting = {replica.started: replica for replica in self.replicas if not replica.is_ready}
         if starting:
-            for reference in ray.wait(list(starting), num_returns=1, timeout=timeout)[0]:
+            for reference in wait(list(starting), num_returns=1, timeout=timeout):
                 self._take_started(starting[reference])
 
     def _take_started(self, replica: Replica) -> None:
@@ -206,7 +206,7 @@ class Replicas:
                 self._rebalance()
             starting = {replica.started: replica for replica in self.replicas if not replica.is_ready}
             references = [reference for replica in self.replicas for reference in replica.in_flight]
-            ready, _ = ray.wait([*references, *starting], num_returns=1, timeout=1.0)
+            ready = wait([*references, *starting], num_returns=1, timeout=1.0)
             for reference in ready:
                 if reference in starting:
                     self._take_started(starting[reference])
@@ -349,7 +349,7 @@ def answers(references: Sequence[Any], seconds: float) -> dict[Any, Any]:
     """What was answered within some seconds: None by an actor that is lost."""
     if not references:
         return {}
-    ready, _ = ray.wait(list(references), num_returns=len(references), timeout=seconds)
+    ready = wait(list(references), num_returns=len(references), timeout=seconds)
     found = dict.fromkeys(ready)
     for reference in ready:
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
