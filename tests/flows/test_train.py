@@ -72,8 +72,8 @@ def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None
     assert 0 <= stages["rl"]["metrics"]["last"]["reward"] <= 1
     for stage in ("sft", "rl"):
         assert (Path(stages[stage]["checkpoint"]) / "model.safetensors").exists()
-        assert f"checkpoint: {stages[stage]['checkpoint']}" in shown.stdout
-    assert f"trained on it: {record['id']}, succeeded" in shown.stdout
+        assert stages[stage]["checkpoint"] in shown.stdout
+    assert any(record["id"] in line and "succeeded" in line for line in shown.stdout.splitlines())
 
     origin = lineage(stages["rl"]["checkpoint"])
     assert origin["checkpoint"]["model"] == stages["sft"]["checkpoint"]
