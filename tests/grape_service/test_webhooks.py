@@ -48,6 +48,7 @@ class Receiver:
 
 class Events(Silent):
     def __init__(self) -> None:
+        super().__init__()
         self.texts: list[str] = []
 
     def event(self, text: str) -> None:

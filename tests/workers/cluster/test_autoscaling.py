@@ -20,13 +20,14 @@ PROGRAM = """
 import ray
 from grape_service.config.loading import load_config
 from grape_service.prepare import plan
-from workers.cluster.ray import ray_for
+from workers.cluster.ray import need_ray, ray_for
 from workers.run import new_run
 from workers.stages.prepare import prepare
 
 plan.PIECE_BYTES = 1
 config = load_config("config.json")
 with ray_for(config.workers), new_run(config) as run:
+    need_ray()
     before = sum(node["Alive"] for node in ray.nodes())
     rows = prepare(run).rows
     print(rows, before, sum(node["Alive"] for node in ray.nodes()))

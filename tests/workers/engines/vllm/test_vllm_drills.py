@@ -61,6 +61,7 @@ class Killer(Silent):
     """Kills a worker process of the engine's when two shards are scored, and the actor of the next when four are."""
 
     def __init__(self, replicas: Replicas, store: ScoreStore):
+        super().__init__()
         self.replicas, self.store = replicas, store
         self.victims = ["worker", "actor"]
         self.last_pid = 0
