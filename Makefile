@@ -78,7 +78,7 @@ QUICK = tests/test_documentation.py tests/grape_service/config tests/grape_servi
 
 check: .venv/.ready-lint ## lint, types and the tests that need neither Ray nor a model: under 2 minutes
 	@$(MAKE) --no-print-directory lint
-	.venv/bin/python -m pytest -q -n 2 $(wildcard $(QUICK))
+	.venv/bin/python -m pytest -q -n 2 $(wildcard $(QUICK)) --ignore=tests/grape_service/prepare/test_deal.py
 
 test: install-test lint ## lint, types and all tests on CPU
 	@rm -f .coverage .coverage.*; status=0; \
