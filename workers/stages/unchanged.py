@@ -69,7 +69,7 @@ def unchanged_release(run: Run, key: str) -> Outcome | None:
     except FileNotFoundError:
         return None
     version = found["version"]
-    if _content_digest(run, version) != found["content_digest"]:  # deleted, or of a folder that was made anew
+    if _content_digest(run, version) != found["content_digest"]:  # deleted, or its folder was deleted and filled again
         return None
     run.event(f"the pool, models and settings are those of {version}: nothing is left to do")
     point_tags(run, version)

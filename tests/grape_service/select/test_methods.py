@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -146,3 +147,20 @@ def test_what_the_methods_need_is_what_is_asked_for(monkeypatch: pytest.MonkeyPa
     exec("def score(b): return [0.0] * len(b)\nscore.statistics = ()\nscore.columns = ('level',)", module.__dict__)
     monkeypatch.setitem(sys.modules, "own_columns_only", module)
     assert not parse_config(config(select={"method": "own_columns_only:score"})).select.needs_scores
+
+
+def test_an_installed_package_brings_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the metadata that an installer leaves: name, version and source are on record."""
+    source = "import numpy as np\n\n\ndef fewest(batch):\n    return -np.diff(batch.offsets).astype(float)\n"
+    (tmp_path / "fewest_package.py").write_text(source)
+    metadata = tmp_path / "fewest_package-1.2.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fewest-package\nVersion: 1.2\n")
+    (metadata / "RECORD").write_text("fewest_package.py,,\n")
+    (metadata / "entry_points.txt").write_text("[grape_service.select_methods]\nfewest = fewest_package:fewest\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    record = own_method("select", "fewest").record()
+    expected = hashlib.sha256(source.encode()).hexdigest()
+    assert (record["package"], record["package_version"]) == ("fewest-package", "1.2")
+    assert (record["function"], record["source_digest"]) == ("fewest_package:fewest", expected)
+    own_method.cache_clear()
