@@ -31,7 +31,9 @@ def test_against_float64(rows: int, vocab: int, scale: float, temperature: float
     expected = torch.log_softmax(logits_RV.double() / (temperature or 1.0), dim=1).gather(1, targets_R[:, None])
     logprobs_R = token_logprobs(logits_RV, targets_R, heat)
     assert (logprobs_R <= 0).all()
-    torch.testing.assert_close(logprobs_R.double(), expected.squeeze(1), rtol=1e-5, atol=1e-5)
+    # A float32 logit of 2,000 stands for 1.2e-4 around it: a difference of such logits is known no better.
+    spacing = torch.finfo(torch.float32).eps * float((logits_RV.abs() / (temperature or 1.0)).max())
+    torch.testing.assert_close(logprobs_R.double(), expected.squeeze(1), rtol=1e-5, atol=1e-5 + spacing)
 
 
 IN_THE_INTERPRETER = """
@@ -74,7 +76,7 @@ def test_the_triton_kernel_without_a_gpu(code: str, interpret: str, tmp_path: Pa
     environment = os.environ | {
         "TRITON_INTERPRET": interpret,
         "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[4]),
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False
