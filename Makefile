@@ -69,7 +69,7 @@ endif
 VLLM_TESTS = tests/workers/engines/vllm
 ALONE = $(sort $(wildcard tests/flows/test_*.py tests/workers/cluster/test_*.py tests/workers/scoring/test_*.py \
 	tests/workers/training/test_*.py tests/workers/training/trainers/test_sft.py tests/grape_service/release/test_load.py))
-COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-append --cov-report=
+COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-report=
 # Tests that need neither Ray nor a model.
 QUICK = tests/test_documentation.py tests/grape_service/config tests/grape_service/storage tests/grape_service/rows tests/grape_service/pool \
 	tests/grape_service/score tests/grape_service/select tests/grape_service/weigh tests/grape_service/checks \
@@ -83,7 +83,8 @@ check: .venv/.ready-lint ## lint, types and the tests that need neither Ray nor 
 test: install-test lint ## lint, types and all tests on CPU
 	@rm -f .coverage .coverage.*; status=0; \
 	.venv/bin/python -m pytest $(COVERAGE) -n 2 $(addprefix --ignore=,$(ALONE)) || status=1; \
-	for file in $(ALONE); do .venv/bin/python -m pytest $(COVERAGE) $$file || status=1; done; \
+	printf '%s\n' $(ALONE) | xargs -P 2 -I{} tests/run_alone.sh {} $(COVERAGE) || status=1; \
+	.venv/bin/python -m coverage combine -q --append; \
 	.venv/bin/python -m coverage report --skip-covered --skip-empty | tail -60; exit $$status
 
 test-vllm: install-vllm ## the vLLM engine on CPU, in an environment of its own

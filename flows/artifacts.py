@@ -118,10 +118,11 @@ def show_outcome(config: Config, outcome: Outcome) -> None:
         return
     with best_effort("show an artifact in Prefect"):
         create_table_artifact(count_table(outcome), key=key(config.name, "counts"), description=outcome.sentence())
-        links = {"report": outcome.report, "release": outcome.reference}
+        # "release" is the key of the progress of that stage.
+        links = {"report": outcome.report, "version": outcome.reference}
         commands = {
             "report": f"grape report {outcome.reference}",
-            "release": f"grape datasets show {outcome.reference}",
+            "version": f"grape datasets show {outcome.reference}",
         }
         for name, address in links.items():  # a browser opens no s3:// address: the command does
             if address:

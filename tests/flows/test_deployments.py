@@ -105,7 +105,9 @@ class Service:
 
     def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
         body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "limit": 100}
-        return {one["key"]: one for one in self.client.post("/artifacts/filter", json=body).json()}
+        found = self.client.post("/artifacts/filter", json=body).json()
+        assert len({one["key"] for one in found}) == len(found), "two artifacts with one key"
+        return {one["key"]: one for one in found}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_a_scheduled_run_starts_by_itself_and_shows_what_it_did(service: Service
     assert "tokens/s" in artifacts["tiny-score-target"]["description"]
     assert artifacts["tiny-counts"]["type"] == "table"
     assert "scored now" in artifacts["tiny-counts"]["data"]
-    assert "tiny@v0001" in artifacts["tiny-release"]["data"]
+    assert "tiny@v0001" in artifacts["tiny-version"]["data"]
     assert "report.html" in artifacts["tiny-report"]["data"]
     assert "shard_tokens: 400" in artifacts["tiny-config"]["data"]
     assert any("run=2" in line and "stage=score-target" in line for line in service.logs(run_id))
