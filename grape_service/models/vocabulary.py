@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+
+from grape_service.rows.ragged import offsets_from_lengths, segment_sums
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -64,16 +66,17 @@ class Vocabulary:
         """The bytes that each id decodes to inside of a text; None for an id that is no token."""
         return [self._bytes_of(int(id_)) for id_ in ids]
 
-    def num_bytes(self, ids: npt.NDArray[np.integer]) -> int:
-        """How many bytes ids decode to inside of a text."""
+    def num_bytes(self, texts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
+        """How many bytes the ids of each text decode to inside of a text [N]."""
         if self._lengths is None:
             self._lengths = np.full(self.size, -1, dtype=np.int32)
+        ids = np.concatenate([np.zeros(0, np.int32), *texts])
         lengths = self._lengths[ids]
         if (lengths < 0).any():
             for id_ in np.unique(ids[lengths < 0]).tolist():
                 self._lengths[id_] = len(self._bytes_of(id_) or b"")
             lengths = self._lengths[ids]
-        return int(lengths.sum())
+        return segment_sums(lengths.astype(np.int64), offsets_from_lengths([len(text) for text in texts]))
 
     def _bytes_of(self, id_: int) -> bytes | None:
         if id_ in self._added:

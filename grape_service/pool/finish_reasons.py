@@ -60,7 +60,7 @@ def word_of(value: Any) -> str:
 
 def is_truncation(value: Any) -> bool:
     """Whether a limit of tokens ended the response."""
-    return word_of(value) in CUT_OFF
+    return value is not None and word_of(value) in CUT_OFF
 
 
 def is_known(value: Any) -> bool:

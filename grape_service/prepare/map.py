@@ -118,12 +118,17 @@ def map_piece(
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Rows are many small objects without cycles: looking for some among them takes an eighth of map's time."""
+    """Rows are many small objects without cycles: looking for some among them takes an eighth of map's time.
+
+    What is there before is left out of the collections that map asks for itself.
+    """
     was_on = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()
 
@@ -148,6 +153,8 @@ class _MapTask:
         self.config = config
         self.counts = PieceCounts(piece.index)
         self.kinds: dict[str, Kind] = {}
+        self.settled: set[tuple[str, type]] = set()
+        """Columns and types of values that cannot change `kinds` any more."""
         self.message_fields: set[str] = set()
         self.proved: dict[int, int] = {}
         self.waiting: list[pa.RecordBatch] = []
@@ -228,12 +235,16 @@ class _MapTask:
         for item in items:
             candidate = item.candidate
             for name, value in candidate.other.items():
+                if (name, type(value)) in self.settled and name not in item.column_kinds:
+                    continue
                 known = self.kinds.get(name, "null")
                 if known != "json":
                     kind = kind_of(value)
                     override = item.column_kinds.get(name)
                     if override is not None and value is not None:
                         kind = override
+                    elif isinstance(value, str | bool | float | None):
+                        self.settled.add((name, type(value)))
                     if kind != known:
                         self.kinds[name] = join(known, kind)
                     elif name not in self.kinds:

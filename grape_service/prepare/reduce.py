@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ from grape_service.storage.storage import Storage
 
 SAME_ID = "candidate_id is used twice"
 TWO_PROMPTS = "prompt_id names two different prompts"
+WRITES_IN_FLIGHT = 4
+"""Shards that are written at the same time: most of a write's time is waiting for the disk or S3."""
 
 
 def shard_folder(plan_folder: str, partition: str) -> str:
@@ -222,16 +226,25 @@ def _write_shards(
     counts.prompts = len(starts) - 1
     sizes, numbers = np.unique(np.diff(starts), return_counts=True)
     counts.prompt_sizes = {str(size): number for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True)}
-    for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
-        rows = table.take(pa.array(kept[start:end]))
-        shard = _shard(rows, schema, summary.other_columns)
-        write_parquet(storage, shard_path(shard_folder(plan.folder, partition), number), schema, [shard])
-        tokens, loss_tokens = int(lengths[start:end].sum()), int(loss[start:end].sum())
-        counts.shards.append(ShardCounts(end - start, tokens, loss_tokens))
-        counts.rows += end - start
-        counts.tokens += tokens
-        counts.loss_tokens += loss_tokens
+    folder = shard_folder(plan.folder, partition)
+    with ThreadPoolExecutor(WRITES_IN_FLIGHT, thread_name_prefix="shards") as pool:
+        writes: deque[Future[object]] = deque()
+        for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
+            shard = _shard(table.take(pa.array(kept[start:end])), schema, summary.other_columns)
+            writes.append(pool.submit(write_parquet, storage, shard_path(folder, number), schema, [shard]))
+            if len(writes) > WRITES_IN_FLIGHT:
+                writes.popleft().result()
+            _count_shard(counts, int(lengths[start:end].sum()), int(loss[start:end].sum()), end - start)
+        for write in writes:
+            write.result()
     counts.max_tokens = int(lengths.max(initial=0))
+
+
+def _count_shard(counts: PartitionCounts, tokens: int, loss_tokens: int, rows: int) -> None:
+    counts.shards.append(ShardCounts(rows, tokens, loss_tokens))
+    counts.rows += rows
+    counts.tokens += tokens
+    counts.loss_tokens += loss_tokens
 
 
 def _cuts(starts: Int64s, lengths: Int64s, shard_tokens: int) -> Iterator[tuple[int, int]]:

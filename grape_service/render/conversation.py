@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from grape_service.errors import UserError
@@ -115,14 +116,18 @@ def repeated(prompt: str, response: str) -> tuple[str, str]:
 
     Both are empty where it does not.
     """
-    end = prompt[-LONGEST_TAIL:]
-    for tag in TAG.finditer(end):
-        tail = end[tag.start() :]
-        mark = tail.rstrip()
+    for tail, mark in _tails(prompt[-LONGEST_TAIL:]):
         if response.startswith(mark):
             space = common_prefix(tail[len(mark) :], response[len(mark) :])
             return tail, mark + space
     return "", ""
+
+
+@lru_cache(maxsize=4096)  # the candidates of a prompt share it
+def _tails(end: str) -> list[tuple[str, str]]:
+    """What follows each tag in the end of a prompt, with the tag: (whole, without the white space at its end)."""
+    tails = [end[tag.start() :] for tag in TAG.finditer(end)]
+    return [(tail, tail.rstrip()) for tail in tails]
 
 
 def common_prefix(one: str, other: str) -> str:
