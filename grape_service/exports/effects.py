@@ -1,6 +1,6 @@
 """What becomes of the weights in each trainer: its gradient against that of sum(w * nll) / tokens with loss.
 
-tests/grape_service/exports/test_matrix_*.py measure each entry with the trainer's own code; docs/exports.md is the
+tests/grape_service/exports/test_matrix.py measures each entry with the trainer's own code; docs/exports.md is the
 same table for people.
 """
 

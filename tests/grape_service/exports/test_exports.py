@@ -1,4 +1,4 @@
-"""Exports, loaded again; with TRL's own code here, with other trainers' in test_exports_in_trainers.py."""
+"""Exports, loaded again; with TRL's own code here, with other trainers' in test_matrix.py."""
 
 from __future__ import annotations
 

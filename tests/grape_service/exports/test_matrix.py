@@ -167,6 +167,7 @@ def gradients_of(trainer: str, model: str, folder: Path) -> dict[str, np.ndarray
         "DISABLE_VERSION_CHECK": "1",
         "HF_HUB_OFFLINE": "1",
         "USE_MODELSCOPE_HUB": "0",
+        "OMP_NUM_THREADS": "1",  # for a tiny model, threads only wait for one another
         "AXOLOTL_DO_NOT_TRACK": "1",
         "DO_NOT_TRACK": "1",
         "MODELSCOPE_CACHE": str(folder / "modelscope"),

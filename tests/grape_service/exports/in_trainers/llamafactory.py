@@ -31,6 +31,7 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     loaded = get_dataset(template, model_args, data_args, training_args, stage="sft", tokenizer=tokenizer)
     rows = list(loaded["train_dataset"])
+    assert len(rows) == len((export / "train.jsonl").read_text().splitlines())  # each as often as it was written
     for row in rows:  # what effects.py says of its tokens: after each turn end with loss comes a newline with loss
         text = tokenizer.decode([label for label in row["labels"] if label >= 0])
         assert text.endswith("<|im_end|>\n")

@@ -24,52 +24,31 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     from swift.callbacks import callbacks_map
 
     callbacks_map["gradient"] = lambda *a, **k: Gradient()
-    sft_main(
-        [
-            "--model",
-            model_folder,
-            "--model_type",
-            "llama",
-            "--dataset",
-            str(export / "train.jsonl"),
-            "--external_plugins",
-            str(export / "grape_swift.py"),
-            "--template",
-            "grape",
-            "--is_binary_loss_scale",
-            "false",
-            "--tuner_type",
-            "full",
-            "--torch_dtype",
-            "float32",
-            "--bf16",
-            "false",
-            "--split_dataset_ratio",
-            "0",
-            "--output_dir",
-            str(export.parent.parent / "trained"),
-            "--max_steps",
-            "1",
-            "--per_device_train_batch_size",
-            "2",
-            "--gradient_accumulation_steps",
-            "5",
-            "--max_grad_norm",
-            "1000",
-            "--save_strategy",
-            "no",
-            "--report_to",
-            "none",
-            "--callbacks",
-            "gradient",
-            "--use_cpu",
-            "true",
-            "--gradient_checkpointing",
-            "false",
-            "--attn_impl",
-            "eager",
-        ]
-    )
+    options = {
+        "model": model_folder,
+        "model_type": "llama",
+        "check_model": "false",  # it asks a hub, and waits for it
+        "dataset": str(export / "train.jsonl"),
+        "external_plugins": str(export / "grape_swift.py"),
+        "template": "grape",
+        "is_binary_loss_scale": "false",
+        "tuner_type": "full",
+        "torch_dtype": "float32",
+        "bf16": "false",
+        "split_dataset_ratio": "0",
+        "output_dir": str(export.parent.parent / "trained"),
+        "max_steps": "1",
+        "per_device_train_batch_size": "2",
+        "gradient_accumulation_steps": "5",
+        "max_grad_norm": "1000",
+        "save_strategy": "no",
+        "report_to": "none",
+        "callbacks": "gradient",
+        "use_cpu": "true",
+        "gradient_checkpointing": "false",
+        "attn_impl": "eager",
+    }
+    sft_main([word for name, value in options.items() for word in (f"--{name}", value)])
     return found[0]
 
 

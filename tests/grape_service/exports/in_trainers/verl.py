@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from tensordict import TensorDict
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
@@ -30,6 +31,10 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     batch_num_tokens = sum(float(row["loss_mask"].sum()) for row in rows)
     for place in MICRO_BATCHES:
         batch = SFTTensorCollator("no_padding")(rows[place])
+        written = [row for file in files for row in pq.read_table(file).to_pylist()][place]
+        assert batch["input_ids"].values().tolist() == [token for row in written for token in row["input_ids"]]
+        weights = np.concatenate([np.float32(row["loss_weights"]) for row in written])
+        np.testing.assert_array_equal(batch["loss_mask" if plain else "loss_weights"].values(), weights)
         micro = TensorDict({name: batch[name] for name in batch}, batch_size=[len(rows[place])])
         assign_non_tensor(micro, dp_size=1, batch_num_tokens=batch_num_tokens, pad_mode="no_padding")
         # At place t the log-probability of token t + 1; at the last one of nothing.
