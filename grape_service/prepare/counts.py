@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grape_service.config.schema import Config
+from grape_service.errors import UserError
 from grape_service.pool.candidates import TOO_LONG, TRUNCATED
 from grape_service.pool.column_types import Kind, join_columns
 from grape_service.prepare.deal import Dealt, bounds_array
@@ -20,6 +21,7 @@ from grape_service.rows.columns import OUR_COLUMNS
 from grape_service.storage.slices import SliceFiles
 
 MAX_NAMED_SOURCES = 4096
+MAX_OTHER_COLUMNS = 1000
 SAME_CONTENT = "duplicate candidate"
 INTENDED = frozenset({SAME_CONTENT, TRUNCATED, TOO_LONG})
 """Reasons for which rows are left out on purpose: they say nothing against the pool."""
@@ -210,7 +212,7 @@ class MapSummary:
 def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Config) -> MapSummary:
     """Join the counts of all pieces, in their order, as they come.
 
-    Raises UserError where no row has a column that pool.where or the config's names need.
+    Raises UserError where no row has a column that pool.where or the config's names need, or all have too many.
     """
     summary = MapSummary(groups=[GroupCounts() for _ in config.pool.groups])
     fields: set[str] = set()
@@ -232,6 +234,7 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
         for index, group in one.groups.items():
             summary.groups[index].add(group)
         join_columns(summary.other_columns, one.other_columns)
+        refuse_too_many(summary.other_columns, plan.pool)
         first_rows = []
         for segment, lines in zip(piece.segments, one.segment_lines, strict=True):
             first_rows.append(lines_before[segment.file])
@@ -242,6 +245,12 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
     summary.message_fields = sorted(fields)
     check_columns(config, summary.groups)
     return summary
+
+
+def refuse_too_many(other_columns: dict[str, Kind], pool: str) -> None:
+    """Raises UserError where a pool has more other columns than a table can have."""
+    if len(other_columns) > MAX_OTHER_COLUMNS:
+        raise UserError(f"the pool '{pool}' has more than {MAX_OTHER_COLUMNS} other columns: put them into one object")
 
 
 def column_names(other_columns: Iterable[str]) -> dict[str, str]:

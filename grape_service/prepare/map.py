@@ -20,7 +20,7 @@ from grape_service.pool.candidates import Accepted, Filtered, Rejected
 from grape_service.pool.column_types import Kind, join, join_columns, kind_of
 from grape_service.pool.file_candidates import FileCandidates
 from grape_service.pool.lines import beginning
-from grape_service.prepare.counts import PieceCounts
+from grape_service.prepare.counts import MAX_OTHER_COLUMNS, PieceCounts, refuse_too_many
 from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import FOLDER_OF_MAP, Piece, PreparePlan, reject_path, row_path
 from grape_service.render.proof import problem_of
@@ -41,7 +41,6 @@ FILE_BYTES = 96 * 2**20
 """Arrow data that a task holds before it writes a file."""
 FILE_REJECTS = 100_000
 """Rejects that a task holds before it writes a file."""
-MAX_OTHER_COLUMNS = 1000
 
 MAPPED = pa.schema(
     [
@@ -251,10 +250,7 @@ class _MapTask:
                         self.kinds[name] = kind
             for message in itertools.chain(candidate.prompt, response_messages(candidate.response)):
                 self.message_fields.update(message)
-        if len(self.kinds) > MAX_OTHER_COLUMNS:
-            raise UserError(
-                f"the pool '{self.plan.pool}' has more than {MAX_OTHER_COLUMNS} other columns: put them into one object"
-            )
+        refuse_too_many(self.kinds, self.plan.pool)
 
     def _reject(self, rejected: list[tuple[Placed, Rejected]]) -> None:
         rejected.sort(key=lambda pair: (pair[0].segment, pair[0].place))

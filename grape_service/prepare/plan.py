@@ -32,6 +32,8 @@ FAN_OUT = 64
 """Buckets, at most, that a task deals rows to, and files that it reads to do so: a power of two."""
 PIECE_BYTES = 2 * 2**20
 """A piece is not smaller, however small the partitions: it is a task with files of its own."""
+PIECES = 32
+"""So many pieces, about, of a pool that is not large: of a few, the last would leave CPUs idle."""
 FOLDER_OF_MAP = "dealt"
 """Below the plan's folder: what lies between map and reduce."""
 PREPARED = "prepared.json"
@@ -43,7 +45,7 @@ SMALL_PARQUET_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """What one map task reads: segments of about workers.partition_bytes together, or of PIECE_BYTES."""
+    """What one map task reads: segments of about `piece_bytes` together."""
 
     index: int
     segments: tuple[Segment, ...]
@@ -107,7 +109,7 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     listing = pool_listing(config, storage)
     files = tuple(listing.files)
     sized = list(sized_segments(files, config))
-    pieces = tuple(_packed(sized, piece_bytes(config)))
+    pieces = tuple(_packed(sized, piece_bytes(files, config)))
     num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
     prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
     passed_over = {reason: asdict(passed) for reason, passed in sorted(listing.passed_over.items())}
@@ -116,9 +118,15 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     return plan
 
 
-def piece_bytes(config: Config) -> int:
-    """Bytes of pool in a piece, about."""
-    return max(PIECE_BYTES, config.workers.partition_bytes)
+def piece_bytes(files: tuple[PoolFile, ...], config: Config) -> int:
+    """Bytes of pool in a piece, about: those of a partition, less in a pool of few partitions."""
+    pool_bytes = sum(file.size * _expansion(file) for file in files)
+    return max(PIECE_BYTES, min(pool_bytes // PIECES, config.workers.partition_bytes))
+
+
+def _expansion(file: PoolFile) -> int:
+    """Bytes of rows in a byte of a file, about."""
+    return 1 if file.format in (".json", ".jsonl") else COMPRESSION_RATIO
 
 
 def pool_listing(config: Config, storage: Storage) -> Listing:
@@ -149,6 +157,7 @@ def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: st
         "renderer": renderer_digest,
         "shard_tokens": config.workers.shard_tokens,
         "num_partitions": num_partitions,
+        "piece_bytes": piece_bytes(files, config),  # what map has stored of a piece is of no use to other pieces
     }
     digest = hashlib.sha256(orjson.dumps(decides, option=orjson.OPT_SORT_KEYS)).hexdigest()
     return digest[:16]
@@ -184,10 +193,10 @@ def _packed(sized: Iterable[tuple[Segment, int]], piece_bytes: int) -> Iterator[
 
 def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tuple[Segment, int]]:
     """Segments of all files, and about how many bytes of rows each holds."""
-    most = piece_bytes(config)
+    most = piece_bytes(files, config)
     with ThreadPoolExecutor(16, thread_name_prefix="footers") as pool:
-        footers = pool.map(lambda file: _row_group_bytes(file, config), files)
-        in_lines = pool.map(lambda file: _is_cut_at_lines(file, config), files)
+        footers = pool.map(lambda file: _row_group_bytes(file, most, config), files)
+        in_lines = pool.map(lambda file: _is_cut_at_lines(file, most, config), files)
         for index, (file, row_groups, lines) in enumerate(zip(files, footers, in_lines, strict=True)):
             if lines:
                 for start in range(0, file.size, most):
@@ -196,15 +205,14 @@ def sized_segments(files: tuple[PoolFile, ...], config: Config) -> Iterator[tupl
             elif row_groups is not None:
                 yield from _row_group_segments(index, row_groups, most)
             else:
-                ratio = 1 if file.format in (".json", ".jsonl") else COMPRESSION_RATIO
-                yield Segment(index), file.size * ratio
+                yield Segment(index), file.size * _expansion(file)
 
 
-def _is_cut_at_lines(file: PoolFile, config: Config) -> bool:
+def _is_cut_at_lines(file: PoolFile, most: int, config: Config) -> bool:
     """Whether a file has a row a line and can be read in parts."""
     if file.format not in (".json", ".jsonl") or file.size == 0:
         return False
-    if file.size <= piece_bytes(config):
+    if file.size <= most:
         return file.format == ".jsonl"  # one part all the same
     return not holds_document(file, config.storage)
 
@@ -219,9 +227,9 @@ def _row_group_segments(index: int, row_groups: list[int], most: int) -> Iterato
     yield Segment(index, start, len(row_groups)), size
 
 
-def _row_group_bytes(file: PoolFile, config: Config) -> list[int] | None:
+def _row_group_bytes(file: PoolFile, most: int, config: Config) -> list[int] | None:
     """Uncompressed bytes of each row group of a larger Parquet file; None for other files."""
-    if file.format != ".parquet" or file.size < min(SMALL_PARQUET_BYTES, piece_bytes(config)):
+    if file.format != ".parquet" or file.size < min(SMALL_PARQUET_BYTES, most):
         return None
     try:
         with open_pool_file(file, config.storage) as stream:

@@ -149,6 +149,18 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert load_prepared(plan, storage) == prepared
 
 
+def test_pieces_of_another_size_take_nothing_from_a_run_that_was_stopped(tmp_path, storage):
+    rows = pool_rows(60)
+    pool = write_jsonl(tmp_path / "p.jsonl", rows)
+    size = pool.stat().st_size
+    with pytest.raises(Stopped):
+        prepare(make_config(pool, workers={"partition_bytes": -(-size // 3)}), storage, StoppingRenderer(1))
+    plan, prepared = prepare(make_config(pool, workers={"partition_bytes": -(-size // 4)}), storage)
+    assert plan.num_partitions == 4, "as many as before, in other pieces"
+    found = [orjson.loads(messages)[-1]["content"] for messages in all_rows(storage, prepared)["messages"].to_pylist()]
+    assert sorted(found) == sorted(row["response"] for row in rows)
+
+
 def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, monkeypatch):
     pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(150), *[b"{"] * 20])
     config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grape_service.errors import UserError
+from grape_service.prepare import plan as planning
 from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import plan_prepare
 from grape_service.storage.storage import Storage
@@ -235,9 +236,11 @@ def test_ids_keep_every_digit(tmp_path, storage):
         prepare(make_config(tmp_path / "p.parquet"), storage)
 
 
-def test_too_many_other_columns_are_an_error(tmp_path, storage):
+def test_too_many_other_columns_are_an_error(tmp_path, storage, monkeypatch):
     rows = [{"prompt": "q", "response": f"a {n}", **{f"c{n}-{m}": 1 for m in range(100)}} for n in range(11)]
-    assert "more than 1000 other columns" in error_of(tmp_path, storage, rows)
+    for pieces in (1, 100):
+        monkeypatch.setattr(planning, "PIECES", pieces)
+        assert "more than 1000 other columns" in error_of(tmp_path, storage, rows), f"in {pieces} pieces"
 
 
 def test_a_pool_that_changes_between_plan_and_map_is_an_error(tmp_path, storage):
