@@ -154,8 +154,8 @@ def test_pieces_of_another_size_take_nothing_from_a_run_that_was_stopped(tmp_pat
     pool = write_jsonl(tmp_path / "p.jsonl", rows)
     size = pool.stat().st_size
     with pytest.raises(Stopped):
-        prepare(make_config(pool, workers={"partition_bytes": -(-size // 3)}), storage, StoppingRenderer(1))
-    plan, prepared = prepare(make_config(pool, workers={"partition_bytes": -(-size // 4)}), storage)
+        prepare(make_config(pool, workers={"partition_bytes": -(-size // 4)}), storage, StoppingRenderer(1))
+    plan, prepared = prepare(make_config(pool, workers={"partition_bytes": -(-size // 3)}), storage)
     assert plan.num_partitions == 4, "as many as before, in other pieces"
     found = [orjson.loads(messages)[-1]["content"] for messages in all_rows(storage, prepared)["messages"].to_pylist()]
     assert sorted(found) == sorted(row["response"] for row in rows)
