@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from grape_service.exports.summary import Target
 from grape_service.release.load import Release
 from grape_service.rows.columns import release_schema
 from grape_service.rows.keys import in_eval_share
+from grape_service.rows.messages import whole_message
 from grape_service.rows.ragged import Int64s, list_offsets_and_values, segment_sums
 from grape_service.storage.parquet import open_writer, row_groups
 
@@ -122,13 +122,7 @@ def weights_for_counting(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
 
 def chat_messages(row: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row's messages as trainers know them: without empty fields, tool calls as objects."""
-    messages = []
-    for message in row:
-        kept = {key: value for key, value in message.items() if value is not None}
-        if "tool_calls" in kept:
-            kept["tool_calls"] = json.loads(kept["tool_calls"])
-        messages.append(kept)
-    return messages
+    return [whole_message(message) for message in row]
 
 
 def arrays_of(batch: pa.RecordBatch, name: str, values: npt.NDArray | None = None) -> list[npt.NDArray]:

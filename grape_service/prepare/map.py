@@ -28,7 +28,7 @@ from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.keys import row_keys
-from grape_service.rows.messages import only_text, response_messages
+from grape_service.rows.messages import field_of, only_text, response_messages
 from grape_service.rows.partitions import prompt_order
 from grape_service.rows.ragged import list_array, offsets_from_lengths
 from grape_service.storage.slices import top_bits, write_slices
@@ -249,7 +249,8 @@ class _MapTask:
                     elif name not in self.kinds:
                         self.kinds[name] = kind
             for message in itertools.chain(candidate.prompt, response_messages(candidate.response)):
-                self.message_fields.update(message)
+                if len(message) > 2:  # than role and content
+                    self.message_fields.update(itertools.starmap(field_of, message.items()))
         refuse_too_many(self.kinds, self.plan.pool)
 
     def _reject(self, rejected: list[tuple[Placed, Rejected]]) -> None:

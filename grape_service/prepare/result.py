@@ -49,7 +49,7 @@ class Prepared:
     other_columns: dict[str, Kind] = field(default_factory=dict)
     """The pool's other columns under their names in shards; see pool.column_types."""
     message_fields: list[str] = field(default_factory=list)
-    """Fields that messages have, some of them not in rows.columns.MESSAGE_FIELDS."""
+    """Those of rows.columns.MESSAGE_FIELDS that messages have beside role and content."""
     used_ids: str = ""
     """Token ids with loss; see used_token_ids."""
     sources: dict[str, int] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from grape_service.rows.columns import (
     release_schema,
 )
 from grape_service.rows.keys import row_keys
+from grape_service.rows.messages import stored_message, whole_message
 from grape_service.rows.ragged import (
     Int64s,
     gather_rows,
@@ -137,21 +138,17 @@ def scale_weights(weights: pa.ListArray, weight_source: pa.Array, factor: float)
 
 
 def messages_array(texts: pa.Array, kind: pa.DataType) -> pa.Array:
-    """JSON lists of chat messages -> list<struct>; a field that is not text becomes JSON text."""
+    """JSON lists of chat messages -> list<struct>."""
     names = [item.name for item in kind.value_type]
     columns: list[list[str | None]] = [[] for _ in names]
     lengths = []
     for text in texts.to_pylist():
-        messages = orjson.loads(text)
+        messages = [stored_message(message) for message in orjson.loads(text)]
         lengths.append(len(messages))
         for name, column in zip(names, columns, strict=True):
-            column.extend([_text(message.get(name)) for message in messages])
+            column.extend([message.get(name) for message in messages])
     structs = pa.StructArray.from_arrays([pa.array(column, type=pa.string()) for column in columns], names=names)
     return pa.ListArray.from_arrays(pa.array(offsets_from_lengths(lengths).astype(np.int32)), structs)
-
-
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
 
 BATCH_ROWS = 4096
@@ -202,7 +199,7 @@ def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], kee
     _, has_loss = list_offsets_and_values(array_of(table, "loss_mask"))
     mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, stop_ids)
     spans = segment_sums(_span_starts(mask > 0, offsets), offsets)
-    messages = [[_message(m) for m in row] for row in table["messages"].to_pylist()]
+    messages = [[whole_message(m) for m in row] for row in table["messages"].to_pylist()]
     made: dict[str, Any] = {
         "row_key": row_keys(ids, mask, offsets),
         "loss_mask": list_array(offsets, mask, pa.uint8()),
@@ -291,14 +288,6 @@ def _prompt_lens(mask: npt.NDArray[np.uint8], offsets: Int64s) -> Int64s:
     first = np.flatnonzero(mask > 0)
     places = np.searchsorted(first, offsets[:-1])
     return first[places] - offsets[:-1]
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Without absent fields; tool calls as they were before they became text."""
-    kept = {name: value for name, value in message.items() if value is not None or name in ("role", "content")}
-    if isinstance(kept.get("tool_calls"), str):
-        kept["tool_calls"] = orjson.loads(kept["tool_calls"])
-    return kept
 
 
 def tokens_with_loss(kept: pa.Table) -> str:

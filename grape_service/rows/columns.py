@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import pyarrow as pa
 
@@ -65,14 +65,15 @@ FAILURE = pa.schema(
     ]
 )
 
-MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
-"""Fields of a chat message that a release keeps; tool_calls is JSON text. role and content always exist."""
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "extra")
+"""Fields of a chat message in a release, all of them text; role and content always exist, tool_calls is JSON text.
+`extra` is a JSON object of everything else that a message holds."""
 
 
-def message_type(extra_fields: list[str]) -> pa.DataType:
+def message_type(names: Collection[str]) -> pa.DataType:
     """The type of a release's `messages`: role, content and those of MESSAGE_FIELDS that the pool has."""
-    names = [name for name in MESSAGE_FIELDS if name in ("role", "content") or name in extra_fields]
-    return pa.list_(pa.struct([pa.field(name, pa.string()) for name in names]))
+    there = [name for name in MESSAGE_FIELDS if name in ("role", "content") or name in names]
+    return pa.list_(pa.struct([pa.field(name, pa.string()) for name in there]))
 
 
 SELECT_FIELDS = [

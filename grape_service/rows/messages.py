@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from grape_service.rows.candidate import Message
+from grape_service.rows.columns import MESSAGE_FIELDS
 
 
 def text_of_parts(content: Any) -> str | None:
@@ -43,3 +44,32 @@ def only_text(response: str | list[Message]) -> str | None:
     if any(value for key, value in response[0].items() if key not in ("role", "content", "name")):
         return None
     return response[0]["content"]
+
+
+def field_of(name: str, value: Any) -> str:
+    """In which of MESSAGE_FIELDS a release keeps this field of a message."""
+    if name == "tool_calls" or (name in MESSAGE_FIELDS and name != "extra" and isinstance(value, str)):
+        return name
+    return "extra"
+
+
+def stored_message(message: Message) -> dict[str, str]:
+    """A message as a release keeps it, in MESSAGE_FIELDS."""
+    stored: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    for name, value in message.items():
+        if value is None:
+            continue
+        if field_of(name, value) == "extra":
+            extra[name] = value
+        else:
+            stored[name] = value if isinstance(value, str) else orjson.dumps(value).decode()
+    return {**stored, "extra": orjson.dumps(extra).decode()} if extra else stored
+
+
+def whole_message(stored: dict[str, str | None]) -> Message:
+    """The inverse of `stored_message`: tool calls as objects, and nothing that is absent."""
+    message: Message = {name: value for name, value in stored.items() if value is not None and name != "extra"}
+    if "tool_calls" in message:
+        message["tool_calls"] = orjson.loads(message["tool_calls"])
+    return {**message, **orjson.loads(stored.get("extra") or "{}")}

@@ -145,6 +145,10 @@ def _log_weights(delta: npt.NDArray[np.float64], offsets: Int64s, config: Weight
     return remaining * np.log(config.gamma) + later * (1 / FIXED_POINT)
 
 
+SUM_UNITS = 2**20
+"""Sums of a row's weights are rounded to units of 1 / SUM_UNITS."""
+
+
 @dataclass
 class WeightTotals(Counts):
     """Sums over tokens with weights, from which every figure of a report follows; can be added."""
@@ -181,7 +185,8 @@ class WeightTotals(Counts):
 def totals_by_group(pear: TokenWeights, offsets: Int64s, groups: Int64s, num_groups: int) -> list[WeightTotals]:
     """WeightTotals of each group of responses; `groups` [N] holds a number from 0 for each."""
     lengths = np.diff(offsets)
-    row_sums = segment_sums(pear.weights, offsets)
+    # Of whole units, up to 8 billion of them add up without an error: to the same sum in any order and any batches.
+    row_sums = np.rint(segment_sums(pear.weights, offsets) * SUM_UNITS) / SUM_UNITS
     row_squares = segment_sums(pear.weights * pear.weights, offsets)
 
     def per_group(values: npt.NDArray) -> npt.NDArray:

@@ -233,6 +233,23 @@ def test_totals_add_up():
     assert WeightTotals.from_json(both.to_json()) == both
 
 
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.randoms(use_true_random=False))
+def test_totals_are_the_same_in_any_order_and_any_batches(lengths, random):
+    rng = np.random.default_rng(random.randrange(2**32))
+    rows = [rng.normal(0, 2, length) for length in lengths]
+    found = set()
+    for _ in range(3):
+        random.shuffle(rows)
+        cut = random.randrange(1, len(rows))
+        totals = WeightTotals()
+        for batch in (rows[:cut], rows[cut:]):
+            offsets = offsets_from_lengths([len(row) for row in batch])
+            pear = pear_weights(np.concatenate(batch), offsets, WeightsConfig(method="pear", level="token", gamma=0.9))
+            totals += totals_by_group(pear, offsets, np.zeros(len(batch), dtype=np.int64), 1)[0]
+        found.add(totals.sum)
+    assert len(found) == 1
+
+
 def test_equal_weights_have_an_effective_share_of_1():
     pear = pear_weights(np.zeros(10), np.array([0, 4, 10]), WeightsConfig(gamma=1.0))
     [totals] = totals_by_group(pear, np.array([0, 4, 10]), np.array([0, 0]), 1)
