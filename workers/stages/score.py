@@ -13,6 +13,7 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
+from grape_service.config.methods import SelectConfig
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
@@ -23,6 +24,8 @@ from grape_service.progress.reporter import reporter
 from grape_service.rows.columns import SHARD
 from grape_service.score.shards import Shards, ShardWriter
 from grape_service.score.store import ScoreStore
+from grape_service.select.limits import keep_column, kept_of_prompts
+from grape_service.storage.parquet import array_of
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.engines.choose import installed_version
@@ -222,6 +225,28 @@ def refuse_missing_columns(config: Config, prepared: Prepared) -> None:
                 )
 
 
+def refuse_bad_keep(run: Run, shards: Sequence[Shards]) -> None:
+    """Raises UserError where the pool's column that select.keep names does not say how many are kept."""
+    if keep_column(run.config.select) is not None:
+        for _ in run_tasks(
+            look_at_keep,
+            ({"shards": one} for one in shards),
+            run.config.workers,
+            shared={"storage": run.workspace, "select": run.config.select},
+            together=together(run.config.workers, len(shards)),
+        ):
+            pass
+
+
+def look_at_keep(shards: Shards, storage: Storage, select: SelectConfig) -> None:
+    """refuse_bad_keep for a partition (a Ray task)."""
+    name = keep_column(select)
+    assert name is not None, "select.keep names a column"
+    table = pa.concat_tables([read_rows(storage, path, ["prompt_id", name]) for path in shards.paths]).combine_chunks()
+    prompts = array_of(table, "prompt_id").dictionary_encode()
+    kept_of_prompts(table, prompts.indices.to_numpy(), len(prompts.dictionary), select)
+
+
 def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
     """log p of every response token of the pool under the target, and the other statistics that are asked for."""
     refuse_missing_columns(run.config, prepared)
@@ -238,6 +263,7 @@ def score(run: Run, engines: Engines, prepared: Prepared) -> ScoreTotals:
         if store.is_complete(shards_id):
             run.event(f"score target: all {prepared.rows:,} rows have stored scores, no engine is started")
             return ScoreTotals(reused=prepared.rows)
+        refuse_bad_keep(run, shards)
         statistics = run.config.statistics
         most = run.config.workers.max_failed_share * prepared.rows
         totals = score_shards(
