@@ -1,24 +1,37 @@
 """What the matrix of exports compares: the gradient of sum(w * nll) / tokens with loss, in float64, and a trainer's.
 
-    python -m tests.grape_service.exports.in_trainers.<trainer> MODEL FOLDER OUTPUT
-
-runs with the trainer's own packages on its path, reads the exports FOLDER/<level> and saves a gradient for each.
+A trainer's is computed in a process of its own with the trainer's own packages on its path. These processes are forked
+from one that has imported torch and transformers already, which is most of what each of them would do.
 """
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 LEVELS = ("uniform", "sequence", "block", "token")
 MICRO_BATCHES = (slice(0, 4), slice(4, None))
 """The rows of a step: unequal micro-batches, so that a loss that divides each by its own sum is seen."""
+PRELOADED = ["tests.grape_service.exports.gradients", "torch._dynamo", "transformers.trainer", "datasets"]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "DISABLE_VERSION_CHECK": "1",
+    "USE_MODELSCOPE_HUB": "0",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def double_model(folder: str) -> Any:
@@ -58,10 +71,39 @@ def compared(found: np.ndarray, expected: np.ndarray) -> tuple[str, float]:
     return ("equal" if abs(factor - 1) < 1e-4 else "factor"), factor
 
 
-def run_all(gradient: Callable[[Any, str, Path], np.ndarray]) -> None:
-    """For a module of in_trainers: the gradient of `gradient(model, model_folder, export)` for each export."""
-    model_folder, folder, output = sys.argv[1:]
-    found = {}
-    for export in sorted(Path(folder).iterdir()):
-        found[export.name] = gradient(double_model(model_folder), model_folder, export)
-    np.savez(output, **found)
+def run_trainer(module: str, packages: Path | None, model: str, folder: Path) -> dict[str, np.ndarray]:
+    """By export FOLDER/exports/<name>, what in_trainers/<module>.py finds with `packages` first on its path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_in_trainer, args=(module, packages, model, folder))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        process.start()
+    process.join(240)
+    if process.is_alive():
+        process.kill()
+    said = (folder / "said.txt").read_text()
+    assert process.exitcode == 0, said[-4000:]
+    return dict(np.load(folder / "gradients.npz"))
+
+
+def _in_trainer(module: str, packages: Path | None, model_folder: str, folder: Path) -> None:
+    with open(folder / "said.txt", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.chdir(folder)
+    os.environ["MODELSCOPE_CACHE"] = str(folder / "modelscope")
+    torch.set_num_threads(1)  # for a tiny model, threads only wait for one another
+    sys.argv = [module]
+    if packages:
+        sys.path.insert(0, str(packages))
+    try:
+        gradient: Callable[[Any, str, Path], np.ndarray]
+        gradient = importlib.import_module(f"tests.grape_service.exports.in_trainers.{module}").gradient
+        exports = sorted((folder / "exports").iterdir())
+        found = {export.name: gradient(double_model(model_folder), model_folder, export) for export in exports}
+    except BaseException:
+        traceback.print_exc()
+        raise
+    np.savez(folder / "gradients.npz", **found)

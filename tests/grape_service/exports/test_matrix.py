@@ -7,8 +7,6 @@ a process of its own that has that folder on its path.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from transformers import AutoTokenizer
 import grape_service
 from grape_service.exports import export
 from grape_service.exports.effects import EFFECTS, PLAIN_EFFECTS, Level
-from tests.grape_service.exports.gradients import LEVELS, compared, reference_gradient
+from tests.grape_service.exports.gradients import LEVELS, compared, reference_gradient, run_trainer
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import write_release
 
@@ -156,25 +154,7 @@ def expected_factor(trainer: str, rows: list[dict[str, Any]]) -> float:
 def gradients_of(trainer: str, model: str, folder: Path) -> dict[str, np.ndarray]:
     """Gradients by export, computed where the trainer's own packages are."""
     module, packages = TRAINERS[trainer]
-    paths = [os.environ.get("PYTHONPATH", "")]
-    if packages:
-        place = Path(sys.prefix) / "trainers" / packages
-        if not place.exists():
-            pytest.skip(f"{trainer} is not in {place}: run make install-test")
-        paths.insert(0, str(place))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "DISABLE_VERSION_CHECK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "USE_MODELSCOPE_HUB": "0",
-        "OMP_NUM_THREADS": "1",  # for a tiny model, threads only wait for one another
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "DO_NOT_TRACK": "1",
-        "MODELSCOPE_CACHE": str(folder / "modelscope"),
-    }
-    output = folder / "gradients.npz"
-    command = [sys.executable, "-m", f"tests.grape_service.exports.in_trainers.{module}"]
-    command += [model, str(folder / "exports"), str(output)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=folder)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    return dict(np.load(output))
+    place = Path(sys.prefix) / "trainers" / packages if packages else None
+    if place and not place.exists():
+        pytest.skip(f"{trainer} is not in {place}: run make install-test")
+    return run_trainer(module, place, model, folder)

@@ -17,7 +17,7 @@ from axolotl.utils.dict import DictDefault  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, run_all  # noqa: E402
+from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient  # noqa: E402
 
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
@@ -33,6 +33,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         batch = DataCollatorForSeq2Seq(tokenizer)(rows[place])
         model(**batch, num_items_in_batch=num_items).loss.backward()
     return flat_gradient(model)
-
-
-run_all(gradient)

@@ -8,7 +8,7 @@ from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, g
 from llamafactory.hparams import get_train_args
 from transformers import AutoTokenizer
 
-from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, run_all
+from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient
 
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
@@ -42,6 +42,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         model(**inputs, num_items_in_batch=num_items).loss.backward()
     return flat_gradient(model)
-
-
-run_all(gradient)

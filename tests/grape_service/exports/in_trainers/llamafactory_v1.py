@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from llamafactory.v1.trainers import sft_trainer
 
-from tests.grape_service.exports.gradients import run_all
-
 
 class Found(Exception):
     """The gradient of a step is there."""
@@ -54,6 +52,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         torch.nn.utils.clip_grad_norm_ = kept
         sft_trainer.SFTTrainer = plain_class
     return found[0]
-
-
-run_all(gradient)

@@ -4,7 +4,6 @@ The division is that of Megatron-Core with calculate_per_token_loss: gradients o
 num_tokens. Parts of both packages that want CUDA's libraries or Python 3.12 are not imported.
 """
 
-import os
 import sys
 import types
 import typing
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # it would look for what triton is
-
 import numpy as np
 import torch
 import torch._dynamo  # before triton's place is taken
 import typing_extensions
 
-from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, run_all
+from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient
 
 typing.override = typing_extensions.override  # type: ignore[attr-defined]  # Python 3.12's
 for name in ("triton", "triton.language"):  # its kernels are for GPUs
@@ -65,6 +62,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         total += int(num_tokens)
     sys.path.remove(str(export))
     return flat_gradient(model) / max(total, 1)
-
-
-run_all(gradient)

@@ -12,7 +12,7 @@ from datasets import load_dataset
 from openrlhf.datasets.sft_dataset import SFTDataset
 from transformers import AutoTokenizer
 
-from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, log_probs, run_all
+from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, log_probs
 
 models = ModuleType("openrlhf.models")  # without its __init__, which imports flash_attn
 models.__path__ = [str(Path(next(iter(openrlhf.__path__))) / "models")]
@@ -38,6 +38,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
             loss = SFTLoss()(log_probs(model, ids[0])[None], mask[:, :-1].double(), batch_num_tokens=num_tokens)
             torch.as_tensor(loss).backward()
     return flat_gradient(model)
-
-
-run_all(gradient)

@@ -11,8 +11,6 @@ import torch
 from swift import sft_main
 from transformers import TrainerCallback
 
-from tests.grape_service.exports.gradients import run_all
-
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     found: list[np.ndarray] = []
@@ -47,9 +45,7 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         "use_cpu": "true",
         "gradient_checkpointing": "false",
         "attn_impl": "eager",
+        "dataloader_num_workers": "0",
     }
     sft_main([word for name, value in options.items() for word in (f"--{name}", value)])
     return found[0]
-
-
-run_all(gradient)

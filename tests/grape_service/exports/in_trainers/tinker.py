@@ -8,7 +8,7 @@ import numpy as np
 import tinker
 import torch
 
-from tests.grape_service.exports.gradients import flat_gradient, log_probs, run_all
+from tests.grape_service.exports.gradients import flat_gradient, log_probs
 
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
@@ -30,6 +30,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         (-(weights * log_probs(model, [*inputs, target_tokens[-1]])).sum()).backward()
     sys.path.remove(str(export))
     return flat_gradient(model)
-
-
-run_all(gradient)

@@ -10,8 +10,6 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from tests.grape_service.exports.gradients import run_all
-
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     plain = export.name.endswith("-plain")
@@ -45,6 +43,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     trainer_class(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
     return (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()).numpy()
-
-
-run_all(gradient)

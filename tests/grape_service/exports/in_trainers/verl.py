@@ -16,7 +16,7 @@ from verl.utils.import_utils import load_extern_object
 from verl.utils.tensordict_utils import assign_non_tensor
 from verl.workers.utils.losses import sft_loss
 
-from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, log_probs, run_all
+from tests.grape_service.exports.gradients import MICRO_BATCHES, flat_gradient, log_probs
 
 
 def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
@@ -43,6 +43,3 @@ def gradient(model: Any, model_folder: str, export: Path) -> np.ndarray:
         loss, _ = loss_function(model_output={"log_probs": flat}, data=micro)
         loss.backward()
     return flat_gradient(model)
-
-
-run_all(gradient)
