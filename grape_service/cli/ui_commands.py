@@ -18,8 +18,8 @@ from grape_service.errors import UserError, best_effort
 if TYPE_CHECKING:
     from grape_service.ui.folder import Folder
 
-LISTED = 100
-"""Datasets that are read ahead."""
+READ_AHEAD = 2000
+"""Datasets that are read before somebody asks for them."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "GRAPE_UI_TOKEN"
 
@@ -66,9 +66,15 @@ def ui(
 
 
 def _read_ahead(folder: Folder) -> None:
-    """Read what the first page shows, while nobody has asked for it yet: connections, manifests and tags are kept."""
+    """Read what the first page shows, then one after the other what searching and sorting look at, while nobody has
+    asked for it yet: connections, manifests and tags are kept."""
+    from grape_service.ui.app import LISTED, MAX_AGE
+
     with best_effort("read ahead"):
-        folder.summaries(folder.names()[:LISTED])
+        names = folder.names()
+        folder.summaries(names[:LISTED])
+        for name in names[LISTED:READ_AHEAD]:
+            folder.summaries([name], MAX_AGE)
 
 
 def _listener(host: str, port: int) -> socket.socket:

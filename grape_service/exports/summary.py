@@ -95,7 +95,7 @@ def begin(storage: Storage, release: Release, to: str) -> tuple[Storage, str, st
             storage.delete(name)
     foreign = [info.path for info in storage.list() if not info.path.startswith(f"{UNFINISHED}/")]
     if foreign:
-        raise UserError(f"{storage.root} is not empty: give a new folder to export to")
+        raise UserError(f"{storage.root} is not empty: give a new folder as DIR")
     if earlier is not None:
         place.delete_folder("")
         place.delete_unfinished(place.unfinished(older_than=0))

@@ -177,14 +177,11 @@ def type_text(kind: pa.DataType) -> str:
 def read_manifest(storage: Storage, name: str, version: str) -> Manifest:
     """A version's manifest, checked. Raises UserError where there is none or it is not to be trusted."""
     path = f"{version_folder(name, version)}/{MANIFEST}"
+    address = storage.url(path)
     try:
-        size = storage.info(path).size
+        value = storage.read_json(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{storage.root}/{name} has no version {version}: see `grape datasets list`") from error
-    address = storage.url(path)
-    if size > MAX_MANIFEST_BYTES:
-        raise UserError(f"{address} has {size} bytes: a manifest has at most {MAX_MANIFEST_BYTES}")
-    value = storage.read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = ascii(value.get("format") if isinstance(value, dict) else type(value).__name__)[:40]
         raise UserError(f"{address} is no manifest of format {FORMAT} (found {found}): use a matching grape-service")

@@ -38,6 +38,12 @@ FileInfos: TypeAlias = list[FileInfo]
 Names: TypeAlias = list[str]
 
 
+def refuse_longer(address: str, size: int, max_bytes: int) -> None:
+    """Raises UserError for a file that nobody should read into memory."""
+    if size > max_bytes:
+        raise UserError(f"{address} has {size} bytes: such a file has at most {max_bytes}; restore it")
+
+
 class LocalFiles:
     """Files below the folder `base`; every path taken is a full one."""
 
@@ -52,8 +58,10 @@ class LocalFiles:
     def arrow(self) -> pafs.FileSystem:
         return pafs.LocalFileSystem()
 
-    def read_with_etag(self, full: str) -> tuple[bytes, str]:
+    def read_with_etag(self, full: str, max_bytes: int | None = None) -> tuple[bytes, str]:
         with self._sentences(full, "read"):
+            if max_bytes is not None:
+                refuse_longer(full, os.path.getsize(full), max_bytes)
             data = Path(full).read_bytes()
         return data, hashlib.sha256(data).hexdigest()
 

@@ -26,7 +26,7 @@ from fsspec.asyn import sync_wrapper
 
 from grape_service.errors import StageError, UserError
 from grape_service.storage.arrow_io import ArrowHandler
-from grape_service.storage.local import FileInfo, FileInfos, Names
+from grape_service.storage.local import FileInfo, FileInfos, Names, refuse_longer
 from grape_service.storage.s3_errors import (
     TRANSIENT_ERRORS,
     StorageUnavailable,
@@ -92,10 +92,12 @@ class RetryingS3(s3fs.S3FileSystem):
         endpoint = getattr(getattr(self._s3, "meta", None), "endpoint_url", None)
         return str(endpoint or self.endpoint_url or "its endpoint")
 
-    async def _read_object(self, bucket: str, key: str, **more: str) -> tuple[bytes, str]:
+    async def _read_object(self, bucket: str, key: str, max_bytes: int | None = None, **more: str) -> tuple[bytes, str]:
         for attempt in range(6):
             answer = await self._call_s3("get_object", Bucket=bucket, Key=key, **more)
             try:
+                if max_bytes is not None:
+                    refuse_longer(f"s3://{bucket}/{key}", answer["ContentLength"], max_bytes)
                 return await answer["Body"].read(), answer["ETag"].strip('"')
             except TRANSIENT_ERRORS as error:
                 failure = error
@@ -105,7 +107,8 @@ class RetryingS3(s3fs.S3FileSystem):
         raise StorageUnavailable(f"s3://{bucket}/{key} broke off six times ({failure}): run again") from failure
 
     read_object = sync_wrapper(_read_object)
-    """A whole object, or the `Range` of it, and its etag in one GET. Raises FileNotFoundError."""
+    """A whole object, or the `Range` of it, and its etag in one GET. Raises FileNotFoundError, and UserError for one
+    longer than `max_bytes`."""
 
     def submit(self, method: str, **kwargs: Any) -> Future[Any]:
         """A request that runs in the background."""
@@ -222,8 +225,8 @@ class S3Files:
     def arrow(self) -> pafs.FileSystem:
         return pafs.PyFileSystem(ArrowHandler(self.fs))
 
-    def read_with_etag(self, full: str) -> tuple[bytes, str]:
-        return self.fs.read_object(*_bucket_and_key(full))
+    def read_with_etag(self, full: str, max_bytes: int | None = None) -> tuple[bytes, str]:
+        return self.fs.read_object(*_bucket_and_key(full), max_bytes)
 
     def open(self, full: str) -> IO[bytes]:
         file: IO[bytes] = self.fs.open(full, "rb", block_size=8 * 2**20, cache_type="readahead")

@@ -91,10 +91,10 @@ class Storage:
         found: tuple[bytes, str] = self._files.read_with_etag(self.full(path))
         return found
 
-    def read_json(self, path: str) -> Any:
-        """A JSON file's value. Raises FileNotFoundError, and UserError if it is not JSON."""
+    def read_json(self, path: str, max_bytes: int | None = None) -> Any:
+        """A JSON file's value. Raises FileNotFoundError, and UserError if it is not JSON or longer than `max_bytes`."""
         try:
-            return orjson.loads(self.read(path))
+            return orjson.loads(self._files.read_with_etag(self.full(path), max_bytes)[0])
         except orjson.JSONDecodeError as error:
             raise UserError(f"{self.url(path)} is not JSON ({error}): restore or delete it") from error
 

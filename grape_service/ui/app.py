@@ -29,8 +29,10 @@ from grape_service.ui.runs import runs_of
 log = logging.getLogger(__name__)
 VERIFIED_AT_ONCE = 64 * 2**20
 """Bytes of a version whose digests the page of its files computes without being asked."""
-LISTED = 100
+LISTED = 50
 """Datasets of one page."""
+MAX_AGE = 60.0
+"""Seconds for which what was read of a dataset is good enough to search and sort more than a page of them."""
 SORTS: dict[str, Callable[[Any], Any]] = {
     "name": lambda s: s.name,
     "version": lambda s: s.num_versions,
@@ -73,9 +75,12 @@ def create_app(folder: Folder, token: str | None = None) -> FastAPI:
             names = sorted(names, reverse=down)
             found, total = folder.summaries(names[start : start + LISTED]), len(names)
         else:
-            every = [s for s in folder.summaries(names) if all(word in _text_of(s) for word in words)]
+            max_age = MAX_AGE if len(names) > LISTED else 0.0
+            every = [s for s in folder.summaries(names, max_age) if all(word in _text_of(s) for word in words)]
             every.sort(key=SORTS[key], reverse=down)
             found, total = every[start : start + LISTED], len(every)
+            if max_age:
+                found = folder.summaries([s.name for s in found])
         place: dict[str, Any] = {"shown": found, "total": total, "start": start, "listed": LISTED}
         return page("catalog", folder=folder, **place, q=q, sort=key, down=down)
 

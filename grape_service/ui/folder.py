@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +58,7 @@ class Folder:
         self.workspaces = [Storage(workspace or f"{storage.root}/.grape", options)]
         self._told: dict[tuple[str, str, str], tuple[str, str, int | None]] = {}
         self._tags: dict[str, tuple[str, Tag | None]] = {}
+        self._summaries: dict[str, tuple[float, Summary | None]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -67,10 +70,20 @@ class Folder:
         """Folders whose names are those of datasets, in order."""
         return [self.only] if self.only else [n for n in self.storage.folders() if NAME_PATTERN.fullmatch(n)]
 
-    def summaries(self, names: list[str]) -> list[Summary]:
-        """These datasets in a line each, in this order. A few requests for each, all at the same time."""
+    def summaries(self, names: list[str], max_age: float = 0.0) -> list[Summary]:
+        """These datasets in a line each, in this order; as they were read at most `max_age` seconds ago.
+
+        A few requests for each that is read, all at the same time.
+        """
+        now = time.monotonic()
+        with self._lock:
+            old = [name for name in names if now - self._summaries.get(name, (-math.inf, None))[0] > max_age]
         with ThreadPoolExecutor(READERS) as pool:
-            return [summary for summary in pool.map(self._summary, names) if summary is not None]
+            read = list(pool.map(self._summary, old))
+        with self._lock:
+            self._summaries.update({name: (now, summary) for name, summary in zip(old, read, strict=True)})
+            found = [self._summaries[name][1] for name in names]
+        return [summary for summary in found if summary is not None]
 
     def versions(self, name: str) -> list[CatalogEntry]:
         """A dataset's versions, newest first. Raises UserError where there is no such dataset."""

@@ -186,5 +186,9 @@ def test_an_export_to_s3_and_mistakes(release: Release, tmp_path: Path, s3_url: 
         assert pq.read_table(file).num_rows == summary.rows == NUM_ROWS
     with pytest.raises(UserError, match="is not empty"):
         export(release, "jsonl", f"{s3_url}/verl")
-    with pytest.raises(UserError, match="'nemo' is no export; there are trl, verl, ms-swift"):
+    with pytest.raises(UserError, match="--to nemo is no export: choose one of trl, verl, ms-swift"):
         export(release, "nemo", str(tmp_path / "x"))
+    with pytest.raises(UserError, match=r"--eval-share 1.5 is no share: give a number from 0"):
+        export(release, "jsonl", str(tmp_path / "x"), eval_share=1.5)
+    with pytest.raises(UserError, match=r"--eval-share nan is no share"):
+        export(release, "jsonl", str(tmp_path / "x"), eval_share=float("nan"))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +142,70 @@ def test_the_split_is_the_trainers_own(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "verl" / "eval").num_rows == len(held_back)
 
 
+KILLED = """
+import sys, time, types
+import grape_service
+from grape_service.exports import export, summary
+from grape_service.storage.s3 import RetryingS3
+
+reference, folder, moment = sys.argv[1:]
+moved = []
+
+
+def stop(*_):
+    print("here", flush=True)
+    time.sleep(60)
+
+
+def after_the_first(move):
+    def moving(*names):
+        stop() if moved else moved.append(move(*names))
+    return moving
+
+
+if moment == "written":
+    summary.Target.add_loader = stop
+else:
+    summary.os = types.SimpleNamespace(replace=after_the_first(summary.os.replace))
+    RetryingS3.copy = after_the_first(RetryingS3.copy)
+export(grape_service.load(reference), "verl", folder, eval_share=0.3)
+"""
+
+
+def kill_an_export(reference: str, folder: str, moment: str) -> None:
+    """SIGKILL for an export when all data files are written, or when the first of them is at its place."""
+    command = [sys.executable, "-c", KILLED, reference, folder, moment]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "here\n"
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.drill
 @pytest.mark.parametrize("place", ["local", "s3"])
-def test_an_export_that_was_killed_starts_over(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_was_killed_starts_over(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder = str(tmp_path / "export") if place == "local" else f"{request.getfixturevalue('s3_url')}/export"
     release = grape_service.load(write_release(tmp_path / "out", make_rows(9), {}))
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*_: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("grape_service.exports.summary.Target.add_loader", killed)
-        with pytest.raises(Killed):
-            export(release, "verl", folder)
     storage = Storage(folder)
+
+    kill_an_export(release.reference, folder, "written")
     assert {info.path.split("/")[0] for info in storage.list()} == {"unfinished"}
+
+    kill_an_export(release.reference, folder, "moved")
+    names = {info.path for info in storage.list() if not info.path.startswith("unfinished/")}
+    assert names == {"data/part-00000.parquet"}  # whole, and without README.md
+    with storage.open("data/part-00000.parquet") as file:
+        assert 0 < pq.read_table(file).num_rows < 9
+
     said: list[str] = []
-    assert export(release, "verl", folder, say=said.append).rows == 9
+    summary = export(release, "verl", folder, eval_share=0.3, say=said.append)
+    assert summary.rows + summary.eval_rows == 9
     assert said == [f"an earlier export of {release.reference} to this folder did not end: starting over"]
     names = {info.path for info in storage.list()}
-    assert names == {"README.md", "data/part-00000.parquet", "grape_verl.py"}
+    assert names == {"README.md", "data/part-00000.parquet", "eval/part-00000.parquet", "grape_verl.py"}
     with pytest.raises(UserError, match="is not empty"):
         export(release, "verl", folder)
 

@@ -108,7 +108,7 @@ def test_a_huge_manifest_is_not_even_read(tmp_path) -> None:
     publish_version(storage, parts=[rows(0, 3)])
     with open(tmp_path / FOLDER / "manifest.json", "wb") as file:
         file.truncate(10 * 2**30)
-    with pytest.raises(UserError, match="a manifest has at most 67108864"):
+    with pytest.raises(UserError, match="such a file has at most 67108864"):
         load(f"{tmp_path}/math-sft")
 
 

@@ -86,6 +86,13 @@ def test_many_datasets_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "1 to 2 of 5 datasets" in text_of(client, "/")
     assert 'rel="next"' in client.get("/").text
 
+    publish_version(storage, "set-1", parts=[rows(0, 9)])  # the page shows what is there now, its order may be older
+    newest = client.get("/?sort=rows").text
+    assert re.findall(links, newest) == ["set-0", "set-1"]
+    assert "/datasets/set-1/v0002" in newest
+    monkeypatch.setattr(app_module, "MAX_AGE", 0.001)
+    assert re.findall(links, client.get("/?sort=rows").text) == ["set-1", "set-0"]
+
 
 def test_a_dataset_its_tags_and_what_changed(client: TestClient) -> None:
     page = text_of(client, "/datasets/pool")
