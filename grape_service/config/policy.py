@@ -121,6 +121,12 @@ class BehaviorConfig(Model):
         assert self.sources is not None
         return self.sources.get(source) if source is not None else None
 
+    @property
+    def has_recorded(self) -> bool:
+        """Whether the log-probabilities of some rows are taken as recorded."""
+        sources = (self.sources or {}).values()
+        return self.column is not None or any(isinstance(one, RecordedBehavior) for one in sources)
+
     def policies(self) -> list[PolicyConfig]:
         """Every distinct policy that has to be run, in the order of the config."""
         if self.sources is None:

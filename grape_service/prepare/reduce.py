@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_index
 from grape_service.rows.ragged import Int64s, offsets_from_lengths
+from grape_service.storage.ahead import map_ahead
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.slices import read_slice
 from grape_service.storage.storage import Storage
@@ -227,16 +226,18 @@ def _write_shards(
     sizes, numbers = np.unique(np.diff(starts), return_counts=True)
     counts.prompt_sizes = {str(size): number for size, number in zip(sizes.tolist(), numbers.tolist(), strict=True)}
     folder = shard_folder(plan.folder, partition)
-    with ThreadPoolExecutor(WRITES_IN_FLIGHT, thread_name_prefix="shards") as pool:
-        writes: deque[Future[object]] = deque()
+
+    def shards() -> Iterator[tuple[str, pa.Table]]:
         for number, (start, end) in enumerate(_cuts(starts, lengths, config.workers.shard_tokens)):
-            shard = _shard(table.take(pa.array(kept[start:end])), schema, summary.other_columns)
-            writes.append(pool.submit(write_parquet, storage, shard_path(folder, number), schema, [shard]))
-            if len(writes) > WRITES_IN_FLIGHT:
-                writes.popleft().result()
             _count_shard(counts, int(lengths[start:end].sum()), int(loss[start:end].sum()), end - start)
-        for write in writes:
-            write.result()
+            rows = table.take(pa.array(kept[start:end]))
+            yield shard_path(folder, number), _shard(rows, schema, summary.other_columns)
+
+    def write(shard: tuple[str, pa.Table]) -> None:
+        write_parquet(storage, shard[0], schema, [shard[1]])
+
+    for _ in map_ahead(write, shards(), WRITES_IN_FLIGHT):
+        pass
     counts.max_tokens = int(lengths.max(initial=0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -38,14 +39,14 @@ from grape_service.rows.messages import only_text
 
 FORMAT = 2
 """Raised when the same settings come to give other tokens."""
+_LOADING = Lock()  # one of the threads that want a renderer makes it
 
 
 class Renderer:
     """Renders candidates for one policy.
 
-    Chat: the template's rendering of the prompt with its generation prompt, the response's own tokens, the
-    turn-end token. Plain: prompt, separator, response, end-of-text. `mode` says which; `turn_end_id` is what
-    ends a response (None if the tokenizer has nothing of the kind).
+    Chat: the template's rendering of the prompt with its generation prompt, the response's own tokens, the turn-end
+    token. Plain: prompt, separator, response, end-of-text. `turn_end_id` is None if the tokenizer has no turn end.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class Renderer:
     ):
         """`tokenizer` is a fast transformers tokenizer; `max_tokens` the model's limit, where config has none.
 
-        `stop_ids` are further tokens at which the model stops (generation_config.json). Raises UserError
-        where mode, template or system prompt do not fit the model.
+        `stop_ids` are further tokens at which the model stops. Raises UserError where mode, template or system
+        prompt do not fit the model.
         """
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json), which rendering needs")
@@ -95,7 +96,8 @@ class Renderer:
         `own_template`: a model that has a chat template uses that one and not `config.chat_template`, which
         was written for another policy.
         """
-        return _load(folder, folder_stamp(folder), policy.model_dump_json(), config.model_dump_json(), own_template)
+        with _LOADING:
+            return _load(folder, folder_stamp(folder), policy.model_dump_json(), config.model_dump_json(), own_template)
 
     @property
     def max_tokens(self) -> int | None:
@@ -190,7 +192,7 @@ class Renderer:
         text, response = self._prompt_text(candidate), only_text(candidate.response)
         if isinstance(text, Rejection) or response is None:
             return None, ""
-        header = self._before(response)[0] if self._template is not None else ""
+        header = "" if self._template is None else self._before(response)[0]
         return text + header, header
 
     def whole_text(self, candidate: Candidate) -> str:
@@ -247,8 +249,7 @@ class Renderer:
     def _plain_prompt(self, candidate: Candidate, messages: list[Message]) -> str:
         if candidate.tools or any(message.get("tool_calls") for message in messages):
             raise MessageError("tools need a chat template")
-        contents = [message["content"] for message in self._with_system(messages)]
-        return self.config.separator.join([*contents, ""])
+        return self.config.separator.join([*(message["content"] for message in self._with_system(messages)), ""])
 
     # Responses
 

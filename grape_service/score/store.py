@@ -16,7 +16,6 @@ import time
 import uuid
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -30,6 +29,7 @@ from grape_service.errors import StageError
 from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.statistics import LOGPROB, SCORE_FIELDS, ordered
+from grape_service.storage.ahead import map_ahead
 from grape_service.storage.parquet import array_of, open_parquet, write_parquet
 from grape_service.storage.storage import Storage
 
@@ -177,9 +177,10 @@ class ScoreStore:
     def _each_file(
         self, partition: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool = False
     ) -> Iterator[_Found]:
-        files = self.partition_files(partition)
-        with ThreadPoolExecutor(16 if self.storage.is_s3 else 2, thread_name_prefix="scores") as pool:
-            yield from pool.map(lambda path: self._read_file(path, index, names, keys_only), files)
+        def read(path: str) -> _Found:
+            return self._read_file(path, index, names, keys_only)
+
+        return map_ahead(read, self.partition_files(partition), 16 if self.storage.is_s3 else 2)
 
     def _read_file(self, path: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool) -> _Found:
         """The rows that are looked for, with those of the statistics `names` that the file has."""

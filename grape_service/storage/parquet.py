@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grape_service.errors import StageError, UserError
+from grape_service.storage.ahead import map_ahead
 from grape_service.storage.storage import Storage
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -169,7 +170,7 @@ def read_tables(
     """
     waiting: list[pa.Table] = []
     waiting_bytes = 0
-    for table in _read_ahead(storage, paths, columns):
+    for table in map_ahead(partial(_read_file, storage, columns=columns), paths, 8 if storage.is_s3 else 2):
         if table.num_rows == 0:
             continue
         waiting.append(table)
@@ -191,17 +192,6 @@ def read_row_groups(storage: Storage, path: str, columns: list[str] | None = Non
                     yield table.combine_chunks()
     except (pa.ArrowInvalid, OSError) as error:
         raise StageError(f"{storage.url(path)} cannot be read: {error}") from error
-
-
-def _read_ahead(storage: Storage, paths: Sequence[str], columns: list[str] | None) -> Iterator[pa.Table]:
-    ahead = 8 if storage.is_s3 else 1
-    with ThreadPoolExecutor(ahead, thread_name_prefix="parquet") as pool:
-        futures = [pool.submit(_read_file, storage, path, columns) for path in paths[:ahead]]
-        for index in range(len(paths)):
-            table = futures.pop(0).result()
-            if index + ahead < len(paths):
-                futures.append(pool.submit(_read_file, storage, paths[index + ahead], columns))
-            yield table
 
 
 def _read_file(storage: Storage, path: str, columns: list[str] | None) -> pa.Table:

@@ -7,13 +7,13 @@ file but with whoever wrote it: reading a slice takes no look at the file's end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from grape_service.storage.ahead import map_ahead
 from grape_service.storage.storage import Storage
 
 Int64s = npt.NDArray[np.int64]
@@ -63,11 +63,7 @@ def read_slice(storage: Storage, files: SliceFiles, number: int, schema: pa.Sche
     def read(place: tuple[str, int, int]) -> pa.RecordBatch:
         return pa.ipc.read_record_batch(pa.py_buffer(storage.read_range(*place)), schema)
 
-    if storage.is_s3 and len(wanted) > 1:
-        with ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="slices") as pool:
-            batches = list(pool.map(read, wanted))
-    else:
-        batches = [read(place) for place in wanted]
+    batches = list(map_ahead(read, wanted, READS_IN_FLIGHT)) if storage.is_s3 else [read(place) for place in wanted]
     return pa.Table.from_batches(batches, schema)
 
 

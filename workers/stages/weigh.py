@@ -38,7 +38,7 @@ def policy_groups(run: Run, kept: Kept) -> list[Group]:
     config, behavior = run.config, run.config.compared_behavior
     target, files = config.target, run.target_files
     temperatures = [] if kept.has_scores else [1.0]
-    if behavior is not None:
+    if behavior is not None and behavior.has_recorded:
         found = _on_kept(run, kept, recorded_temperatures, behavior=behavior)
         temperatures += sorted({t for of_partition in found for t in of_partition})
     groups = [
