@@ -1,24 +1,23 @@
 """One arm and seed after the other: a release, SFT on it, then the same RL for all.
 
 Each arm and seed is one JSON file of results; what is there is not done again, and an arm that was interrupted resumes
-from its last checkpoint. Selection, weights, SFT and RL are those of the service: `grape run` and workers.training.
+from its last checkpoint. Selection and weights are those of `grape_service.run`, SFT and RL those of workers.training.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+import grape_service
 from benchmarks.learning.arms import CPU_ARMS, GPU_ARMS, WEIGHTS, Arm
 from benchmarks.learning.policies import SEPARATOR, ModelSize, answers, make_policy
 from benchmarks.learning.task import ANSWER, Difficulty, Problem, problems
@@ -27,9 +26,9 @@ from workers.training.trainers.rewards import exact_match
 from workers.training.trainers.rl import run_rl
 from workers.training.trainers.sft import run_sft
 
-ROOT = Path(__file__).resolve().parents[2]
 POOL_SEED, RL_SEED, TEST_SEED = 100, 200, 300
 PASS_AT = 8
+STATISTICS = ("entropy", "rank", "top20_entropy")
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,20 @@ SMALL = Size(
 CPU = Size(
     model=ModelSize(
         hidden=128,
-        layers=4,
+        layers=3,
         heads=4,
-        pretrain_steps=600,
-        batch_size=64,
+        pretrain_steps=450,
+        batch_size=32,
         learning_rate=2e-3,
-        difficulty=Difficulty(shortest=2, longest=4, largest=19),
+        difficulty=Difficulty(shortest=3, longest=4, largest=9),
+        problems=6000,
     ),
-    prompts=600,
-    candidates=2,
-    max_tokens=224,
+    prompts=400,
+    candidates=1,
+    max_tokens=80,
     sft={"batch_size": 32, "micro_batch_size": 32, "epochs": 2.0, "learning_rate": 3e-4, "warmup_steps": 5},
-    rl={"steps": 15, "prompts_per_step": 16, "num_generations": 8, "micro_batch_size": 128, "learning_rate": 5e-5},
-    test_problems=400,
+    rl={"steps": 15, "prompts_per_step": 8, "num_generations": 8, "micro_batch_size": 64, "learning_rate": 1e-4},
+    test_problems=500,
     arms=CPU_ARMS,
     sources=("own", "words", "terse", "verbose"),
     only_right=True,
@@ -102,29 +102,56 @@ class Experiment:
         self.folder = folder.resolve()
         self.size = size
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._pool = self.folder / "pool.jsonl"
 
     def prepare(self) -> None:
-        """Policies, the pool, the prompts of RL, and the accuracy that all arms start from; once."""
+        """Policies that are not there yet, the pool, the prompts of RL, the skill that all arms start from; once."""
         names = ("target", *self.size.sources)
         for name in names:
-            make_policy(name, self.folder / "policies", self.size.model, self.device)
-        pool = self.folder / "pool.jsonl"
-        if not pool.exists():
-            part = pool.with_suffix(".part")
-            part.write_text("".join(json.dumps(row) + "\n" for row in self._pool_rows()))
-            part.rename(pool)
+            self.make_policy(name)
+        if not self._pool.exists():
+            _write(self._pool, "".join(json.dumps(row) + "\n" for row in self._pool_rows()))
         prompts = "".join(
             json.dumps({"prompt": problem.prompt, "answer": str(problem.answer)}) + "\n"
             for problem in self.problems(self.size.prompts, RL_SEED)
         )
-        (self.folder / "rl-prompts.jsonl").write_text(prompts)
+        _write(self.folder / "rl-prompts.jsonl", prompts)
         start = self.folder / "start.json"
         if not start.exists():
-            start.write_text(json.dumps({name: self.skill(self._policy(name)) for name in names}, indent=1))
+            _write(start, json.dumps({name: self.skill(self._policy(name)) for name in names}, indent=1))
+
+    def make_policy(self, name: str) -> None:
+        """Train a policy if it is not there."""
+        make_policy(name, self.folder / "policies", self.size.model, self.device)
+
+    def digest(self) -> str:
+        """Of what all arms share (settings, target, pool, prompts of RL): results of one digest belong together."""
+        found = hashlib.sha256(repr(self.size).encode())
+        for path in (
+            self._policy("target") / "model.safetensors",
+            self.folder / "pool.jsonl",
+            self.folder / "rl-prompts.jsonl",
+        ):
+            found.update(path.read_bytes())
+        return found.hexdigest()
+
+    def pool_counts(self) -> dict[str, dict[str, int]]:
+        """Candidates of each source, and how many of them are right."""
+        counts: dict[str, dict[str, int]] = {}
+        for line in self._pool.read_text().splitlines():
+            row = json.loads(line)
+            count = counts.setdefault(row["source"], {"candidates": 0, "right": 0})
+            count["candidates"] += 1
+            count["right"] += row["correct"]
+        return counts
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Store the result of an arm and seed."""
+        _write(self._result(result["arm"], result["seed"]), json.dumps(result, indent=1))
 
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The results of an arm and seed: from its file, or made now."""
-        result = self.folder / "results" / f"{arm.name}-{seed}.json"
+        result = self._result(arm.name, seed)
         if result.exists():
             return json.loads(result.read_text())
         started = time.monotonic()
@@ -150,6 +177,8 @@ class Experiment:
                 settings=rl_settings,
             )
         )
+        weighed = grape_service.load(reference).manifest.statistics.get("weights")
+        figures = weighed or {"effective_share": 1.0, "mean": 1.0}
         found = {
             "arm": arm.name,
             "select": arm.select,
@@ -157,49 +186,37 @@ class Experiment:
             "seed": seed,
             "reference": reference,
             "rows": sft["rows"],
-            "ess": sft["metrics"]["last"]["ess"],
+            "steps": sft["steps"],
+            "ess": figures["effective_share"],
+            "weight_mean": figures["mean"],
             "grad_norm": _mean(_metrics(output / "sft", "grad_norm")),
             "rl_rewards": [round(reward, 4) for reward in _metrics(output / "rl", "reward")],
             "after_sft": after_sft,
             "after_rl": self.skill(output / "rl" / "model"),
             "seconds": round(time.monotonic() - started, 1),
         }
-        result.parent.mkdir(parents=True, exist_ok=True)
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1))
-        part.rename(result)
+        self.keep(found)
+        for checkpoint in output.glob("*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
         return found
 
     def release(self, arm: Arm, seed: int) -> str:
-        """Reference of the arm's dataset version, made once by `grape run`; scores are shared by all arms."""
+        """Reference of the arm's dataset version, made once by `grape_service.run`; scores are shared by all arms."""
         seed = seed if arm.depends_on_seed else 0
         made = self.folder / "releases" / f"{arm.name}-{seed}"
-        if made.exists():
-            return made.read_text()
-        config = self.folder / "configs" / f"{arm.name}-{seed}.yaml"
-        for folder in (config.parent, made.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(self.config(arm, seed), sort_keys=False))
-        ended = subprocess.run(
-            [sys.executable, "-m", "grape_service.cli", "run", str(config), "--json"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        reference = str(json.loads(ended.stdout)["reference"])
-        made.write_text(reference)
-        return reference
+        if not made.exists():
+            _write(made, grape_service.run(self.config(arm, seed)).reference)
+        return made.read_text()
 
     def config(self, arm: Arm, seed: int) -> dict[str, Any]:
         """The service's config of an arm."""
         config: dict[str, Any] = {
             "name": arm.dataset,
-            "pool": {"path": str(self.folder / "pool.jsonl"), "max_reject_share": 1.0},
+            "pool": {"path": str(self._pool), "max_reject_share": 1.0},
             "render": {"mode": "plain", "separator": SEPARATOR},
             "target": {"model": str(self._policy("target")), "dtype": "float32", "engine": "transformers"},
             "select": {"method": arm.select, "seed": seed},
+            "score": {"statistics": list(STATISTICS)},  # for all arms, so that each row is scored once
             "output": {"path": str(self.folder / "datasets")},
         }
         if self.size.only_right:
@@ -235,10 +252,13 @@ class Experiment:
 
     def problems(self, number: int, seed: int) -> list[Problem]:
         """Problems of this size's difficulty."""
-        return problems(number, seed, self.size.model.difficulty)
+        return problems(number, seed, self.size.model.difficulty, held_out=seed == TEST_SEED)
 
     def _policy(self, name: str) -> Path:
         return self.folder / "policies" / name
+
+    def _result(self, arm_name: str, seed: int) -> Path:
+        return self.folder / "results" / f"{arm_name}-{seed}.json"
 
     def _pool_rows(self) -> list[dict[str, Any]]:
         asked = [
@@ -259,6 +279,14 @@ class Experiment:
                     }
                 )
         return rows
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def _metrics(output: Path, key: str) -> list[float]:

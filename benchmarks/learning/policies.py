@@ -37,6 +37,8 @@ RECIPES = {
     "verbose": Recipe({"verbose": 1.0}, 1.5, seed=5),  # in many words
 }
 """The model to train, and the policies that write candidates."""
+LONGEST_FIRST = ("words", "own", "verbose", "terse")
+"""The order in which policies are made; the target is made for its own family's."""
 
 
 STANDARD = Difficulty()
@@ -53,6 +55,7 @@ class ModelSize:
     batch_size: int
     learning_rate: float = 1e-3
     difficulty: Difficulty = STANDARD
+    problems: int | None = None  # different ones in pretraining; None: 50 for each row of a batch
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -111,7 +114,7 @@ def _pretrain(model: Any, tokenizer: Any, recipe: Recipe, size: ModelSize, devic
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=steps + 1)
     rng = random.Random(recipe.seed)
-    pool = problems(50 * size.batch_size, 10_000 + recipe.seed, size.difficulty)
+    pool = problems(size.problems or 50 * size.batch_size, 10_000 + recipe.seed, size.difficulty, held_out=False)
     styles, shares = list(recipe.styles), list(recipe.styles.values())
     model.train()
     for _ in range(steps):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 REFERENCE = "random+uniform"
 """The arm that the others are compared with: what a team has that chooses nothing."""
+STAGES = {"after_sft": "SFT", "after_rl": "RL"}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantile of Student's t by number of seeds."""
+LEVEL = 0.05
+BEGIN, END = "<!-- table: python -m benchmarks.learning.run --table -->", "<!-- end of table -->"
+"""Between these lines a page holds the table."""
 
 Result = dict[str, Any]
 
@@ -37,15 +43,99 @@ class Estimate:
 
     @property
     def signed(self) -> str:
-        """With its sign, and a mark where the interval leaves out 0."""
+        """With its sign."""
         if math.isnan(self.mean):
             return ""
-        clear = not math.isnan(self.half_width) and abs(self.mean) > self.half_width
-        return (
-            f"{100 * self.mean:+.1f}"
-            + ("" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}")
-            + (" *" if clear else "")
-        )
+        return f"{100 * self.mean:+.1f}" + ("" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences in accuracy of an arm to another, seed by seed."""
+
+    arm: str
+    other: str
+    stage: str
+    differences: tuple[float, ...]
+
+    @property
+    def estimate(self) -> Estimate:
+        """Mean difference and its 95% interval."""
+        return Estimate.of(list(self.differences))
+
+    @property
+    def p(self) -> float:
+        """Two-sided p of a paired t-test; 1 for one seed."""
+        number = len(self.differences)
+        if number < 2:
+            return 1.0
+        mean, spread = statistics.fmean(self.differences), statistics.stdev(self.differences)
+        if spread == 0:
+            return 1.0 if mean == 0 else 0.0
+        return two_sided_p(mean / spread * number**0.5, number - 1)
+
+
+def two_sided_p(t: float, degrees: int) -> float:
+    """P(|T| > |t|) of Student's t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / degrees**0.5)
+    odd = degrees % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, degrees, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    if not odd:
+        return 1 - math.sin(angle) * total
+    return 1 - 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+
+
+def comparisons(results: list[Result]) -> list[Comparison]:
+    """Every arm with REFERENCE, and every arm with weights with the same selection without, after SFT and after RL."""
+    arms = by_arm(results)
+    found = []
+    for name, runs in arms.items():
+        uniform = f"{name.partition('+')[0]}+uniform"
+        for other in dict.fromkeys((REFERENCE, uniform)):
+            if other == name or other not in arms:
+                continue
+            for stage in STAGES:
+                there = {run["seed"]: run[stage]["accuracy"] for run in arms[other]}
+                differences = [run[stage]["accuracy"] - there[run["seed"]] for run in runs if run["seed"] in there]
+                found.append(Comparison(name, other, stage, tuple(differences)))
+    return found
+
+
+def clear_ones(found: list[Comparison]) -> set[Comparison]:
+    """Those whose difference is not 0 after Holm's correction over all of them, at 5%."""
+    clear = set()
+    for rank, one in enumerate(sorted(found, key=lambda comparison: comparison.p)):
+        if one.p > LEVEL / (len(found) - rank):
+            break
+        clear.add(one)
+    return clear
+
+
+def write_raw(raw: dict[str, Any], path: Path) -> None:
+    """Raw results as JSON, a line for each arm and seed."""
+    head = json.dumps({**raw, "results": []}).removesuffix("[]}")
+    lines = ",\n".join(json.dumps(result) for result in raw["results"])
+    path.write_text(f"{head}[\n{lines}\n]}}\n")
+
+
+def write_documents(raw: dict[str, Any], folder: Path) -> None:
+    """evidence-table.md and evidence.svg in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evidence-table.md").write_text(table(raw))
+    (folder / "evidence.svg").write_text(plot(raw["results"], raw["start"]))
+
+
+def renew_page(raw: dict[str, Any], page: Path, image: Path) -> None:
+    """The table between the marks of a page, and the plot."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}, between which the table stands")
+    page.write_text(f"{before}{BEGIN}\n{table(raw)}{END}{after}")
+    image.write_text(plot(raw["results"], raw["start"]))
 
 
 def by_arm(results: list[Result]) -> dict[str, list[Result]]:
@@ -56,49 +146,66 @@ def by_arm(results: list[Result]) -> dict[str, list[Result]]:
     return arms
 
 
-def paired(runs: list[Result], reference: list[Result], stage: str) -> Estimate:
-    """Difference in accuracy to the reference arm, over the seeds that both have."""
-    others = {run["seed"]: run[stage]["accuracy"] for run in reference}
-    return Estimate.of([run[stage]["accuracy"] - others[run["seed"]] for run in runs if run["seed"] in others])
-
-
-def table(results: list[Result], start: dict[str, dict[str, float]]) -> str:
-    """A Markdown table, in percent: accuracy and pass@8 after SFT and RL, differences paired by seed, and what the
-    weights did to SFT."""
+def table(raw: dict[str, Any]) -> str:
+    """Markdown, in percent: what the arms start from, accuracy and pass@8 of each arm after SFT and RL with what the
+    weights did to SFT, and the differences."""
+    results = raw["results"]
     arms = by_arm(results)
-    reference = arms.get(REFERENCE, [])
-    has_pass = any("pass_at_8" in run["after_rl"] for run in results)
-    before = start["target"]
-    lines = [f"Before training: {_percent(before)} of the test problems.", ""]
+    lines = [*_start(raw), *_figures(arms), *_differences(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _start(raw: dict[str, Any]) -> list[str]:
+    lines = ["| | accuracy | pass@8 | candidates | of them right |", "|---|---|---|---|---|"]
+    for name, skill in raw["start"].items():
+        counts = raw.get("pool", {}).get(name, {})
+        right = f"{counts['right'] / counts['candidates']:.0%}" if counts else ""
+        passed = f"{100 * skill['pass_at_8']:.1f}" if "pass_at_8" in skill else ""
+        label = "target, before training" if name == "target" else name
+        lines.append(
+            f"| {label} | {100 * skill['accuracy']:.1f} | {passed} | {counts.get('candidates', '')} | {right} |"
+        )
+    return [*lines, ""]
+
+
+def _figures(arms: dict[str, list[Result]]) -> list[str]:
+    has_pass = any("pass_at_8" in run["after_rl"] for runs in arms.values() for run in runs)
     head = ["selection", "weights", "seeds", "rows", "ESS", "gradient norm", "after SFT", "after RL"]
     head += ["pass@8 after SFT", "pass@8 after RL"] if has_pass else []
-    head += ["SFT - random", "RL - random"] if reference else []
-    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for runs in arms.values():
         first = runs[0]
         cells = [first["select"], first["weights"], str(len(runs)), f"{statistics.fmean(r['rows'] for r in runs):.0f}"]
         cells.append(f"{statistics.fmean(run['ess'] for run in runs):.2f}")
         cells.append(f"{statistics.fmean(run['grad_norm'] for run in runs):.3g}")
         for key in ("accuracy", "pass_at_8") if has_pass else ("accuracy",):
-            cells += [str(Estimate.of([run[stage][key] for run in runs])) for stage in ("after_sft", "after_rl")]
-        if reference:
-            same = runs is reference
-            cells += ["" if same else paired(runs, reference, stage).signed for stage in ("after_sft", "after_rl")]
+            cells += [str(Estimate.of([run[stage][key] for run in runs])) for stage in STAGES]
         lines.append(f"| {' | '.join(cells)} |")
-    if reference:
-        comparisons = 2 * (len(arms) - 1)
-        lines += [
-            "",
-            "Differences are to random selection with uniform weights, paired by seed, with 95% intervals (Student's "
-            f"t); * marks intervals that leave out 0. There are {comparisons} comparisons: about "
-            f"{0.05 * comparisons:.1f} of them would be marked if no arm differed.",
-        ]
-    return "\n".join(lines) + "\n"
+    return [*lines, ""]
 
 
-def _percent(skill: dict[str, float]) -> str:
-    text = f"{100 * skill['accuracy']:.1f}%"
-    return text + (f" (pass@8 {100 * skill['pass_at_8']:.1f}%)" if "pass_at_8" in skill else "")
+def _differences(results: list[Result]) -> list[str]:
+    found = comparisons(results)
+    if not found:
+        return []
+    clear = clear_ones(found)
+    lines = ["| arm | against | after SFT | after RL |", "|---|---|---|---|"]
+    for pair in dict.fromkeys((one.arm, one.other) for one in found):
+        cells = [_marked(one, one in clear) for one in found if (one.arm, one.other) == pair]
+        lines.append(f"| {' | '.join([*pair, *cells])} |")
+    return [
+        *lines,
+        "",
+        "Differences in accuracy in points, paired by seed, with 95% intervals (Student's t; not corrected). \\* marks "
+        f"intervals that leave out 0: there are {len(found)} comparisons, so about {LEVEL * len(found):.0f} would be "
+        f"marked if no arm differed. \\*\\* marks the {len(clear)} that are still clear after Holm's correction over "
+        f"all {len(found)}.",
+    ]
+
+
+def _marked(one: Comparison, is_clear: bool) -> str:
+    mark = " \\*\\*" if is_clear else " \\*" if one.p < LEVEL else ""
+    return one.estimate.signed + mark
 
 
 def plot(results: list[Result], start: dict[str, dict[str, float]]) -> str:

@@ -6,6 +6,7 @@ A problem is "7+15-4+9=" and its answer 27. Each style ends with "#" and the ans
 from __future__ import annotations
 
 import random
+import zlib
 from dataclasses import dataclass
 
 ANSWER = r"#(-?\d+)"
@@ -40,8 +41,11 @@ class Difficulty:
     largest: int = 29  # number
 
 
-def problems(number: int, seed: int, difficulty: Difficulty = Difficulty()) -> list[Problem]:
-    """Different problems, the same ones for the same arguments."""
+def problems(
+    number: int, seed: int, difficulty: Difficulty = Difficulty(), held_out: bool | None = None
+) -> list[Problem]:
+    """Different problems, the same ones for the same arguments: of the fifth that is held out for the test, of the
+    rest, or of both (None)."""
     rng = random.Random(seed)
     found: dict[str, Problem] = {}
     while len(found) < number:
@@ -49,8 +53,14 @@ def problems(number: int, seed: int, difficulty: Difficulty = Difficulty()) -> l
         numbers = tuple(rng.randint(1, difficulty.largest) for _ in range(length))
         signs = tuple(rng.choice((1, -1)) for _ in range(length - 1))
         problem = Problem(numbers, signs)
-        found.setdefault(problem.prompt, problem)
+        if held_out is None or is_held_out(problem) == held_out:
+            found.setdefault(problem.prompt, problem)
     return list(found.values())
+
+
+def is_held_out(problem: Problem) -> bool:
+    """Whether a problem is for the test alone."""
+    return zlib.crc32(problem.prompt.encode()) % 5 == 0
 
 
 def solution(problem: Problem, style: str) -> str:
@@ -60,17 +70,13 @@ def solution(problem: Problem, style: str) -> str:
     total, lines = problem.numbers[0], []
     for sign, n in zip(problem.signs, problem.numbers[1:], strict=True):
         after = total + sign * n
-        operator, verb = ("+", "add") if sign > 0 else ("-", "take away")
+        operator, verb = ("+", "add") if sign > 0 else ("-", "take")
         line = {
             "steps": f"{total}{operator}{n}={after};",
-            "words": f"{verb} {n}, we get {after}. ",
-            "verbose": f"Now from {total} we have to {verb} {n}, and so we are at {after}. ",
+            "words": f", {verb} {n}: {after}",
+            "verbose": f"now {verb} {n} and get {after}. ",
         }
         lines.append(line[style])
         total = after
-    start = {
-        "steps": "",
-        "words": f"start at {problem.numbers[0]}. ",
-        "verbose": f"We begin with {problem.numbers[0]}. ",
-    }
+    start = {"steps": "", "words": f"{problem.numbers[0]}", "verbose": f"we have {problem.numbers[0]}. "}
     return f"{start[style]}{''.join(lines)}#{total}"
