@@ -43,6 +43,9 @@ WEIGHTS: dict[str, dict[str, Any] | None] = {
 SELECT_METHODS = ("all", "random", "longest", "source:words", "grape", "rsr", "surprise")
 """With uniform weights each; source:words is the strongest source."""
 
+SCORED = ("grape", "rsr", "surprise")
+"""Those that need scores."""
+
 CPU_ARMS = [
     *(Arm(method) for method in SELECT_METHODS),
     *(Arm(select, weights) for select in ("grape", "all") for weights in WEIGHTS if weights != "uniform"),

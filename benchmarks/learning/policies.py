@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.learning.task import Difficulty, Problem, problems, solution
+from benchmarks.learning.task import Difficulty, Problem, problems, solution, solved
 
 SEPARATOR = "\n"
 
@@ -56,6 +56,8 @@ class ModelSize:
     learning_rate: float = 1e-3
     difficulty: Difficulty = STANDARD
     problems: int | None = None  # different ones in pretraining; None: 50 for each row of a batch
+    target_steps: int | None = None  # of pretraining at most; None: as its recipe says
+    target_stops_at: float | None = None  # accuracy at which its pretraining ends: it comes within a few dozen steps
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -103,21 +105,25 @@ def make_policy(name: str, folder: Path, size: ModelSize, device: str) -> Path:
                 tie_word_embeddings=True,
             )
         )
-    _pretrain(model.to(device), tokenizer, recipe, size, device)
+    stop_at = size.target_stops_at if name == "target" else None
+    steps = (size.target_steps if name == "target" else None) or max(1, round(size.pretrain_steps * recipe.steps))
+    _pretrain(model.to(device), tokenizer, recipe, size, device, steps, stop_at)
     tokenizer.save_pretrained(str(target))
     model.save_pretrained(str(target))
     return target
 
 
-def _pretrain(model: Any, tokenizer: Any, recipe: Recipe, size: ModelSize, device: str) -> None:
-    steps = max(1, round(size.pretrain_steps * recipe.steps))
+def _pretrain(
+    model: Any, tokenizer: Any, recipe: Recipe, size: ModelSize, device: str, steps: int, stop_at: float | None
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=steps + 1)
     rng = random.Random(recipe.seed)
     pool = problems(size.problems or 50 * size.batch_size, 10_000 + recipe.seed, size.difficulty, held_out=False)
     styles, shares = list(recipe.styles), list(recipe.styles.values())
+    asked = problems(200, 20_000 + recipe.seed, size.difficulty, held_out=False) if stop_at is not None else []
     model.train()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         batch = rng.choices(pool, k=size.batch_size)
         texts = [
             f"{problem.prompt}{SEPARATOR}{solution(problem, style)}{tokenizer.eos_token}"
@@ -134,22 +140,37 @@ def _pretrain(model: Any, tokenizer: Any, recipe: Recipe, size: ModelSize, devic
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
+        if asked and step % 20 == 0:
+            model.eval()
+            random_state = torch.get_rng_state()
+            written = write(model, tokenizer, asked, 64, temperature=0.0, seed=0)
+            torch.set_rng_state(random_state)
+            model.train()
+            if sum(solved(text, problem) for (text, _), problem in zip(written, asked, strict=True)) >= stop_at * 200:
+                break
     model.eval()
 
 
-@torch.no_grad()
 def answers(
-    folder: Path,
+    folder: Path, asked: list[Problem], max_tokens: int, device: str, temperature: float, seed: int
+) -> list[tuple[str, bool]]:
+    """A response of the model in `folder` to each problem, and whether it came to an end; temperature 0 is greedy."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return write(model, tokenizer, asked, max_tokens, temperature, seed)
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    tokenizer: Any,
     asked: list[Problem],
     max_tokens: int,
-    device: str,
     temperature: float,
     seed: int,
     batch_size: int = 512,
 ) -> list[tuple[str, bool]]:
-    """A response of the model in `folder` to each problem, and whether it came to an end; temperature 0 is greedy."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    """As `answers`, of a model in eval mode."""
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -157,7 +178,9 @@ def answers(
     found: list[tuple[str, bool]] = []
     for batch in _batches(asked, batch_size):
         prompts = [problem.prompt + SEPARATOR for problem in batch]
-        encoded = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False).to(device)
+        encoded = tokenizer(
+            prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False
+        ).to(model.device)
         made = model.generate(**encoded, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling)[
             :, encoded["input_ids"].shape[1] :
         ]

@@ -46,7 +46,9 @@ class Estimate:
         """With its sign."""
         if math.isnan(self.mean):
             return ""
-        return f"{100 * self.mean:+.1f}" + ("" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}")
+        return f"{round(100 * self.mean, 1) + 0.0:+.1f}" + (
+            "" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,12 @@ def _differences(results: list[Result]) -> list[str]:
     if not found:
         return []
     clear = clear_ones(found)
-    lines = ["| arm | against | after SFT | after RL |", "|---|---|---|---|"]
-    for pair in dict.fromkeys((one.arm, one.other) for one in found):
-        cells = [_marked(one, one in clear) for one in found if (one.arm, one.other) == pair]
-        lines.append(f"| {' | '.join([*pair, *cells])} |")
+    head = ["arm", "SFT - random", "RL - random", "SFT - same selection, uniform", "RL - same selection, uniform"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    for arm in dict.fromkeys(one.arm for one in found):
+        cells = {(one.other == REFERENCE, one.stage): _marked(one, one in clear) for one in found if one.arm == arm}
+        places = [(is_reference, stage) for is_reference in (True, False) for stage in STAGES]
+        lines.append(f"| {' | '.join([arm, *(cells.get(place, '') for place in places)])} |")
     return [
         *lines,
         "",
@@ -214,7 +218,10 @@ def plot(results: list[Result], start: dict[str, dict[str, float]]) -> str:
     left, width, row, curve = 190, 460, 34, 150
     height = row * len(arms) + 60
     total = left + width + curve + 50
-    top = max([reward for run in results for reward in run["rl_rewards"]], default=1.0) or 1.0
+    curves = {name: mean_curve([run["rl_rewards"] for run in runs]) for name, runs in arms.items()}
+    low_reward = min((min(one) for one in curves.values() if one), default=0.0)
+    high_reward = max((max(one) for one in curves.values() if one), default=1.0)
+    spread = (high_reward - low_reward) or 1.0
 
     def x(share: float) -> float:
         return left + width * min(max(share, 0.0), 1.0)
@@ -240,14 +247,18 @@ def plot(results: list[Result], start: dict[str, dict[str, float]]) -> str:
                 low, high = x(estimate.mean - estimate.half_width), x(estimate.mean + estimate.half_width)
                 parts.append(f'<line x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}" stroke="#2a6f97"/>')
             parts.append(f'<circle cx="{x(estimate.mean):.1f}" cy="{y}" r="4" fill="{fill}" stroke="#2a6f97"/>')
-        rewards = mean_curve([run["rl_rewards"] for run in runs])
+        rewards = curves[name]
+        begin, gap = left + width + 30, curve / max(1, len(rewards) - 1)
         points = [
-            f"{left + width + 30 + curve * step / max(1, len(rewards) - 1):.1f},{middle + 12 - 24 * reward / top:.1f}"
+            f"{begin + gap * step:.1f},{middle + 14 - 28 * (reward - low_reward) / spread:.1f}"
             for step, reward in enumerate(rewards)
         ]
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="#9b2226"/>')
-    legend = "open: after SFT, full: after RL, dashed: before; right: mean reward over the steps of RL"
-    parts.append(f'<text x="{left}" y="{height - 4}" fill="#555">{legend}</text>')
+    legends = {
+        left: "accuracy; open: after SFT, full: after RL, dashed: before; 95% intervals",
+        left + width + 20: f"reward in RL, {low_reward:.2f} to {high_reward:.2f}",
+    }
+    parts += [f'<text x="{at}" y="{height - 4}" fill="#555">{legend}</text>' for at, legend in legends.items()]
     return "\n".join([*parts, "</svg>\n"])
 
 

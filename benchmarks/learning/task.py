@@ -6,8 +6,11 @@ A problem is "7+15-4+9=" and its answer 27. Each style ends with "#" and the ans
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
+
+from workers.training.trainers.rewards import exact_match
 
 ANSWER = r"#(-?\d+)"
 """What a response's answer is: the last match counts."""
@@ -80,3 +83,8 @@ def solution(problem: Problem, style: str) -> str:
         total = after
     start = {"steps": "", "words": f"{problem.numbers[0]}", "verbose": f"we have {problem.numbers[0]}. "}
     return f"{start[style]}{''.join(lines)}#{total}"
+
+
+def solved(response: str, problem: Problem) -> bool:
+    """Whether a response's answer is right."""
+    return exact_match(response, str(problem.answer), re.compile(ANSWER)) > 0
