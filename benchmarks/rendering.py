@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024, help="candidates a call")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    renderer = Renderer.load(arguments.folder, PolicyConfig(model=arguments.folder), RenderConfig())
+    renderer = load_renderer(arguments.folder, PolicyConfig(model=arguments.folder), RenderConfig())
     pool = made_up_pool(arguments.prompts, arguments.candidates, arguments.words)
     batches = [pool[start : start + arguments.batch] for start in range(0, len(pool), arguments.batch)]
     bare_seconds, render_seconds = [], []

@@ -22,6 +22,7 @@ from grape_service.progress.reporter import reporter
 from grape_service.release.manifest import without_secrets
 from grape_service.release.outputs import register_output
 from grape_service.release.reference import Reference
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.storage.storage import Storage, check_writable
 
@@ -87,7 +88,7 @@ class Run:
     @cached_property
     def target_renderer(self) -> Renderer:
         """The target's tokenizer and template."""
-        return Renderer.load(self.target_files.folder, self.config.target, self.config.render)
+        return load_renderer(self.target_files.folder, self.config.target, self.config.render)
 
     def policy_id(self, policy: PolicyConfig, temperature: float = 1.0) -> str:
         """Where the scores of a policy are kept."""
@@ -111,7 +112,7 @@ class Run:
             renderer = (
                 self.target_renderer
                 if is_target
-                else Renderer.load(files.folder, policy, config.render, own_template=True)
+                else load_renderer(files.folder, policy, config.render, own_template=True)
             )
             has_weights = config.weights is not None
             found = check_policy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -13,11 +15,15 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 END_SECONDS = 4.0
 """How long a command that was stopped may take to end what it started, before that is ended for it."""
+GC_THRESHOLD = (50_000, 20, 100)
+"""New objects after which Python looks for cycles: imports make a million that all stay."""
 STOPPED = "stopped; run the same command again to resume"
 
 
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
+    gc.set_threshold(*GC_THRESHOLD)
+    atexit.register(gc.freeze)  # Python's end would look through every object, for a second where torch was imported
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupted)
     status: Any = 0
@@ -80,8 +86,6 @@ def _end_at_once() -> None:
 
 def _leave(status: int) -> None:
     """End this process without taking Python apart, in which Ray crashes where it was stopped while it started."""
-    import atexit
-
     atexit._run_exitfuncs()  # Prefect's server ends here
     sys.stdout.flush()
     sys.stderr.flush()

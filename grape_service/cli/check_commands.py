@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from grape_service.cli.lean import import_lean
 from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
@@ -29,14 +31,17 @@ def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = 
     from grape_service.estimate.preflight import check as findings_of
     from workers.engines.choose import load_engine
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engines have it, see workers/scoring/replicas.py
     engines: dict[str, Any] = {}
 
     def score(policy: Any, folder: str, batch: Any, temperature: float) -> Any:
-        if folder not in engines:
-            engines[folder] = load_engine(policy, folder)
-        return engines[folder].score(batch, temperature)
+        same = f"{folder} {policy.model_dump_json(exclude={'system_prompt'})}"
+        if same not in engines:
+            engines[same] = load_engine(policy, folder, for_few_rows=True)
+        return engines[same].score(batch, temperature)
 
     settings = config_of(config, sets)
+    import_lean()
     found = list(findings_of(settings, score, probes_of(settings)))
     for engine in engines.values():
         engine.close()

@@ -19,7 +19,7 @@ from grape_service.prepare.finish import load_prepared
 from grape_service.prepare.plan import plan_prepare
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import read_tables
 from grape_service.storage.storage import Storage
@@ -99,7 +99,7 @@ def make_plan(
     """
     workspace = Storage(config.workspace_path, config.storage)
     files = resolve_model(config.target, config.storage)
-    renderer = Renderer.load(files.folder, config.target, config.render)
+    renderer = load_renderer(files.folder, config.target, config.render)
     prepare_plan = plan_prepare(config, renderer.digest(), workspace)
     prepared = load_prepared(prepare_plan, workspace)
     survey = _survey_of(prepared) if prepared else survey_pool(prepare_plan.files, config, renderer, exact)

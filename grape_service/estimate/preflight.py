@@ -21,8 +21,9 @@ from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.estimate.tokens import look_at_tokens
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
-from grape_service.models.weights import Weights, check_policy
+from grape_service.models.weights import check_policy
 from grape_service.release.manifest import secret_places
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
@@ -69,8 +70,7 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
         yield from pool_findings(config, found)
     candidates = first_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
-    checked: dict[str, Weights] = {}
-    yield _look("target", lambda: _policy("target", config.target, config, renderers, checked))
+    yield _look("target", lambda: _policy("target", config.target, config, renderers))
     if "target" not in renderers or not candidates:
         return
     target = renderers["target"]
@@ -83,7 +83,7 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
     for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
         name = f"behavior {place}: {policy.model}"
-        yield _look(name, partial(_policy, name, policy, config, renderers, checked))
+        yield _look(name, partial(_policy, name, policy, config, renderers))
         if used is not None and name in renderers:
             bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
             if len(bad):
@@ -115,26 +115,15 @@ def _checks(config: Config) -> tuple[str, str]:
     return "ok", f"data checks: {', '.join(check.name for check in config.checks.enabled()) or 'all are off'}"
 
 
-def _policy(
-    name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer], checked: dict[str, Weights]
-) -> tuple[str, str]:
+def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:
     files = resolve_model(policy, config.storage)
     own = name != "target"
-    renderers[name] = Renderer.load(files.folder, policy, config.render, own_template=own)
+    renderers[name] = load_renderer(files.folder, policy, config.render, own_template=own)
     renderer = renderers[name]
     has_weights = config.weights is not None
-    same = f"{files.folder} {policy.model_dump_json(exclude={'system_prompt'})}"  # policies often share a model
-    if same not in checked:
-        checked[same] = check_policy(
-            policy,
-            files.folder,
-            files.quantization,
-            renderer.tokenizer,
-            renderer.vocabulary,
-            has_weights,
-            scan_values=True,
-        )
-    found = checked[same]
+    found = check_policy(
+        policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, scan_values=True
+    )
     detail = f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {renderer.mode} mode"
     if found.unchecked:
         return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
@@ -172,7 +161,7 @@ def _rescore(
     if not rows:
         return "warning", "no row of the sample has recorded log-probabilities"
     files = resolve_model(policy, config.storage)
-    renderer = Renderer.load(files.folder, policy, config.render, own_template=True)
+    renderer = load_renderer(files.folder, policy, config.render, own_template=True)
     candidates, targets = [c for c, _ in rows], [r for _, r in rows]
     at_temperature: dict[float, list[tuple[Rendered, npt.NDArray[np.float32]]]] = {}
     for candidate, own, was in zip(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from grape_service.pool.finish_reasons import is_known
 from grape_service.render.proof import problem_of
@@ -62,12 +63,18 @@ def _thoughts(renderer: Renderer, candidates: list[Candidate]) -> list[str]:
     ]
 
 
+def _parts(tokenizer_json: bytes | str) -> list[Any]:
+    """Those parts of a tokenizer that decide which ids a text gets."""
+    state = orjson.loads(tokenizer_json)
+    return [state.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+
+
 def _split(renderer: Renderer, candidates: list[Candidate], folder: str) -> str | None:
     """Where transformers' tokenizer class splits the pool's text otherwise than the model's tokenizer.json does."""
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
+    if not path.is_file() or _parts(path.read_bytes()) == _parts(renderer.tokenizer.backend_tokenizer.to_str()):
         return None
     own: Any = Tokenizer.from_file(str(path))
     own.no_truncation()

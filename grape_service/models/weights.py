@@ -52,8 +52,19 @@ def check_weights(folder: str, policy: PolicyConfig, scan_values: bool = False) 
     """Raises UserError for weights that are missing, left over or of another size, and for heads that are none.
 
     With `scan_values` the values of models of up to MAX_SCANNED_BYTES are looked at too, and refused where they
-    are not finite.
+    are not finite. A process looks once at files that stay as they are.
     """
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir())
+    seen = folder, tuple(files), policy.model, policy.trust_remote_code
+    if not (_known.get((*seen, True)) or _known.get((*seen, scan_values))):
+        _known[*seen, scan_values] = _check_weights(folder, policy, scan_values)
+    return _known.get((*seen, True)) or _known[*seen, scan_values]
+
+
+_known: dict[tuple[Any, ...], Weights] = {}
+
+
+def _check_weights(folder: str, policy: PolicyConfig, scan_values: bool) -> Weights:
     try:
         config = _model_config(folder, policy)
         model = _empty_model(config, policy)

@@ -15,6 +15,7 @@ from grape_service.models.files import resolve_model
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.release.load import Release
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.partitions import partition_bits
@@ -58,7 +59,7 @@ class ScoredPool:
         config = self.release.manifest.config
         policy = PolicyConfig.model_validate(config["target"])
         folder = resolve_model(policy, self.release.storage.options).folder
-        return Renderer.load(folder, policy, RenderConfig.model_validate(config.get("render") or {}))
+        return load_renderer(folder, policy, RenderConfig.model_validate(config.get("render") or {}))
 
     def tables(self, num_groups: int) -> Iterator[pa.Table]:
         """Candidates [N] of the prompts of each of `num_groups` parts of the pool, at most its partitions:

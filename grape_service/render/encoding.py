@@ -49,16 +49,18 @@ class Encoder:
         self._template_backend.no_truncation()
         self._template_backend.no_padding()
         state = orjson.loads(self._template_backend.to_str())
-        self._template_inside = _copy(_without_prefix(state, Place.INSIDE))
-        self._template_after = _copy(_without_prefix(state, Place.AFTER_TOKEN))
+        copies = {orjson.dumps(state): self._template_backend}
+        self._template_inside = _copy(_without_prefix(state, Place.INSIDE), copies)
+        self._template_after = _copy(_without_prefix(state, Place.AFTER_TOKEN), copies)
         for token in state.get("added_tokens") or []:
             token["special"] = token["special"] and THOUGHT.fullmatch(token["content"]) is None
-        self._text_start = _copy(state)
-        self._text_at = {place: _copy(_without_prefix(state, place)) for place in Place}
-        self._text_backends = [self._text_start, *self._text_at.values()]
+        copies = {}
+        self._text_start = _copy(state, copies)
+        self._text_at = {place: _copy(_without_prefix(state, place), copies) for place in Place}
+        self._text_backends = list(copies.values())
         for backend in self._text_backends:
             backend.encode_special_tokens = True
-        self.depends_on_place = len({orjson.dumps(_without_prefix(state, place)) for place in Place}) > 1
+        self.depends_on_place = self._text_at[Place.INSIDE] is not self._text_at[Place.AFTER_TOKEN]
         added = tokenizer.added_tokens_decoder.items()
         self.added = {id_: token.content for id_, token in added}
         self._special_contents = {token.content for _, token in added if token.special} - {
@@ -182,10 +184,18 @@ class Encoder:
         return np.array(ids, dtype=np.int32)
 
 
-def _copy(state: dict[str, Any]) -> Any:
+def _copy(state: dict[str, Any], copies: dict[bytes, Any]) -> Any:
+    """A tokenizer of that state: one of `copies`, by state, or a new one among them. A copy of a vocabulary is slow."""
+    text = orjson.dumps(state)
+    if text not in copies:
+        copies[text] = _new(text.decode())
+    return copies[text]
+
+
+def _new(state: str) -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(orjson.dumps(state).decode())
+    return Tokenizer.from_str(state)
 
 
 def _without_prefix(state: dict[str, Any], place: Place) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
-from threading import Lock
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import orjson
 
-from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
-from grape_service.models.tokenizer import folder_stamp, load_tokenizer, position_limit, stop_token_ids
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.assemble import Assembler
 from grape_service.render.conversation import repeated
@@ -39,7 +37,6 @@ from grape_service.rows.messages import only_text
 
 FORMAT = 2
 """Raised when the same settings come to give other tokens."""
-_LOADING = Lock()  # one of the threads that want a renderer makes it
 
 
 class Renderer:
@@ -74,10 +71,7 @@ class Renderer:
         self._template: ChatTemplate | None = None
         if self.mode == "chat":
             self._template = ChatTemplate(tokenizer, config.chat_template, config.template_kwargs)
-            if system_prompt is not None and not self._template.takes_system():
-                raise UserError(
-                    f"the chat template of {tokenizer.name_or_path} takes no system message: remove its system_prompt"
-                )
+        self._refuse_untaken_prompt()
         self.turn_end_id: int | None = self._find_turn_end()
         eos = tokenizer.eos_token_id
         ids = {*stop_ids, *([] if self.turn_end_id is None else [self.turn_end_id]), *([] if eos is None else [eos])}
@@ -86,18 +80,24 @@ class Renderer:
         self.encoder.make_special(stop_texts)
         self._turn_ends = turn_end_pattern(stop_texts)
         self._id_of_stop = {self.vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self.vocabulary.added}
+        self._max_tokens = config.max_tokens or max_tokens
+        self._prove()
+
+    def _prove(self) -> None:
+        """Try the renderer; only from then on are long sequences rejected."""
         prove_renderer(self)
-        self._assembler.max_tokens = config.max_tokens or max_tokens
+        self._assembler.max_tokens = self._max_tokens
 
-    @classmethod
-    def load(cls, folder: str, policy: PolicyConfig, config: RenderConfig, own_template: bool = False) -> Renderer:
-        """The renderer of a local model folder; a process makes it once. Raises UserError if there is no tokenizer.
-
-        `own_template`: a model that has a chat template uses that one and not `config.chat_template`, which
-        was written for another policy.
-        """
-        with _LOADING:
-            return _load(folder, folder_stamp(folder), policy.model_dump_json(), config.model_dump_json(), own_template)
+    def with_system_prompt(self, system_prompt: str) -> Renderer:
+        """A renderer that differs in its system prompt alone and shares the rest. Raises UserError where the
+        template takes none."""
+        other = copy.copy(self)
+        other.__dict__.pop("_digest", None)
+        other.system_prompt = system_prompt
+        other._refuse_untaken_prompt()
+        other._assembler = Assembler(self.encoder, self.vocabulary, is_plain=self.mode == "plain")
+        other._prove()
+        return other
 
     @property
     def max_tokens(self) -> int | None:
@@ -364,6 +364,12 @@ class Renderer:
 
     # Construction
 
+    def _refuse_untaken_prompt(self) -> None:
+        if self._template is not None and self.system_prompt is not None and not self._template.takes_system():
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} takes no system message: remove its system_prompt"
+            )
+
     def _resolve_mode(self) -> Literal["chat", "plain"]:
         has_template = bool(self.config.chat_template or self.tokenizer.chat_template)
         if self.config.mode == "chat" and not has_template:
@@ -382,19 +388,3 @@ class Renderer:
                     return id_
         eos = self.tokenizer.eos_token_id
         return None if eos is None else int(eos)
-
-
-@lru_cache(maxsize=8)
-def _load(folder: str, stamp: str, policy_json: str, config_json: str, own_template: bool) -> Renderer:
-    policy = PolicyConfig.model_validate_json(policy_json)
-    config = RenderConfig.model_validate_json(config_json)
-    tokenizer = load_tokenizer(folder, policy)
-    if own_template and tokenizer.chat_template:
-        config = config.model_copy(update={"chat_template": None})
-    return Renderer(
-        tokenizer,
-        config,
-        system_prompt=policy.system_prompt,
-        max_tokens=position_limit(folder),
-        stop_ids=stop_token_ids(folder),
-    )

@@ -27,11 +27,13 @@ from fsspec.asyn import sync_wrapper
 from grape_service.errors import StageError, UserError
 from grape_service.storage.arrow_io import ArrowHandler
 from grape_service.storage.local import FileInfo, FileInfos, Names, refuse_longer
+from grape_service.storage.patience import first_answer_seconds
 from grape_service.storage.s3_errors import (
     TRANSIENT_ERRORS,
     StorageUnavailable,
     condition_failed,
     is_transient,
+    no_answer,
     plain_error,
 )
 
@@ -46,11 +48,11 @@ UPLOADS_A_PAGE = 1000
 class RetryingS3(s3fs.S3FileSystem):
     """s3fs whose requests are tried again with backoff for `retry_seconds`; errors are whole sentences."""
 
-    def __init__(self, *args: Any, retry_seconds: float = RETRY_SECONDS, **kwargs: Any):
+    def __init__(self, *args: Any, retry_seconds: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.retry_seconds = retry_seconds
-        # When the present outage began and was last seen, over all requests: what follows a request
-        # that waited in vain (such as the abort of its upload) does not wait again.
+        self._first_seconds = first_answer_seconds() if retry_seconds is None else None
+        self.retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
+        # When the present outage began and was last seen: what follows a request that waited in vain waits no more.
         self._outage = (0.0, 0.0)
 
     async def _call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Any:
@@ -63,29 +65,28 @@ class RetryingS3(s3fs.S3FileSystem):
                 if method == "delete_objects":
                     client.meta.events.register_first("before-call.s3.DeleteObjects", _add_md5, unique_id="grape-md5")
                 call = getattr(client, method)
-                answer = await call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
-                self._outage = (0.0, 0.0)
+                answering = call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
+                answer = await asyncio.wait_for(answering, self._first_seconds)
+                self._outage, self._first_seconds = (0.0, 0.0), None
                 return answer
             except Exception as error:
+                self._first_seconds = None if hasattr(error, "response") else self._first_seconds
                 if not is_transient(error):
                     raise plain_error(error, method, kwargs, attempts) from error
                 wait = min(0.1 * 1.7**attempts, 5.0) * random.uniform(0.5, 1.0)
                 if not self._worth_waiting(start, wait):
-                    seconds = f"{self.retry_seconds:.0f} seconds"
-                    raise StorageUnavailable(
-                        f"s3://{kwargs.get('Bucket', '')} at {self._address()} gave no answer for {seconds} "
-                        f"({' '.join(str(error).split())}): run again once it does; finished work is kept"
-                    ) from error
+                    address = f"s3://{kwargs.get('Bucket', '')} at {self._address()}"
+                    raise no_answer(address, error, self.retry_seconds, self._first_seconds) from error
             await asyncio.sleep(wait)
 
     call_s3 = sync_wrapper(_call_s3)
 
     def _worth_waiting(self, start: float, wait: float) -> bool:
-        now = time.monotonic()
-        began, seen = self._outage
-        if now - seen > 30:
-            began = now
+        now, (began, seen) = time.monotonic(), self._outage
+        began = now if now - seen > 30 else began
         self._outage = (began, now)
+        if self._first_seconds is not None:
+            return now + wait - min(began, start) < self._first_seconds
         return now + wait - began < self.retry_seconds and now + wait - start < 2 * self.retry_seconds
 
     def _address(self) -> str:
@@ -229,12 +230,10 @@ class S3Files:
         return self.fs.read_object(*_bucket_and_key(full), max_bytes)
 
     def open(self, full: str) -> IO[bytes]:
-        file: IO[bytes] = self.fs.open(full, "rb", block_size=8 * 2**20, cache_type="readahead")
-        return file
+        return self.fs.open(full, "rb", block_size=8 * 2**20, cache_type="readahead")  # type: ignore[no-any-return]
 
     def read_range(self, full: str, start: int, end: int) -> bytes:
-        data: bytes = self.fs.read_object(*_bucket_and_key(full), Range=f"bytes={start}-{end - 1}")[0]
-        return data
+        return self.fs.read_object(*_bucket_and_key(full), Range=f"bytes={start}-{end - 1}")[0]  # type: ignore[no-any-return]
 
     def info(self, full: str) -> FileInfo:
         found = self.fs.call_s3("head_object", **_target(full))

@@ -41,6 +41,15 @@ class StorageUnavailable(StageError):
     """The server did not answer for as long as a request is tried again; a later run goes on."""
 
 
+def no_answer(address: str, error: Exception, seconds: float, first_seconds: float | None) -> Exception:
+    """What to raise where a server stays away; one that has never answered is most likely a mistake in the config."""
+    reason = " ".join(str(error).split()) or "it takes connections and says nothing"
+    begin = f"{address} gave no answer for {seconds if first_seconds is None else first_seconds:.0f} seconds ({reason})"
+    if first_seconds is not None:
+        return UserError(f"{begin}: correct the address, or run again once it does")
+    return StorageUnavailable(f"{begin}: run again once it does; finished work is kept")
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     response = getattr(error, "response", None)

@@ -194,25 +194,15 @@ class Storage:
         return swapped
 
 
-FIRST_ANSWER_SECONDS = 8.0
-"""How long the server of an output or a workspace may take until it answers for the first time."""
-
-
 def check_writable(storage: Storage) -> None:
     """Create and delete a probe, before any work is done. Raises UserError where that is not allowed, where the
     bucket does not exist or the disk is full, and where the server ignores the condition of a conditional write.
-
-    An S3 server that does not answer at all is told within FIRST_ANSWER_SECONDS; later on it is waited for.
     """
-    impatient = {**storage.options, "retry_seconds": FIRST_ANSWER_SECONDS}
-    first = Storage(storage.root, impatient) if storage.is_s3 and "retry_seconds" not in storage.options else storage
     probe, data = f".grape-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
-        first.create_if_absent(probe, data)
+        storage.create_if_absent(probe, data)
     except UserError as error:
         raise UserError(str(error).replace(f"/{probe}", "")) from error
-    except StageError as error:  # from the server, which is not there
-        raise UserError(str(error).replace(f"/{probe}", "").replace("; finished work is kept", "")) from error
     try:
         if storage.create_if_absent(probe, data + b"again"):
             raise UserError(

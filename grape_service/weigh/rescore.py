@@ -19,6 +19,7 @@ import pyarrow as pa
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.models.files import folder_here
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TURN_END, SHARD
@@ -86,7 +87,7 @@ def write_group_shards(
 ) -> dict[str, GroupShards]:
     """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`."""
     renderers = {
-        group.name: Renderer.load(
+        group.name: load_renderer(
             folder_here(group.policy, group.folder, storage.options), group.policy, render, own_template=True
         )
         for group in groups

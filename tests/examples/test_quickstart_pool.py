@@ -14,7 +14,7 @@ from sample_pool import SAMPLERS, as_messages
 from grape_service.config.loading import load_config
 from grape_service.config.policy import PolicyConfig, RecordedBehavior
 from grape_service.pool.candidates import Accepted, Normaliser, Rejected
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.rows.candidate import Rejection, Rendered
 from tests.smollm2 import smollm2_folder
 
@@ -108,7 +108,7 @@ def test_every_right_answer_becomes_a_row_of_tokens() -> None:
     assert len(outcomes) == len(ROWS)
     assert len(accepted) == sum(row["correct"] for row in ROWS) - truncated
     assert sum(isinstance(outcome, Rejected) for outcome in outcomes) == truncated
-    rendered = Renderer.load(str(smollm2_folder()), config.target, config.render).render(accepted)
+    rendered = load_renderer(str(smollm2_folder()), config.target, config.render).render(accepted)
     assert [row for row in rendered if isinstance(row, Rejection)] == []
     assert sum(len(row.input_ids) for row in rendered if isinstance(row, Rendered)) < 20_000
 

@@ -43,9 +43,10 @@ def refuse_missing_engines(config: Config) -> None:
             )
 
 
-def load_engine(policy: PolicyConfig, folder: str) -> Engine:
+def load_engine(policy: PolicyConfig, folder: str, for_few_rows: bool = False) -> Engine:
     """The policy's engine on this process's device; `policy.adapter` is a local folder.
 
+    `for_few_rows`: no time is spent on finding out how many rows can be computed at once.
     Raises UserError where the files are not the whole model, or more than that.
     """
     if given := os.environ.get(ENGINE_CLASS):
@@ -60,6 +61,8 @@ def load_engine(policy: PolicyConfig, folder: str) -> Engine:
         return vllm
     from workers.engines.transformers.engine import TransformersEngine
 
+    if for_few_rows:
+        return TransformersEngine(policy, folder, is_wrapped=is_wrapped, packs=False, max_batch_tokens=1)
     return TransformersEngine(policy, folder, is_wrapped=is_wrapped)
 
 

@@ -23,6 +23,7 @@ from grape_service.rows.ragged import TokenBatch, list_offsets_and_values, offse
 from grape_service.rows.statistics import LOGPROB, ordered
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import open_parquet, write_parquet
+from grape_service.storage.patience import be_patient
 from grape_service.storage.storage import Storage
 from workers.engines.base import Engine, OutOfMemory, invalid_rows
 from workers.engines.canary import check_canary
@@ -77,6 +78,7 @@ class ScoringActor:
     """One replica. Methods run in a few threads: some have the engine, others read, check and write."""
 
     def __init__(self, spec: ScoringSpec, environment: dict[str, str] | None = None):
+        be_patient()
         os.environ.update(environment or {})  # before the engine's libraries, which read it once
         self.spec = spec
         self.callers = threading.Semaphore(1)

@@ -20,7 +20,7 @@ from grape_service.prepare.plan import PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
@@ -112,7 +112,7 @@ def map_task(
     piece: int, plan: PreparePlan, config: Config, folder: str, digest: str, workspace: Storage
 ) -> PieceCounts:
     """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
-    renderer = Renderer.load(folder_here(config.target, folder, config.storage), config.target, config.render)
+    renderer = load_renderer(folder_here(config.target, folder, config.storage), config.target, config.render)
     if renderer.digest() != digest:
         raise StageError(
             f"the tokenizer or chat template of {config.target.model} on {socket.gethostname()} is not "
@@ -130,7 +130,7 @@ def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:
         files = run.files_of(policy)
         if files.folder == run.target_files.folder:
             continue
-        other = Renderer.load(files.folder, policy, config.render, own_template=True)
+        other = load_renderer(files.folder, policy, config.render, own_template=True)
         bad = incompatible_ids(run.target_renderer.vocabulary, other.vocabulary, used_ids)
         if len(bad):
             raise UserError(

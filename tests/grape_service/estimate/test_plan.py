@@ -16,7 +16,7 @@ from grape_service.estimate.survey import ratio_error, survey_pool
 from grape_service.estimate.throughput import TABLE, Measured, interpolate
 from grape_service.models.files import resolve_model
 from grape_service.pool.listing import list_files
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.storage.storage import Storage
 from tests import tiny_models
 from tests.jobs import pool_rows, write_jsonl
@@ -41,7 +41,7 @@ def _config(folder: Path, model: str, **more: object) -> Config:
 
 def _truth(config: Config) -> tuple[int, int]:
     """Rows and tokens, rendered one after the other."""
-    renderer = Renderer.load(resolve_model(config.target).folder, config.target, config.render)
+    renderer = load_renderer(resolve_model(config.target).folder, config.target, config.render)
     files = tuple(list_files(config.pool.path, {}))
     found = survey_pool(files, config, renderer, exact=True)
     return int(found.rows), int(found.tokens)
@@ -88,7 +88,7 @@ def test_a_sample_is_within_its_stated_error(tmp_path: Path, model: str, monkeyp
         write_jsonl(tmp_path / "pool" / f"p{number}.jsonl", pool_rows(60, start=60 * number))
     config = _config(tmp_path, model)
     rows, tokens = _truth(config)
-    renderer = Renderer.load(resolve_model(config.target).folder, config.target, config.render)
+    renderer = load_renderer(resolve_model(config.target).folder, config.target, config.render)
     files = tuple(list_files(config.pool.path, {}))
     inside = 0
     for seed in range(10):

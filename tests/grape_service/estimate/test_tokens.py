@@ -11,7 +11,7 @@ import pytest
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.estimate.tokens import look_at_tokens
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.rows.candidate import Candidate
 from tests import tiny_models
 
@@ -24,7 +24,7 @@ def test_a_tokenizer_class_that_splits_words_its_own_way_is_named(tmp_path: Path
         settings = json.loads(path.read_text())
         settings.pop("backend", None)
         path.write_text(json.dumps({**settings, "tokenizer_class": tokenizer_class}))
-    renderer = Renderer.load(str(tmp_path), PolicyConfig(model=str(tmp_path)), RenderConfig())
+    renderer = load_renderer(str(tmp_path), PolicyConfig(model=str(tmp_path)), RenderConfig())
     assert type(renderer.tokenizer).__name__ == (tokenizer_class or "TokenizersBackend")
     prompt = [{"role": "user", "content": "Say twelve."}]
     candidates = [Candidate(prompt, f"We'll say {n}2345\n\n x= y", f"p{n}", f"c{n}") for n in range(3)]

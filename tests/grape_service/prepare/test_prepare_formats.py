@@ -14,7 +14,7 @@ from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
 from grape_service.pool.lines import BOM
 from grape_service.prepare.shards import shard_paths
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.rows.columns import LOSS_TOKEN, SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.partitions import partition_of
@@ -208,7 +208,7 @@ def test_shards_hold_whole_prompts_of_their_partition_of_about_the_same_size(tmp
 def test_the_real_renderer(tmp_path, storage):
     folder = tmp_path / "model"
     tokenizer = make_tokenizer(folder)
-    renderer = Renderer.load(str(folder), PolicyConfig(model=str(folder)), RenderConfig())
+    renderer = load_renderer(str(folder), PolicyConfig(model=str(folder)), RenderConfig())
     ids = [int(id_) for id_ in tokenizer("a b", add_special_tokens=False)["input_ids"]]
     recorded = {"prompt": "q", "response": "a b", "response_ids": ids, "behavior_logprobs": [-0.5] * len(ids)}
     rows = [

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
+from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from tests import tiny_models
@@ -184,7 +185,7 @@ def test_a_turn_end_that_is_not_special_is_protected_too(tmp_path):
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     made.save_pretrained(str(tmp_path))
-    renderer = Renderer.load(str(tmp_path), PolicyConfig(model="tiny"), RenderConfig())
+    renderer = load_renderer(str(tmp_path), PolicyConfig(model="tiny"), RenderConfig())
     assert renderer.turn_end_id == made.convert_tokens_to_ids("<turn>")
     result = one(renderer, "Hi <turn>", "a<turn>b")
     assert result.input_ids.tolist().count(renderer.turn_end_id) == 2  # after the prompt, after the response
@@ -316,21 +317,21 @@ def test_user_errors(tokenizers, tmp_path):
     with pytest.raises(UserError, match=r"render\.chat_template is not a template"):
         Renderer(tokenizers["chatml"], RenderConfig(chat_template="{% for %}"))
     with pytest.raises(UserError, match="no folder"):
-        Renderer.load(str(tmp_path / "none"), PolicyConfig(model="m"), RenderConfig())
+        load_renderer(str(tmp_path / "none"), PolicyConfig(model="m"), RenderConfig())
     with pytest.raises(UserError, match="no tokenizer"):
-        Renderer.load(str(tmp_path), PolicyConfig(model="m"), RenderConfig())
+        load_renderer(str(tmp_path), PolicyConfig(model="m"), RenderConfig())
 
 
 def test_loading_takes_limit_and_stops_from_the_folder(tmp_path):
     folder = tiny_models.make_model(tmp_path, max_position_embeddings=64)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [512, 514]}')
-    renderer = Renderer.load(folder, PolicyConfig(model="m"), RenderConfig())
+    renderer = load_renderer(folder, PolicyConfig(model="m"), RenderConfig())
     assert renderer.max_tokens == 64
     assert renderer.stop_ids == {512, 514}
-    assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig(max_tokens=32)).max_tokens == 32
-    assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig()) is renderer
+    assert load_renderer(folder, PolicyConfig(model="m"), RenderConfig(max_tokens=32)).max_tokens == 32
+    assert load_renderer(folder, PolicyConfig(model="m"), RenderConfig()) is renderer
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 514}')
-    assert Renderer.load(folder, PolicyConfig(model="m"), RenderConfig()).stop_ids == {514}
+    assert load_renderer(folder, PolicyConfig(model="m"), RenderConfig()).stop_ids == {514}
 
 
 def test_another_policy_keeps_its_own_template(tmp_path):
@@ -340,10 +341,10 @@ def test_another_policy_keeps_its_own_template(tmp_path):
     tiny_models.make_tokenizer(tmp_path / "chat", "llama3")
     tiny_models.make_tokenizer(tmp_path / "base", None)
     policy = PolicyConfig(model="m")
-    chat = Renderer.load(str(tmp_path / "chat"), policy, config, own_template=True)
-    assert chat.digest() == Renderer.load(str(tmp_path / "chat"), policy, RenderConfig()).digest()
-    assert chat.digest() != Renderer.load(str(tmp_path / "chat"), policy, config).digest()
-    base = Renderer.load(str(tmp_path / "base"), policy, config, own_template=True)
+    chat = load_renderer(str(tmp_path / "chat"), policy, config, own_template=True)
+    assert chat.digest() == load_renderer(str(tmp_path / "chat"), policy, RenderConfig()).digest()
+    assert chat.digest() != load_renderer(str(tmp_path / "chat"), policy, config).digest()
+    base = load_renderer(str(tmp_path / "base"), policy, config, own_template=True)
     assert base.mode == "chat"
 
 

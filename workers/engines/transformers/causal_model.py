@@ -68,7 +68,9 @@ def _refuse_other_weights(info: dict[str, Any], policy: PolicyConfig) -> None:
 
 def _refuse_not_finite(model: torch.nn.Module, policy: PolicyConfig) -> None:
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        if not weight.is_floating_point() or bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+            continue  # one value that is not finite makes the sum such a one
+        if not bool(torch.isfinite(weight).all()):
             raise UserError(f"model '{policy.model}': {name} holds values that are not finite (NaN or infinity)")
 
 

@@ -50,8 +50,11 @@ class TransformersEngine:
         max_batch_tokens: int | None = None,
         logits_chunk_rows: int | None = None,
         is_wrapped: bool = False,
+        packs: bool = True,
     ):
         """`folder` is the model's local folder; policy.adapter is a local folder too.
+
+        Without `packs`, packed batches are not tried, and rows are computed in padded ones.
 
         `max_batch_tokens` is the most tokens that are computed at once, unless one row alone is longer;
         `logits_chunk_rows` the most tokens whose logits exist at once. Both can be given in policy.engine_args.
@@ -67,7 +70,7 @@ class TransformersEngine:
         self._policy = policy
         self._model = CausalModel(load_model(policy, folder, device, is_wrapped))
         self._rope = LengthDependentRope(self._model.base)
-        self.why_padded = self._try_packing()
+        self.why_padded = self._try_packing(packs)
         self._description = EngineDescription(
             engine="transformers",
             version=transformers.__version__,
@@ -172,14 +175,14 @@ class TransformersEngine:
 
     # Does this model take packed batches?
 
-    def _try_packing(self) -> str | None:
+    def _try_packing(self, packs: bool) -> str | None:
         """Switch the model to packed attention; the reason where that would not give what its plain forward gives.
 
         Raises UserError where the model's logits do not come out of its base model's hidden states.
         """
         model, config = self._model.model, self._model.model.config.get_text_config()
         plain = model.config._attn_implementation
-        probe = _probe(int(config.vocab_size))
+        probe = _probe(int(config.vocab_size), num_rows=5 if packs else 2)
         (packed,) = pack(probe, probe.num_tokens)
         layout = packed_attention.Layout.of(packed.groups)
         token = packed_attention.LAYOUT.set(layout)
@@ -191,6 +194,8 @@ class TransformersEngine:
         try:
             with torch.inference_mode():
                 expected = self._plain_hidden_states(probe)[order]
+                if not packs:
+                    return "packed batches were not asked for"
                 if not model._can_set_attn_implementation():
                     return "its attention cannot be replaced"
                 model.set_attn_implementation(packed_attention.IMPLEMENTATION)
@@ -252,13 +257,13 @@ def _why_not_packed(config: Any, layout: packed_attention.Layout) -> str | None:
     return None if called == layer_types else "its attention layers are not those of its config"
 
 
-def _probe(vocab_size: int) -> TokenBatch:
-    """A few rows with loss everywhere, some with a common beginning, of tokens chosen at random once and for all."""
+def _probe(vocab_size: int, num_rows: int) -> TokenBatch:
+    """Up to five rows with loss everywhere, some with a common beginning, of tokens drawn once and for all."""
     random = np.random.default_rng(0)
     prefix = random.integers(0, vocab_size, PROBE_PREFIX).tolist()
     rows = [prefix + random.integers(0, vocab_size, length).tolist() for length in (9, 1, 5, 9)]
     rows.append(random.integers(0, vocab_size, 12).tolist())
-    return TokenBatch.from_rows([(row, [False] + [True] * (len(row) - 1)) for row in rows])
+    return TokenBatch.from_rows([(row, [False] + [True] * (len(row) - 1)) for row in rows[:num_rows]])
 
 
 def _engine_args(policy: PolicyConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.config.training import OptimizerSettings, SftSettings
 from grape_service.errors import UserError
 from grape_service.models.files import resolve_model
+from grape_service.storage.patience import be_patient
 from grape_service.storage.storage import Storage
 from workers.training.trainers import checkpoints
 from workers.training.trainers.checkpoints import PROGRESS_FILE
@@ -36,6 +37,7 @@ class Output:
     """A job's output folder, and the local folder where it works: the same, or a copy of an s3:// one."""
 
     def __init__(self, url: str, options: dict[str, Any]):
+        be_patient()
         self.storage = Storage(url, options)
         if self.storage.is_s3:
             name = hashlib.sha256(self.storage.root.encode()).hexdigest()[:16]

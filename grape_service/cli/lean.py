@@ -1,0 +1,41 @@
+"""Imports what looks at a model for a command that somebody waits for, without what comes along and is never used."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+UNUSED = ("boto3", "scipy")
+"""Accelerate has a launcher for SageMaker, and some losses of transformers match boxes."""
+
+
+def import_lean() -> None:
+    """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas."""
+    if "transformers" in sys.modules:
+        return
+    hidden = [name for name in UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    import pyarrow as pa
+
+    sys.meta_path.insert(0, NoPandas)  # type: ignore[arg-type]
+    try:
+        pa.array(())  # the first array looks for pandas, once
+    finally:
+        sys.meta_path.remove(NoPandas)  # type: ignore[arg-type]
+    gc.freeze()  # all of it stays
+
+
+class NoPandas:
+    """Finds no pandas."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> None:
+        """Raises ModuleNotFoundError for pandas; leaves other names to the finders behind this one."""
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
