@@ -11,6 +11,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from grape_service.loopback import ask_loopback_directly
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 END_SECONDS = 4.0
@@ -22,6 +24,7 @@ STOPPED = "stopped; run the same command again to resume"
 
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
+    ask_loopback_directly()
     gc.set_threshold(*GC_THRESHOLD)
     atexit.register(gc.freeze)  # Python's end would look through every object, for a second where torch was imported
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

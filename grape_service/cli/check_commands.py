@@ -6,12 +6,10 @@ import os
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 from urllib.parse import urlsplit
 
 import typer
 
-from grape_service.cli.lean import import_lean
 from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
@@ -29,22 +27,16 @@ def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = 
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
     from grape_service.estimate.finding import Finding, Table
     from grape_service.estimate.preflight import check as findings_of
-    from workers.engines.choose import load_engine
+    from grape_service.estimate.preflight import recorded_sources
+    from workers.engines.aside import Engines
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engines have it, see workers/scoring/replicas.py
-    engines: dict[str, Any] = {}
-
-    def score(policy: Any, folder: str, batch: Any, temperature: float) -> Any:
-        same = f"{folder} {policy.model_dump_json(exclude={'system_prompt'})}"
-        if same not in engines:
-            engines[same] = load_engine(policy, folder, for_few_rows=True)
-        return engines[same].score(batch, temperature)
-
     settings = config_of(config, sets)
-    import_lean()
-    found = list(findings_of(settings, score, probes_of(settings)))
-    for engine in engines.values():
-        engine.close()
+    engines = Engines([own.policy for own in recorded_sources(settings).values() if own.policy is not None])
+    try:
+        found = list(findings_of(settings, engines.score, probes_of(settings)))
+    finally:
+        engines.close()
     findings = [one for one in found if isinstance(one, Finding)]
     tables = [one for one in found if isinstance(one, Table)]
     if as_json:

@@ -14,13 +14,13 @@ from grape_service.cli.dataset_commands import OptionalPathArgument
 from grape_service.cli.last_folder import folder_or_last
 from grape_service.cli.output import EndpointOption, say, storage_options
 from grape_service.errors import UserError, best_effort
+from grape_service.loopback import LOOPBACK
 
 if TYPE_CHECKING:
     from grape_service.ui.folder import Folder
 
 READ_AHEAD = 2000
 """Datasets that are read before somebody asks for them."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TOKEN = "GRAPE_UI_TOKEN"
 
 

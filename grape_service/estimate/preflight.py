@@ -90,9 +90,9 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
                 yield Finding(name, "error", f"{len(bad)} token ids mean other text there: weights would be wrong")
     if config.behavior is not None and config.weights is not None:
         behavior, recorded_rows = config.behavior, [c for c, r in good if r.recorded_logprobs is not None]
-        if recorded_rows and (behavior.column is not None or _recorded_sources(config)):
+        if recorded_rows and (behavior.column is not None or recorded_sources(config)):
             yield _look("recorded log-probabilities", partial(_numbers, behavior, recorded_rows))
-    for source, recorded in _recorded_sources(config).items():
+    for source, recorded in recorded_sources(config).items():
         if recorded.policy is not None:
             rows = [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None]
             name = f"recorded log-probabilities of {source}"
@@ -145,7 +145,8 @@ def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str
     return ("warning" if missing and behavior.missing == "error" else "ok"), detail
 
 
-def _recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
+def recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
+    """Sources whose rows bring log-probabilities of their own."""
     sources = (config.behavior.sources if config.behavior else None) or {}
     return {name: behavior for name, behavior in sources.items() if isinstance(behavior, RecordedBehavior)}
 

@@ -25,6 +25,7 @@ import s3fs
 from fsspec.asyn import sync_wrapper
 
 from grape_service.errors import StageError, UserError
+from grape_service.loopback import ask_loopback_directly
 from grape_service.storage.arrow_io import ArrowHandler
 from grape_service.storage.local import FileInfo, FileInfos, Names, refuse_longer
 from grape_service.storage.patience import first_answer_seconds
@@ -50,8 +51,8 @@ class RetryingS3(s3fs.S3FileSystem):
 
     def __init__(self, *args: Any, retry_seconds: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._first_seconds = first_answer_seconds() if retry_seconds is None else None
-        self.retry_seconds = RETRY_SECONDS if retry_seconds is None else retry_seconds
+        self._first_seconds = None if retry_seconds else first_answer_seconds()
+        self.retry_seconds = retry_seconds or RETRY_SECONDS
         # When the present outage began and was last seen: what follows a request that waited in vain waits no more.
         self._outage = (0.0, 0.0)
 
@@ -83,8 +84,7 @@ class RetryingS3(s3fs.S3FileSystem):
 
     def _worth_waiting(self, start: float, wait: float) -> bool:
         now, (began, seen) = time.monotonic(), self._outage
-        began = now if now - seen > 30 else began
-        self._outage = (began, now)
+        self._outage = began, _ = now if now - seen > 30 else began, now
         if self._first_seconds is not None:
             return now + wait - min(began, start) < self._first_seconds
         return now + wait - began < self.retry_seconds and now + wait - start < 2 * self.retry_seconds
@@ -374,8 +374,7 @@ def _add_md5(params: dict[str, Any], **_: Any) -> None:
 
 
 def _bucket_and_key(full: str) -> tuple[str, str]:
-    bucket, _, key = full.partition("/")
-    return bucket, key
+    return full.partition("/")[0], full.partition("/")[2]
 
 
 def _target(full: str) -> dict[str, str]:
@@ -386,6 +385,7 @@ def _target(full: str) -> dict[str, str]:
 @lru_cache(maxsize=16)
 def _file_system(options_json: bytes, environment: tuple[tuple[str, str], ...], pid: int) -> RetryingS3:
     """One file system for each set of options, environment and process (a fork must not share its loop)."""
+    ask_loopback_directly()
     options = orjson.loads(options_json)
     config = {
         "retries": {"total_max_attempts": 1, "mode": "standard"},
@@ -396,5 +396,5 @@ def _file_system(options_json: bytes, environment: tuple[tuple[str, str], ...], 
         "response_checksum_validation": "when_required",
         **options.pop("config_kwargs", {}),
     }
-    defaults = {"default_cache_type": "none", "use_listings_cache": False, "skip_instance_cache": True}
-    return RetryingS3(**{**defaults, **options}, config_kwargs=config)
+    plain = {"default_cache_type": "none", "use_listings_cache": False, "skip_instance_cache": True}
+    return RetryingS3(**{**plain, **options}, config_kwargs=config)

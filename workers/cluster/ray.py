@@ -23,6 +23,7 @@ from typing import Any
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError
+from grape_service.loopback import without_proxy
 from workers.cluster.scratch import MARK, Scratch, end_leftovers, scratch_folder
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
@@ -34,7 +35,6 @@ GRACE_SECONDS = 8.0
 """How long a run may take to see by itself that its Ray has ended."""
 RAY_ENDED = "Ray ended in the middle of the run: run again; stored scores are reused"
 STORE_BYTES = 256 * 2**20
-LOOPBACK = ("127.0.0.1", "localhost")
 OTHER_RAYS = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_REDIS_ADDRESS")
 """Variables of other Rays, which a private one is not to follow."""
 
@@ -113,8 +113,6 @@ _heads: dict[str, subprocess.Popen[bytes]] = {}
 @contextlib.contextmanager
 def _environment(scratch: Scratch) -> Iterator[None]:
     """The variables under which this process and its children find their Ray and nobody else's."""
-    no_proxy = [entry for name in ("NO_PROXY", "no_proxy") for entry in os.environ.get(name, "").split(",") if entry]
-    without_proxy = ",".join(dict.fromkeys([*no_proxy, *LOOPBACK]))
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": scratch.token_path,
@@ -122,8 +120,7 @@ def _environment(scratch: Scratch) -> Iterator[None]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TMPDIR": scratch.ray_folder,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on macOS: a loopback address stays one
-        "NO_PROXY": without_proxy,
-        "no_proxy": without_proxy,
+        **without_proxy(),
     }
     before = {name: os.environ.get(name) for name in (*ours, *OTHER_RAYS)}
     for name in OTHER_RAYS:

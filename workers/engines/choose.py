@@ -46,7 +46,7 @@ def refuse_missing_engines(config: Config) -> None:
 def load_engine(policy: PolicyConfig, folder: str, for_few_rows: bool = False) -> Engine:
     """The policy's engine on this process's device; `policy.adapter` is a local folder.
 
-    `for_few_rows`: no time is spent on finding out how many rows can be computed at once.
+    `for_few_rows`: it is tried out on no more than two before it is used.
     Raises UserError where the files are not the whole model, or more than that.
     """
     if given := os.environ.get(ENGINE_CLASS):
@@ -59,11 +59,9 @@ def load_engine(policy: PolicyConfig, folder: str, for_few_rows: bool = False) -
 
         vllm: Engine = VllmEngine(policy, folder, is_wrapped=is_wrapped)
         return vllm
-    from workers.engines.transformers.engine import TransformersEngine
+    from workers.engines.transformers.engine import PROBE_ROWS, TransformersEngine
 
-    if for_few_rows:
-        return TransformersEngine(policy, folder, is_wrapped=is_wrapped, packs=False, max_batch_tokens=1)
-    return TransformersEngine(policy, folder, is_wrapped=is_wrapped)
+    return TransformersEngine(policy, folder, is_wrapped=is_wrapped, probe_rows=2 if for_few_rows else PROBE_ROWS)
 
 
 def installed_version(policy: PolicyConfig, folder: str, scores_here: bool) -> str | None:

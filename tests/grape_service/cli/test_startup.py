@@ -22,7 +22,7 @@ heavy = sys.argv.pop(1).split(",")
 atexit.register(lambda: print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} & set(heavy)))))
 made = {}
 if sys.argv[1] == "check":
-    from grape_service.cli.lean import import_lean
+    from grape_service.models.lean import import_lean
     import_lean()
     from transformers import AutoTokenizer
     def counted(where, name, found):

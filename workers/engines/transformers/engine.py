@@ -34,6 +34,7 @@ LOGITS_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 ENGINE_ARGS = ("max_batch_tokens", "logits_chunk_rows", "device")
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+PROBE_ROWS = 5
 PROBE_PREFIX = 24
 """Tokens that the rows of a probe have in common."""
 HIDDEN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -50,14 +51,13 @@ class TransformersEngine:
         max_batch_tokens: int | None = None,
         logits_chunk_rows: int | None = None,
         is_wrapped: bool = False,
-        packs: bool = True,
+        probe_rows: int = PROBE_ROWS,
     ):
         """`folder` is the model's local folder; policy.adapter is a local folder too.
 
-        Without `packs`, packed batches are not tried, and rows are computed in padded ones.
-
         `max_batch_tokens` is the most tokens that are computed at once, unless one row alone is longer;
         `logits_chunk_rows` the most tokens whose logits exist at once. Both can be given in policy.engine_args.
+        `probe_rows` is how many rows tell whether the model takes packed batches, from 2 on.
         Raises UserError where the policy asks for what this engine cannot do.
         """
         args = _engine_args(policy)
@@ -70,7 +70,7 @@ class TransformersEngine:
         self._policy = policy
         self._model = CausalModel(load_model(policy, folder, device, is_wrapped))
         self._rope = LengthDependentRope(self._model.base)
-        self.why_padded = self._try_packing(packs)
+        self.why_padded = self._try_packing(probe_rows)
         self._description = EngineDescription(
             engine="transformers",
             version=transformers.__version__,
@@ -175,14 +175,14 @@ class TransformersEngine:
 
     # Does this model take packed batches?
 
-    def _try_packing(self, packs: bool) -> str | None:
+    def _try_packing(self, num_rows: int) -> str | None:
         """Switch the model to packed attention; the reason where that would not give what its plain forward gives.
 
         Raises UserError where the model's logits do not come out of its base model's hidden states.
         """
         model, config = self._model.model, self._model.model.config.get_text_config()
         plain = model.config._attn_implementation
-        probe = _probe(int(config.vocab_size), num_rows=5 if packs else 2)
+        probe = _probe(int(config.vocab_size), num_rows)
         (packed,) = pack(probe, probe.num_tokens)
         layout = packed_attention.Layout.of(packed.groups)
         token = packed_attention.LAYOUT.set(layout)
@@ -194,8 +194,6 @@ class TransformersEngine:
         try:
             with torch.inference_mode():
                 expected = self._plain_hidden_states(probe)[order]
-                if not packs:
-                    return "packed batches were not asked for"
                 if not model._can_set_attn_implementation():
                     return "its attention cannot be replaced"
                 model.set_attn_implementation(packed_attention.IMPLEMENTATION)
@@ -258,7 +256,7 @@ def _why_not_packed(config: Any, layout: packed_attention.Layout) -> str | None:
 
 
 def _probe(vocab_size: int, num_rows: int) -> TokenBatch:
-    """Up to five rows with loss everywhere, some with a common beginning, of tokens drawn once and for all."""
+    """Up to PROBE_ROWS rows with loss everywhere, some with a common beginning, of tokens drawn once and for all."""
     random = np.random.default_rng(0)
     prefix = random.integers(0, vocab_size, PROBE_PREFIX).tolist()
     rows = [prefix + random.integers(0, vocab_size, length).tolist() for length in (9, 1, 5, 9)]
