@@ -206,11 +206,26 @@ def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
     return found
 
 
+CENTERED = (
+    "Leave weights.center out, or narrow weights.ratio_clip to the same bounds on both sides, such as [-0.02, 0.02]: "
+    "centered log ratios that are clipped no longer add up to 0, so weights grow towards the start of a response "
+    "(docs/evidence.md)."
+)
+
+
+NARROW = (
+    "Narrow weights.ratio_clip, such as to [-0.02, 0.02], and only then try weights.center: sequence too; grape weigh "
+    "does both without scoring again."
+)
+
+
 def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
     figures = facts["statistics"].get("weights") or {}
     counts = facts["counts"].get("weigh") or {}
-    if (facts["config"].get("weights") or {}).get("method", "pear") != "pear":
+    config = facts["config"].get("weights") or {}
+    if config.get("method", "pear") != "pear":
         return _other_weights(figures)
+    is_centered = config.get("center", "none") != "none"
     found = []
     found += _recorded_numbers(counts)
     effective = figures.get("effective_share")
@@ -219,7 +234,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
             Warning(
                 f"The weights are worth {effective:.0%} of the tokens (effective sample size): few tokens carry the "
                 "training.",
-                "Use weights.center: sequence, a narrower weights.ratio_clip, or level: block.",
+                CENTERED if is_centered else NARROW,
             )
         )
     low = figures.get("weight_low")
@@ -227,7 +242,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
         found.append(
             Warning(
                 f"{low:.0%} of the weights are at their lower bound: only the ends of responses train.",
-                "Use weights.center: sequence, or a behavior policy nearer to the target.",
+                f"{NARROW} Or use a behavior policy nearer to the target.",
             )
         )
     last = weights.get("last_tenth")
@@ -235,7 +250,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
         found.append(
             Warning(
                 f"The last tenth of the responses holds {last:.0%} of the weight.",
-                "Weights collapse towards the start: use weights.center: sequence or a larger gamma.",
+                f"Weights collapse towards the start. {NARROW}",
             )
         )
     high = figures.get("weight_high")
@@ -243,7 +258,9 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
         found.append(
             Warning(
                 f"{high:.1%} of the weights are at their upper bound.",
-                "Use weights.normalize: sequence or a lower upper bound of weights.ratio_clip.",
+                CENTERED
+                if is_centered
+                else "Use weights.normalize: sequence or a lower upper bound of weights.ratio_clip.",
             )
         )
     uniform = share(counts.get("uniform_rows", 0), counts.get("rows", 0))
@@ -281,7 +298,7 @@ def _recorded_numbers(counts: dict[str, Any]) -> list[Warning]:
                     Warning(
                         f"{held:.0%} of the log ratios of source {short(name)} are at their {which} bound.",
                         "Are the numbers that policy's, and taken as behavior.recorded says (raw or processed)? If "
-                        "they are, use weights.center: sequence, or a wider weights.ratio_clip.",
+                        "they are, use a wider weights.ratio_clip.",
                     )
                 )
     return found

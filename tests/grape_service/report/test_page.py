@@ -109,6 +109,16 @@ def test_each_bad_way_has_its_own_warning_and_no_other(phrase: str) -> None:
     assert phrase in render_page(made)
 
 
+def test_few_effective_tokens_of_centered_weights_are_not_answered_with_center() -> None:
+    made = facts()
+    made["statistics"]["weights"] |= {"effective_share": 0.17, "weight_high": 0.05}
+    assert ["[-0.02, 0.02]" in warning.change for warning in warnings_of(made)] == [True, False]
+    made["config"]["weights"]["center"] = "sequence"
+    found = warnings_of(made)
+    assert "17% of the tokens" in found[0].text
+    assert [warning.change.startswith("Leave weights.center out") for warning in found] == [True, True]
+
+
 def test_plotly_knows_every_figure() -> None:
     made = facts()["statistics"]["report"]
     figures = {**_select_figures(made["select"], SelectConfig()), **_weight_figures(made["weights"], [-0.08, 0.3])}
