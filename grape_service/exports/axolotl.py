@@ -26,11 +26,13 @@ SCHEMA = pa.schema(
 )
 USAGE = """```yaml
 datasets:
-  - path: parquet
-    data_files: {folder}/data/*.parquet
+  - path: {folder}/data
+    split: train
     type:
 sample_packing: …
-```"""
+```
+
+With an eval share, `test_datasets` of the same form take {folder}/eval."""
 
 
 def export(release: Release, target: Target) -> ExportSummary:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM
 LEVELS = ("uniform", "sequence", "block", "token")
 MICRO_BATCHES = (slice(0, 4), slice(4, None))
 """The rows of a step: unequal micro-batches, so that a loss that divides each by its own sum is seen."""
-PRELOADED = ["tests.grape_service.exports.gradients", "torch._dynamo", "transformers.trainer", "datasets"]
+PRELOADED = ["tests.grape_service.exports.gradients", "torch._dynamo", "transformers.trainer"]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -94,6 +95,7 @@ def _in_trainer(module: str, packages: Path | None, model_folder: str, folder: P
         os.dup2(said.fileno(), 2)
     os.chdir(folder)
     os.environ["MODELSCOPE_CACHE"] = str(folder / "modelscope")
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     torch.set_num_threads(1)  # for a tiny model, threads only wait for one another
     sys.argv = [module]
     if packages:

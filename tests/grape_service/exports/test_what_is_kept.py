@@ -25,6 +25,8 @@ from grape_service.release.writer import publish, write_part
 from grape_service.rows.columns import release_schema
 from grape_service.rows.keys import in_eval_share
 from grape_service.storage.storage import Storage
+from tests.grape_service.release.made_up import publish_version
+from tests.grape_service.release.made_up import rows as made_up_rows
 from tests.workers.training.tiny_release import make_rows, write_release
 
 TOOLS = '[{"type":"function","function":{"name":"add","parameters":{"type":"object"}}}]'
@@ -208,6 +210,28 @@ def test_an_export_that_was_killed_starts_over(place: str, tmp_path: Path, reque
     assert names == {"README.md", "data/part-00000.parquet", "eval/part-00000.parquet", "grape_verl.py"}
     with pytest.raises(UserError, match="is not empty"):
         export(release, "verl", folder)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import grape_service
+from grape_service.exports import export
+
+export(grape_service.load(sys.argv[1]), "ms-swift", sys.argv[2])
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """Six times the rows, 60 MB of lines more; `python -m benchmarks.exports` has larger ones, from S3 to S3."""
+    peaks = []
+    for count in (10_000, 60_000):
+        parts = [made_up_rows(start, 5_000) for start in range(0, count, 5_000)]
+        reference = publish_version(Storage(str(tmp_path / f"{count}")), parts=parts).reference
+        command = [sys.executable, "-c", PEAK, reference, str(tmp_path / f"out-{count}")]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) // 1024)
+    assert peaks[1] < peaks[0] + 32, f"MiB: {peaks}"
 
 
 def test_the_page_lists_what_the_matrix_measures() -> None:
