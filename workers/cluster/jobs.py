@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -23,6 +24,10 @@ AGENT_SECONDS = 60.0
 """How long a head may take, after its start, until its agent takes jobs."""
 
 _STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
+
+
+class LogBroken(Exception):
+    """The connection that a log comes through is gone; another may do."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,25 @@ class JobServer:
         """A job's whole output until now."""
         text: str = self._client.get_job_logs(job_id)
         return text
+
+    def log_parts(self, job_id: str) -> Iterator[str]:
+        """A job's output from its beginning, in parts as it grows, until the job has ended.
+
+        Raises LogBroken where the connection breaks or the server has none that stays open.
+        """
+        import aiohttp
+
+        parts = self._client.tail_job_logs(job_id)
+
+        async def next_part() -> str | None:
+            return await anext(parts, None)
+
+        try:
+            with asyncio.Runner() as runner:
+                while (part := runner.run(next_part())) is not None:
+                    yield part
+        except (aiohttp.ClientError, RuntimeError, OSError) as error:
+            raise LogBroken(f"the log of {job_id} cannot be followed: {error}") from error
 
     def exit_code(self, job_id: str) -> int | None:
         """What the job's process ended with; None while it runs or where it never ran."""

@@ -23,7 +23,7 @@ from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.log_lines import PROGRESS, Replay
 from grape_service.progress.reporter import reporter
 from grape_service.release.reference import parse_reference
-from workers.cluster.jobs import JobRequest, JobServer, job_server
+from workers.cluster.jobs import JobRequest, JobServer, LogBroken, job_server
 from workers.cluster.ray import IN_CLUSTER
 from workers.outcome import Outcome
 
@@ -130,11 +130,25 @@ def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -> int:
     A connection that breaks is made again: nothing of the log is written twice or left out.
     """
     shown = 0
+    for place, text, state in _log(server, job_id):
+        write(text[max(0, shown - place) :])
+        shown = max(shown, place + len(text))
+        if state != "running":
+            return exit_status(server, job_id, state)
+    raise AssertionError("a log ends with its job")
+
+
+def _log(server: JobServer, job_id: str) -> Iterator[tuple[int, str, str]]:
+    """(place in the log, text from there, the job's state), until the job has ended; a text may come again.
+
+    Only what is new is fetched. Where such a connection breaks, or is not to be had, the log is fetched once.
+    """
     last_answer = time.monotonic()
+    is_broken = False
     while True:
         try:
             state = server.state(job_id)
-            log = server.log(job_id)
+            whole = server.log(job_id) if is_broken or state not in ("running", None) else ""
             last_answer = time.monotonic()
         except (ConnectionError, RuntimeError, OSError) as error:
             if time.monotonic() - last_answer > LOST_SECONDS:
@@ -143,11 +157,16 @@ def follow(server: JobServer, job_id: str, write: Callable[[str], None]) -> int:
             continue
         if state is None:
             raise UserError(f"{server.address} knows no job '{job_id}': see `grape jobs list`")
-        if len(log) > shown:
-            write(log[shown:])
-            shown = len(log)
+        yield 0, whole, state
         if state != "running":
-            return exit_status(server, job_id, state)
+            return
+        place, is_broken = 0, False
+        try:
+            for part in server.log_parts(job_id):
+                yield place, part, state
+                place += len(part)
+        except LogBroken:
+            is_broken = True
         time.sleep(POLL_SECONDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from tests import tiny_models
 from tests.flows.test_kill_drill import stored_keys
 from tests.jobs import Job, pool_rows, tiny_job
 from tests.ray_cluster import RayCluster, ray_cluster
-from workers.cluster.submit import for_cluster, outcome_in
+from workers.cluster.jobs import JobRequest, LogBroken, job_server
+from workers.cluster.submit import follow, for_cluster, outcome_in
 
 pytestmark = pytest.mark.timeout(900)
 WORKERS = {"shard_tokens": 400, "replicas": 2}
@@ -110,6 +112,42 @@ def test_detached_stopped_and_failed_jobs(tmp_path: Path, model: str, cluster: R
         failed = job.grape("submit", str(job.config_path), "--address", cluster.address)
         assert failed.returncode == 2, failed.stderr[-2000:]
         assert "nothing" in failed.stderr.strip().splitlines()[-1]
+
+
+LINES = """
+import sys, time
+for number in range(6):
+    print(f"line {number}", flush=True)
+    sys.stdout.write(f"torn {number} ...")
+    sys.stdout.flush()
+    time.sleep(0.7)
+    print("mended", flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_log_is_fetched_as_it_grows(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    fetched: list[str] = []
+    with job_server(cluster.address) as server:
+        whole, parts = server.log, server.log_parts
+
+        def breaks_once(job_id: str) -> Iterator[str]:
+            yield from itertools.islice(parts(job_id), 1 if not fetched else None)
+            if not fetched:
+                raise LogBroken("the connection was cut")
+
+        monkeypatch.setattr(server, "log", lambda job_id: fetched.append(job_id) or whole(job_id))
+        monkeypatch.setattr(server, "log_parts", breaks_once)
+        server.submit(JobRequest(id="lines", command=[server.python, "-c", LINES], environment={}))
+        pieces: list[str] = []
+        assert follow(server, "lines", pieces.append) == 3
+        text = "".join(pieces)
+        assert text == whole("lines")
+        assert [text.count(f"line {number}\ntorn {number} ...mended\n") for number in range(6)] == [1] * 6
+        assert len(fetched) == 2  # after the connection was cut, and at the end
+        assert sum(map(bool, pieces)) > 3
 
 
 @pytest.mark.drill
