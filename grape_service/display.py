@@ -45,6 +45,11 @@ def short(text: str, most: int = 40) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 row', '1,000 rows'."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def plot_labels(texts: Sequence[str], most: int = 24) -> list[str]:
     """Names in a plot, each another: long ones lose their middle, since the ends of model names tell them apart.
     plotly reads a little HTML in its texts."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
 
-from grape_service.display import visible
+from grape_service.display import counted, visible
 from grape_service.errors import UserError
 from grape_service.release.catalog import list_datasets, read_catalog, remove_from_catalog
 from grape_service.release.claim import ABANDONED, BURNED, CLAIM, PUBLISHED, STALE_SECONDS
@@ -140,13 +141,18 @@ def render_text(garbage: list[Garbage], dry_run: bool) -> str:
         items = [item for item in garbage if item.kind == kind]
         lines += [f"{verb} {meaning}:"] if items else []
         lines += [f"  {visible(item.path)}: {_amount(item.num_files, item.num_bytes)}; {item.reason}" for item in items]
-    total = _amount(sum(item.num_files for item in garbage), sum(item.num_bytes for item in garbage))
-    end = "would be deleted, and nothing has been: run again with --delete" if dry_run else "deleted"
-    return "\n".join([*lines, f"{total} in all {end}"])
+    counts = Counter(item.kind for item in garbage)
+    words = [(kind, one if counts[kind] == 1 else more) for kind, one, more in _WORDS if counts[kind]]
+    *first, last = [phrase.format(count=counts[kind]) for kind, phrase in words]
+    what = f"{', '.join(first)} and {last}" if first else last
+    size = _size(sum(item.num_bytes for item in garbage))
+    if dry_run:
+        return "\n".join([*lines, f"{what}, {size}: nothing has been deleted yet; run again with --delete"])
+    return "\n".join([*lines, f"deleted {what}, {size}"])
 
 
 def _amount(num_files: int, num_bytes: int) -> str:
-    return f"{num_files:,} file{'' if num_files == 1 else 's'}, {_size(num_bytes)}"
+    return f"{counted(num_files, 'file')}, {_size(num_bytes)}"
 
 
 def _size(count: float) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from grape_service.display import counted
 from grape_service.errors import UserError
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import Manifest, PolicyUse
@@ -56,9 +57,10 @@ def _short_version(release: Release, seen: set[str]) -> Node:
     children = []
     if manifest.parents.pool:
         files = manifest.parents.pool
-        more = f" and {len(files) - 1:,} more files" if len(files) > 1 else ""
+        more = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
         children.append(Node(f"pool: {files[0].path}{more}"))
-    children += [Node(f"{policy.role}: {policy.model}") for policy in manifest.parents.policies]
+    policies = dict.fromkeys(f"{policy.role}: {policy.model}" for policy in manifest.parents.policies)
+    children += [Node(label) for label in policies]
     parent = manifest.parents.release
     if parent:
         if parent in seen or len(seen) > _MAX_DEPTH:

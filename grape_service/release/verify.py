@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grape_service.display import counted
 from grape_service.errors import UserError
 from grape_service.release.claim import CLAIM
 from grape_service.release.load import Release, schema_difference
@@ -51,10 +52,10 @@ def render_text(release: Release, problems: list[Problem]) -> str:
     if not problems:
         manifest = release.manifest
         return (
-            f"{release.reference} is whole: {len(manifest.files)} data files, {manifest.rows:,} rows, "
-            f"{manifest.num_bytes:,} bytes, every size and sha256 as in the manifest"
+            f"{release.reference} is whole: {counted(len(manifest.files), 'data file')}, "
+            f"{counted(manifest.rows, 'row')}, {manifest.num_bytes:,} bytes, every size and sha256 as in the manifest"
         )
-    lines = [f"{release.reference} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
+    lines = [f"{release.reference} has {counted(len(problems), 'problem')}:"]
     return "\n".join([*lines, *[f"  {problem}" for problem in problems]])
 
 

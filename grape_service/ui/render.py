@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse
 from markdown_it import MarkdownIt
 from rich import filesize
 
-from grape_service.display import visible
+from grape_service.display import counted, visible
 from grape_service.progress.reporter import duration
 from grape_service.report.page import environment as report_environment
 
@@ -61,11 +61,6 @@ def age(created: str, now: float | None = None) -> str:
     if seconds < 2 * 365 * 86_400:
         return f"{counted(int(seconds / (30.4 * 86_400)), 'month')} ago"
     return f"{counted(int(seconds / (365.25 * 86_400)), 'year')} ago"
-
-
-def counted(number: int, noun: str) -> str:
-    """'1 row', '1,000 rows'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def card_html(text: str) -> str:

@@ -55,7 +55,7 @@ def test_old_versions_go_but_none_that_is_needed(any_storage: Storage) -> None:
     found = collect(any_storage, None, keep_versions=1)
     assert kinds(found) == {VERSION: ["v0002"]}
     assert found[0].num_files == 5
-    assert "would be deleted" in render_text(found, dry_run=True)
+    assert "would delete" in render_text(found, dry_run=True)
     assert versions(any_storage) == [f"v{n:04d}" for n in range(1, 8)]
     assert collect(any_storage, None, keep_versions=1, dry_run=False) == found
     assert versions(any_storage) == ["v0001", "v0003", "v0004", "v0005", "v0006", "v0007"]
@@ -166,7 +166,10 @@ def test_gc_says_in_words_what_goes(tmp_path) -> None:
     assert "no tag, and not among the 1 newest of its dataset" in text
     assert "would delete scores, which a run that needs them has to make again:" in text
     assert "would delete temporary files and unfinished uploads of writers that were killed:" in text
-    assert text.endswith("would be deleted, and nothing has been: run again with --delete")
+    ending = "1 old version, scores of 1 policy and temporary files, "
+    assert text.splitlines()[-1].startswith(ending)
+    assert text.endswith("KiB: nothing has been deleted yet; run again with --delete")
+    assert render_text(found, dry_run=False).splitlines()[-1].startswith(f"deleted {ending}")
     assert left.exists()
     assert collect(storage, workspace, keep_days=0, keep_versions=1, dry_run=False, now=time.time() + 2) == found
     assert not left.exists()

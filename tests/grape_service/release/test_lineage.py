@@ -37,7 +37,7 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
         f"{any_storage.root}/math-sft@v0002  3 rows  [best]",
         "├── target: Qwen/Qwen2.5-7B",
         f"├── weighed from {any_storage.root}/math-sft@v0001  3 rows  [latest]",
-        "│   ├── pool: s3://pool/a.jsonl and 1 more files",
+        "│   ├── pool: s3://pool/a.jsonl and 1 more file",
         "│   ├── target: Qwen/Qwen2.5-7B",
         "│   └── run sft-8: succeeded",
         "│       ├── sft: succeeded, loss 1.5",
