@@ -11,6 +11,8 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
+from grape_service.checks.evaluation_sets import evaluation_items
+from grape_service.config.checks import Contamination
 from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
@@ -112,7 +114,11 @@ def _methods(config: Config) -> tuple[str, str]:
 
 
 def _checks(config: Config) -> tuple[str, str]:
-    return "ok", f"data checks: {', '.join(check.name for check in config.checks.enabled()) or 'all are off'}"
+    enabled = config.checks.enabled()
+    files = [file for one in enabled if isinstance(one, Contamination) for file in one.files]
+    texts = sum(1 for _ in evaluation_items(files, config.storage))
+    detail = f"data checks: {', '.join(check.name for check in enabled) or 'all are off'}"
+    return "ok", f"{detail}; {texts:,} texts of evaluation sets" if files else detail
 
 
 def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:

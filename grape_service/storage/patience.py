@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-FIRST_ANSWER_SECONDS = 8.0
+FIRST_ANSWER_SECONDS = 5.0
 """Most likely the address is wrong, or the server is not up, and somebody waits for the sentence that says so."""
 
 _seconds: float | None = FIRST_ANSWER_SECONDS
