@@ -150,7 +150,8 @@ class Browser:
         ]
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """The whole page as PNG, without the scroll bar, which would hide what is below it."""
+        self.call("Emulation.setScrollbarsHidden", hidden=True)
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1})
         path.write_bytes(base64.b64decode(found["data"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tests.seaweed import BUCKET, SeaweedServer, running_server
 ROOT = str(Path(__file__).resolve().parent.parent)
 # Processes that tests start import this package and the tests' own modules as this process does.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+
+# The folder of datasets that was used last, and digests of models, are not kept where the developer's own are.
+os.environ.setdefault("GRAPE_CACHE", os.path.join(tempfile.gettempdir(), f"grape-tests-{os.getuid()}"))
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
