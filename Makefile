@@ -66,7 +66,7 @@ else
 endif
 
 # Ray keeps one authentication mode for the life of a process, so test files that start it run in their own process.
-VLLM_TESTS = tests/workers/engines/vllm
+VLLM_TESTS = tests/workers/engines/vllm tests/workers/engines/test_vllm_versions.py
 ALONE = $(sort $(wildcard tests/flows/test_*.py tests/workers/cluster/test_*.py tests/workers/scoring/test_*.py \
 	tests/workers/training/test_*.py tests/workers/training/trainers/test_sft.py tests/grape_service/release/test_load.py))
 COVERAGE = --cov=grape_service --cov=workers --cov=flows --cov-report=

@@ -22,6 +22,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("P
 # The folder of datasets that was used last, and digests of models, are not kept where the developer's own are.
 os.environ.setdefault("GRAPE_CACHE", os.path.join(tempfile.gettempdir(), f"grape-tests-{os.getuid()}"))
 
+# Processes of tests share the cores: threads that spin while they wait for each other would slow all of them down.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,7 +12,7 @@ import pytest
 from workers.engines.vllm.versions import CHECKED, of_folder, of_wheel, sentence
 
 ROOT = Path(__file__).resolve().parents[3]
-INSTALLED = ROOT / ".venv-vllm" / "lib"
+ENVIRONMENT = ROOT / ".venv-vllm"
 
 
 def test_the_extra_allows_the_versions_that_were_checked() -> None:
@@ -26,7 +26,9 @@ def site_packages() -> Path | None:
     spec = find_spec("vllm")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin).parents[1]
-    return next((path.parent for path in INSTALLED.glob("python*/site-packages/vllm")), None)
+    if not (ENVIRONMENT / ".ready").exists():
+        return None
+    return next((path.parent for path in ENVIRONMENT.glob("lib/python*/site-packages/vllm")), None)
 
 
 def test_an_installed_version_has_every_name() -> None:
