@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from grape_service.display import visible
+from grape_service.display import counted, visible
 from grape_service.progress.log_lines import PROGRESS, Lines
 from grape_service.progress.reporter import Ahead, RunClock, Silent, StageClock, duration, set_reporter
 
@@ -97,13 +97,15 @@ class Bars:
             left = f", ETA {duration(clock.eta)}" if clock.eta is not None else ""
             whole = f"; whole run: ETA {duration(eta)}" if eta is not None else ""
             share = 100 * clock.done / max(clock.total, 1)
-            self._line(f"{stage}: {share:.0f}% of {clock.total:,} {clock.unit}, {clock.rate_text}{left}{whole}")
+            self._line(
+                f"{stage}: {share:.0f}% of {counted(clock.total, clock.unit[:-1])}, {clock.rate_text}{left}{whole}"
+            )
 
     def end(self, stage: str) -> None:
         clock = self.run.end(stage)
         self.progress.update(self.tasks[stage], completed=max(clock.total, 1))
         if not self.live:
-            self._line(f"{stage}: {clock.done:,} {clock.unit} in {clock.seconds:.1f} s")
+            self._line(f"{stage}: {counted(clock.done, clock.unit[:-1])} in {clock.seconds:.1f} s")
 
     def event(self, text: str) -> None:
         self._line(text)
