@@ -35,7 +35,7 @@ IDS = ["prompt_id", "candidate_id"]
 TOKENS = ["input_ids", "loss_mask", "loss_weights"]
 CARRIED = ("role", "content", "tool_calls", "reasoning_content")
 USAGE = """```
-USE_V1=1 python {folder}/grape_llamafactory.py config.yaml      # in the place of llamafactory-cli sft config.yaml
+USE_V1=1 python {folder}/grape_llamafactory.py config.yaml      # instead of llamafactory-cli sft config.yaml
 ```
 
 with `train_dataset: {folder}/dataset.yaml` in config.yaml."""
@@ -66,7 +66,7 @@ def export(release: Release, target: Target) -> ExportSummary:
         info = f"{release.name}:\n  path: {target.folder}/{split}.jsonl\n  source: local\n"
         target.storage.write(name, info.encode())
     target.add_loader("grape_llamafactory.py")
-    how = "for LLaMA-Factory v1: start grape_llamafactory.py beside them in the place of llamafactory-cli sft"
+    how = "for LLaMA-Factory v1: start grape_llamafactory.py beside them instead of llamafactory-cli sft"
     if target.drop_weights and seen.weighted:
         sentence = f"{seen.rows} rows without their loss weights, as asked, {how}."
     else:

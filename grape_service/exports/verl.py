@@ -38,7 +38,7 @@ def export(release: Release, target: Target) -> ExportSummary:
                 "ReleaseDataset in grape_verl.py beside them (data.custom_cls), and not through messages."
             )
         return (
-            f"{seen.rows} rows with token weights: start grape_verl.py beside them in the place of "
+            f"{seen.rows} rows with token weights: start grape_verl.py beside them instead of "
             f"verl.trainer.sft_trainer ({EFFECTS['verl'][seen.level].words}); with verl's own trainer and this file as "
             f"data.custom_cls, {PLAIN_EFFECTS['verl'][seen.level].words}."
         )

@@ -346,7 +346,15 @@ def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], be
         for name, files in _by_folder(workspace.list(top)).items():
             if name not in needed and max(info.modified for info in files) < before:
                 folder = f"{top}/{name}"
-                garbage.append(_garbage(kind, workspace, folder, files, "no release uses it, and it is old"))
+                garbage.append(
+                    _garbage(
+                        kind,
+                        workspace,
+                        folder,
+                        files,
+                        "no release that has a tag or is younger than --keep-days uses it",
+                    )
+                )
     return garbage
 
 
