@@ -87,11 +87,11 @@ def list_versions(
             f"{e['rows']:,}",
             f"{e['tokens']:,}",
             filesize.decimal(e["bytes"]),
-            e["created"],
+            e["created"][:16].replace("T", " "),
         ]
         for e in found
     ]
-    print_table(storage.root, ["dataset", "version", "tags", "rows", "tokens", "size", "created"], rows)
+    print_table(storage.root, ["dataset", "version", "tags", "rows", "tokens", "size", "created (UTC)"], rows)
 
 
 @datasets.command(epilog="Example: grape datasets show s3://team/datasets/math-sft@v0003 --lineage")

@@ -12,6 +12,7 @@ from grape_service.cli.output import (
     EndpointOption,
     JsonOption,
     ReferenceArgument,
+    SetOption,
     config_of,
     print_json,
     print_table,
@@ -19,6 +20,7 @@ from grape_service.cli.output import (
     storage_options,
 )
 from grape_service.display import short
+from grape_service.errors import UserError
 
 LimitOption = Annotated[int, typer.Option("--limit", min=1, help="Rows to show at most.")]
 SHOWN_TEXT = 60
@@ -47,6 +49,7 @@ def rejects(
     source: Annotated[str, typer.Argument(help="A dataset version, or a config that was run.", metavar="REF|CONFIG")],
     reason: Annotated[str | None, typer.Option("--reason", help="Only rows with this reason.")] = None,
     limit: LimitOption = 20,
+    sets: SetOption = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,7 +57,9 @@ def rejects(
     from grape_service.release.rejects import read_rejects, rejects_of_config, rejects_of_release
 
     if Path(source).suffix in (".yaml", ".yml") or Path(source).is_file():
-        place = rejects_of_config(config_of(source))
+        place = rejects_of_config(config_of(source, sets))
+    elif sets:
+        raise UserError(f"--set overrides a key of a config, and {source} is a release: leave it out")
     else:
         from grape_service.release.load import load
 

@@ -108,7 +108,7 @@ def weigh(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a new version with PEAR weights from the rows of an existing release, scoring only what is missing."""
+    """Make a new version with other weights from the rows of an existing release, scoring only what is missing."""
     settings = config_of(config, sets)
     with prefect_or_direct() as with_prefect:
         if with_prefect:

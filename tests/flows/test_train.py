@@ -60,8 +60,11 @@ def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None
         outcome = json.loads(done.stdout)
         shown = job.grape("datasets", "show", outcome["reference"], "--lineage")
         assert job.wait_gone(15) == {}
+    told = done.stderr.splitlines()
+    assert any(line.startswith("sft: step ") and "effective sample size" in line for line in told)
+    assert any(line.startswith("rl: step 1 of 1, loss ") and "reward" in line for line in told)
     record = outcome["training"]
-    assert [line for line in done.stderr.splitlines() if "checkpoint" in line] == [
+    assert [line for line in told if "checkpoint" in line] == [
         f"{stage}: succeeded, checkpoint {record['stages'][stage]['checkpoint']}" for stage in ("sft", "rl")
     ]
     assert json.loads((tmp_path / f"datasets/tiny/runs/{record['id']}.json").read_text()) == record

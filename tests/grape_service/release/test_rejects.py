@@ -51,6 +51,10 @@ def test_rejects_of_a_config_with_reason_file_line_and_beginning(config_path: Pa
     shown = CliRunner().invoke(app, ["rejects", str(config_path), "--reason", "broken JSON"], env={"COLUMNS": "300"})
     assert f"{file}:21" in shown.stdout
     assert "duplicate" not in shown.stdout.partition("1 of 1 rows")[2]
+    elsewhere = CliRunner().invoke(app, ["rejects", str(config_path), "--set", "pool.path=elsewhere"])
+    assert "the pool 'elsewhere' has not been prepared" in str(elsewhere.exception)
+    release = CliRunner().invoke(app, ["rejects", "out/math-sft@v0001", "--set", "pool.path=elsewhere"])
+    assert "--set overrides a key of a config, and out/math-sft@v0001 is a release" in str(release.exception)
 
 
 def test_a_reason_that_is_none_and_a_pool_that_was_never_prepared_are_errors(config_path: Path) -> None:

@@ -266,8 +266,19 @@ def test_a_resumed_run_ends_with_the_same_weights(reference: str, tmp_path: Path
     (broken / "metrics.jsonl").unlink()
 
     run_sft(SftTask(dataset=reference, output=str(broken), settings=settings))
-    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [5, 6, 6]  # steps 1 to 4 were not made again; the last line is the summary
+    curves = [
+        [
+            (line["step"], line.get("loss"))
+            for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        ]
+        for folder in (broken, straight)
+    ]
+    assert [step for step, _ in curves[0]] == [
+        5,
+        6,
+        6,
+    ]  # steps 1 to 4 were not made again; the last line is the summary
+    assert curves[0][:2] == curves[1][4:6]  # the same losses
     expected = load_file(straight / "model" / "model.safetensors")
     for name, value in load_file(broken / "model" / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
