@@ -16,6 +16,7 @@ from grape_service.cli.output import (
     print_table,
     say,
     storage_options,
+    user_name,
     write_error_line,
 )
 from grape_service.cli.report_commands import compare
@@ -137,13 +138,11 @@ def tag(
     endpoint: EndpointOption = None,
 ) -> None:
     """Point a tag to a version."""
-    import getpass
-
     from grape_service.release.load import load
     from grape_service.release.tags import move_tag
 
     release = load(reference, storage_options(endpoint))
-    move_tag(release.storage, release.name, name, release.version, who=getpass.getuser(), expected=expected)
+    move_tag(release.storage, release.name, name, release.version, who=user_name(), expected=expected)
     say(f"{name} -> {release.reference}")
 
 

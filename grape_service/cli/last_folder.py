@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from grape_service.errors import UserError, best_effort
+from grape_service.errors import UserError
 from grape_service.models.files import cache_folder
 from grape_service.storage.storage import normal_url
 
@@ -28,7 +29,7 @@ def folder_or_last(path: str | None, command: str) -> str:
 
 def remember(path: str) -> None:
     """This folder is the one that was used last."""
-    with best_effort("remember the folder of datasets"):
+    with contextlib.suppress(OSError, UserError):  # it is a convenience
         cache_folder().mkdir(parents=True, exist_ok=True)
         (cache_folder() / "last-datasets").write_text(normal_url(path), encoding="utf-8")
 
@@ -36,5 +37,5 @@ def remember(path: str) -> None:
 def _last() -> str | None:
     try:
         return (cache_folder() / "last-datasets").read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError, UserError):
         return None

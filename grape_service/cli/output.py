@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
 import sys
@@ -91,7 +92,7 @@ def write_error_line(line: str) -> None:
 
 def write_file(path: Path, text: str) -> Path:
     """Write a file that an option names; its absolute path. Raises UserError where that is not possible."""
-    path = path.expanduser().absolute()
+    path = Path(os.path.expanduser(path)).absolute()
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} into: create it or name another")
     try:
@@ -115,8 +116,8 @@ def prefect_is_configured() -> bool:
     """Whether a Prefect API is named by the environment, the active profile or a prefect.toml. Imports no Prefect."""
     if os.environ.get("PREFECT_API_URL"):
         return True
-    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
-    profiles = _toml(Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser())
+    home = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    profiles = _toml(Path(os.path.expanduser(os.environ.get("PREFECT_PROFILES_PATH") or f"{home}/profiles.toml")))
     active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
     profile = profiles.get("profiles", {}).get(active, {})
     project = _toml(Path("prefect.toml")).get("api", {})
@@ -145,3 +146,11 @@ def quiet_prefect() -> None:
         os.environ.setdefault(name, value)
     for worker in ("EventsWorker", "APILogWorker"):  # they warn of what a run that ends leaves untold to its server
         logging.getLogger(worker).setLevel(logging.ERROR)
+
+
+def user_name() -> str:
+    """Who runs this command, for the record; the number of a user that has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

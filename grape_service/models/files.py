@@ -116,8 +116,23 @@ def policy_id(policy: PolicyConfig, files: ModelFiles, temperature: float = 1.0)
 
 
 def cache_folder() -> Path:
-    """Where downloads and digests are kept on this machine: GRAPE_CACHE, or ~/.cache/grape."""
-    return Path(os.environ.get("GRAPE_CACHE") or Path.home() / ".cache" / "grape")
+    """Where downloads and digests are kept on this machine: GRAPE_CACHE, or ~/.cache/grape.
+
+    Without a home that can be written, a temporary folder of this user alone. Raises UserError where that is another's.
+    """
+    if given := os.environ.get("GRAPE_CACHE"):
+        return Path(given)
+    home = Path(os.path.expanduser("~"))
+    place = home / ".cache" / "grape"
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if home.is_absolute() and nearest != Path("/") and os.access(nearest, os.W_OK):
+        return place
+    folder = Path(tempfile.gettempdir()) / f"grape-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user: set GRAPE_CACHE to a folder of your own")
+    return folder
 
 
 # Places
@@ -129,7 +144,7 @@ def _local_folder(
     """The local folder of a model or adapter, and its commit if it came from a hub."""
     if name.startswith("s3://"):
         return _from_s3(name, what, options), None
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path.resolve(), None
     if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _tokenizer_file(target: dict[str, Any]) -> Path | None:
     model, revision = target.get("model"), target.get("revision")
     if not isinstance(model, str) or not model or "://" in model or "\0" in model:
         return None
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         path = folder / "tokenizer.json"
         return path if path.is_file() else None

@@ -111,13 +111,13 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     behavior = values.get("behavior") or {}
     for policy in (values["target"], behavior, *(behavior.get("sources") or {}).values()):
         for key in ("model", "adapter"):
-            if policy.get(key) and Path(policy[key]).expanduser().is_dir():
+            if policy.get(key) and os.path.isdir(os.path.expanduser(policy[key])):
                 policy[key] = _absolute(policy[key])
     return values
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _absolute_reference(reference: str) -> str:

@@ -35,7 +35,7 @@ def base_model(release: Release, settings: SftSettings) -> str:
 
 def resolved_model(model: str) -> str:
     """A local folder by its full path; a hub id or an s3:// folder as it is."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return os.path.abspath(folder) if "://" not in model and folder.is_dir() else model
 
 
@@ -44,7 +44,7 @@ def check_local_model(release: Release, settings: SftSettings) -> None:
     for one with another tokenizer."""
     model = base_model(release, settings)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if "://" in model or not (looks_local or folder.is_dir()):
         return
     if not (folder / "config.json").is_file():

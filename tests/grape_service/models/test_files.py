@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,20 @@ def test_what_is_not_an_adapter_is_a_sentence(tmp_path: Path) -> None:
 def test_an_empty_s3_folder_is_a_sentence(s3_url: str) -> None:
     with pytest.raises(UserError, match="there is no file in that folder"):
         files_of(f"{s3_url}/nothing-here")
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder_of_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPE_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "grape"
+    monkeypatch.setenv("HOME", "/nonexistent")
+    folder = cache_folder()
+    assert folder == cache_folder() == tmp_path / f"grape-cache-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="set GRAPE_CACHE to a folder of your own"):
+        cache_folder()
