@@ -14,6 +14,7 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as this_run
 
 from grape_service.errors import UserError, best_effort
+from grape_service.webhooks import failures_may_be_tried_again
 from workers.time_limit import limit_seconds
 
 TIMEOUT_SECONDS = limit_seconds()
@@ -39,9 +40,10 @@ def run_name() -> str:
 
 @contextlib.contextmanager
 def user_errors_are_final() -> Iterator[None]:
-    """A user error inside the block is not tried again: it would come back, with another notification."""
+    """A user error inside the block is not tried again, as it would come back; what is, notifies after the last try."""
     try:
-        yield
+        with failures_may_be_tried_again(_is_tried_again):
+            yield
     except UserError:
         with best_effort("tell Prefect that there is nothing to try again"):
             context = FlowRunContext.get()
@@ -50,3 +52,14 @@ def user_errors_are_final() -> Iterator[None]:
                 with get_client(sync_client=True) as client:
                     client.update_flow_run(context.flow_run.id, empirical_policy=policy)
         raise
+
+
+def _is_tried_again(error: Exception) -> bool:
+    """Whether Prefect starts this flow run again after an error: as its server decides it, by the tries so far."""
+    context = FlowRunContext.get()
+    if isinstance(error, UserError) or context is None or context.flow_run is None:
+        return False
+    with best_effort("ask Prefect whether there is another try"), get_client(sync_client=True) as client:
+        run = client.read_flow_run(context.flow_run.id)
+        return run.run_count <= (run.empirical_policy.retries or 0)
+    return False

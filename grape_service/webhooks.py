@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import orjson
@@ -180,12 +181,26 @@ def failed(error: BaseException, run_name: str, seconds: float) -> dict[str, Any
     return {"event": "failed", "name": run_name, "error": message, "seconds": round(seconds, 3)}
 
 
+TriedAgain = Callable[[Exception], bool]
+_tried_again: ContextVar[TriedAgain] = ContextVar("tried again", default=lambda error: False)
+
+
+@contextlib.contextmanager
+def failures_may_be_tried_again(is_tried_again: TriedAgain) -> Iterator[None]:
+    """Inside the block a failure after which somebody tries again, as `is_tried_again(error)` says, notifies nobody."""
+    token = _tried_again.set(is_tried_again)
+    try:
+        yield
+    finally:
+        _tried_again.reset(token)
+
+
 @contextlib.contextmanager
 def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[dict[str, Any]]]:
     """Notifies config.notify at the end of the block: the block appends its outcome; an exception is a failure.
 
     `name`: of the dataset, where it is not the config's. A run that was stopped by a person or by Prefect notifies
-    nobody.
+    nobody, and one that is tried again neither.
     """
     started = time.monotonic()
     name = name or config.name
@@ -193,7 +208,8 @@ def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[d
     try:
         yield outcomes
     except Exception as error:
-        notify(config.notify, failed(error, name, time.monotonic() - started))
+        if not _tried_again.get()(error):
+            notify(config.notify, failed(error, name, time.monotonic() - started))
         raise
     if outcomes:
         notify(config.notify, completed(outcomes[-1], name))

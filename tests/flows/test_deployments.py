@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from tests import tiny_models
 from tests.flows.test_curate import num_scores, wait_for_scores
-from tests.jobs import ROOT, Job, pool_rows, tiny_job, write_jsonl
+from tests.grape_service.test_webhooks import Receiver
+from tests.jobs import ROOT, Job, Terminal, pool_rows, tiny_job, write_jsonl
 from tests.ray_cluster import free_port
 
 pytestmark = pytest.mark.timeout(1500)
@@ -212,7 +213,13 @@ def test_a_user_error_is_final(service: Service, tmp_path: Path) -> None:
 
 def test_an_outage_is_tried_again(service: Service, tmp_path: Path, model: str) -> None:
     drill = tmp_path / "drill.json"
-    config = {**service.job.config, "name": "late", "output": {"path": str(tmp_path / "datasets")}}
+    receiver = Receiver()
+    config = {
+        **service.job.config,
+        "name": "late",
+        "output": {"path": str(tmp_path / "datasets")},
+        "notify": {"webhook": receiver.url},
+    }
     token = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|im_start|>")
     drill.write_bytes(orjson.dumps({"name": "late", "fail_token": token}))
     environment = service.deployment("score-pool/score-pool")["job_variables"]["env"]
@@ -225,6 +232,26 @@ def test_an_outage_is_tried_again(service: Service, tmp_path: Path, model: str) 
     run = service.wait_final(run_id)
     assert run["state_type"] == "COMPLETED", "\n".join(service.logs(run_id))
     assert run["run_count"] >= 2
+    receiver.server.shutdown()
+    told = [orjson.loads(body)["event"] for _, body in receiver.got]
+    assert told == ["completed"]  # and not one for each try
+
+
+def test_ctrl_c_in_a_terminal_while_prefect_watches(service: Service, tmp_path: Path) -> None:
+    job = Job(service.job.folder / "stopped", {**service.job.config, "name": "stopped"}, service.job.environment)
+    job.folder.mkdir()
+    terminal = Terminal(job, "run", str(job.config_path), "--json", "--set", f"output.path={tmp_path}")
+    deadline = time.monotonic() + 120
+    while not any("raylet" in line for line in job.processes().values()):
+        assert time.monotonic() < deadline, "Ray does not start"
+        terminal.read(0.05)
+    started = time.monotonic()
+    terminal.press_ctrl_c()
+    status, text = terminal.wait(30)
+    assert time.monotonic() - started < 8  # 5 on a quiet machine
+    assert (status, text.count("error: "), "Traceback" in text) == (130, 1, False), text
+    assert text.endswith("error: stopped; run the same command again to resume\n")
+    assert job.wait_gone(1) == {}
 
 
 def test_a_cancelled_run_is_gone_in_30_seconds_and_the_next_goes_on(service: Service, tmp_path: Path) -> None:

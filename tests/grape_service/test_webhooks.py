@@ -15,10 +15,18 @@ from typing import Any
 
 import pytest
 
-from grape_service.config.schema import NotifyConfig
+from grape_service.config.schema import Config, NotifyConfig
 from grape_service.errors import StageError
 from grape_service.progress.reporter import Silent, set_reporter
-from grape_service.webhooks import WebhookError, failed, notify, request_json
+from grape_service.webhooks import (
+    WebhookError,
+    failed,
+    failures_may_be_tried_again,
+    notify,
+    notify_when_done,
+    request_json,
+)
+from tests.prepared_pools import make_config
 
 
 class Receiver:
@@ -187,3 +195,17 @@ def test_no_answer_breaks_a_run(name: str, events: Events, monkeypatch: pytest.M
         assert time.monotonic() - started < 3
         stop.set()
     thread.join(5)
+
+
+def fails(config: Config) -> None:
+    with pytest.raises(StageError), notify_when_done(config):
+        raise StageError("the server is away")
+
+
+def test_a_failure_that_is_tried_again_notifies_nobody(receiver: Receiver) -> None:
+    config = make_config("pool.jsonl", notify={"webhook": receiver.url})
+    with failures_may_be_tried_again(lambda error: isinstance(error, StageError)):
+        fails(config)
+    assert receiver.got == []
+    fails(config)
+    assert [json.loads(body)["event"] for _, body in receiver.got] == ["failed"]
