@@ -90,6 +90,13 @@ def two_sided_p(t: float, degrees: int) -> float:
     return 1 - 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
 
 
+def whole_seeds(results: list[Result]) -> list[Result]:
+    """Results of the seeds that every arm has: while an experiment runs, the others would compare unlike seeds."""
+    arms = by_arm(results)
+    whole = set.intersection(*({run["seed"] for run in runs} for runs in arms.values())) if arms else set()
+    return [result for result in results if result["seed"] in whole]
+
+
 def comparisons(results: list[Result]) -> list[Comparison]:
     """Every arm with REFERENCE, and every arm with weights with the same selection without, after SFT and after RL."""
     arms = by_arm(results)
@@ -127,7 +134,7 @@ def write_documents(raw: dict[str, Any], folder: Path) -> None:
     """evidence-table.md and evidence.svg in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evidence-table.md").write_text(table(raw))
-    (folder / "evidence.svg").write_text(plot(raw["results"], raw["start"]))
+    (folder / "evidence.svg").write_text(plot(whole_seeds(raw["results"]), raw["start"]))
 
 
 def renew_page(raw: dict[str, Any], page: Path, image: Path) -> None:
@@ -137,7 +144,7 @@ def renew_page(raw: dict[str, Any], page: Path, image: Path) -> None:
     if not end:
         raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}, between which the table stands")
     page.write_text(f"{before}{BEGIN}\n{table(raw)}{END}{after}")
-    image.write_text(plot(raw["results"], raw["start"]))
+    image.write_text(plot(whole_seeds(raw["results"]), raw["start"]))
 
 
 def by_arm(results: list[Result]) -> dict[str, list[Result]]:
@@ -151,9 +158,11 @@ def by_arm(results: list[Result]) -> dict[str, list[Result]]:
 def table(raw: dict[str, Any]) -> str:
     """Markdown, in percent: what the arms start from, accuracy and pass@8 of each arm after SFT and RL with what the
     weights did to SFT, and the differences."""
-    results = raw["results"]
-    arms = by_arm(results)
-    lines = [*_start(raw), *_figures(arms), *_differences(results)]
+    results = whole_seeds(raw["results"])
+    lines = [*_start(raw), *_figures(by_arm(results)), *_differences(results)]
+    left_out = len(raw["results"]) - len(results)
+    if left_out:
+        lines += ["", f"Left out: {left_out} of a seed that not all arms have yet."]
     return "\n".join(lines) + "\n"
 
 

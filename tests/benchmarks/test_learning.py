@@ -113,6 +113,14 @@ def test_table_and_plot_show_means_and_intervals() -> None:
     assert "grape+uniform" in drawing
 
 
+def test_a_seed_that_an_arm_lacks_is_left_out() -> None:
+    raw = raw_results()
+    raw["results"] = raw["results"][:5]
+    text = table(raw)
+    assert "| random | uniform | 2 | 5 | 0.50 | 1.25 | 45.0 ± 63.5 |" in text
+    assert "Left out: 1 of a seed that not all arms have yet." in text
+
+
 def test_p_values_are_those_of_students_t() -> None:
     for number, quantile in T_975.items():
         assert two_sided_p(quantile, number - 1) == pytest.approx(0.05, abs=1e-4)
