@@ -16,6 +16,8 @@ STAGES = {"after_sft": "SFT", "after_rl": "RL"}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5% quantile of Student's t by number of seeds."""
 LEVEL = 0.05
+RESOLUTION = 1 / 400
+"""One problem of the CPU size's test: that a few seeds agree to the problem does not mean that they have less spread."""
 BEGIN, END = "<!-- table: python -m benchmarks.learning.run --table -->", "<!-- end of table -->"
 """Between these lines a page holds the table."""
 
@@ -34,8 +36,7 @@ class Estimate:
         number = len(values)
         if number < 2:
             return cls(values[0] if values else math.nan, math.nan)
-        spread = statistics.stdev(values) / number**0.5
-        return cls(statistics.fmean(values), T_975.get(number, 2.0) * spread)
+        return cls(statistics.fmean(values), T_975.get(number, 2.0) * standard_error(values))
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}"
@@ -71,10 +72,13 @@ class Comparison:
         number = len(self.differences)
         if number < 2:
             return 1.0
-        mean, spread = statistics.fmean(self.differences), statistics.stdev(self.differences)
-        if spread == 0:
-            return 1.0 if mean == 0 else 0.0
-        return two_sided_p(mean / spread * number**0.5, number - 1)
+        mean = statistics.fmean(self.differences)
+        return two_sided_p(mean / standard_error(list(self.differences)), number - 1)
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of two values or more."""
+    return max(statistics.stdev(values), RESOLUTION) / len(values) ** 0.5
 
 
 def two_sided_p(t: float, degrees: int) -> float:
@@ -212,7 +216,7 @@ def _differences(results: list[Result]) -> list[str]:
         "Differences in accuracy in points, paired by seed, with 95% intervals (Student's t; not corrected). \\* marks "
         f"intervals that leave out 0: there are {len(found)} comparisons, so about {LEVEL * len(found):.0f} would be "
         f"marked if no arm differed. \\*\\* marks the {len(clear)} that are still clear after Holm's correction over "
-        f"all {len(found)}.",
+        f"all {len(found)}. Seeds are not taken to differ by less than one test problem.",
     ]
 
 

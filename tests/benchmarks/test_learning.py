@@ -101,9 +101,10 @@ def test_table_and_plot_show_means_and_intervals() -> None:
     raw = raw_results()
     text = table(raw)
     # By hand: 0.4, 0.5, 0.6 have a standard deviation of 0.1, and 4.303 * 0.1 / sqrt(3) = 0.248.
-    assert "| random | uniform | 3 | 5 | 0.50 | 1.25 | 50.0 ± 24.8 | 80.0 ± 0.0 |" in text
-    # Paired, the 10 points of each seed have no spread; 5, 10, 15 have one of 5: 4.303 * 5 / sqrt(3) = 12.4.
-    assert "| grape+uniform | +10.0 ± 0.0 \\*\\* | +10.0 ± 12.4 |  |  |" in text
+    assert "| random | uniform | 3 | 5 | 0.50 | 1.25 | 50.0 ± 24.8 | 80.0 ± 0.6 |" in text
+    # Paired, the 10 points of each seed have no spread but that of one problem of 400: 4.303 * 0.25 / sqrt(3) = 0.6;
+    # 5, 10, 15 have one of 5: 4.303 * 5 / sqrt(3) = 12.4.
+    assert "| grape+uniform | +10.0 ± 0.6 \\*\\* | +10.0 ± 12.4 |  |  |" in text
     assert "there are 2 comparisons" in text
     assert str(Estimate.of([0.5])) == "50.0"
     assert Estimate.of([0.1, -0.1]).signed == "+0.0 ± 127.1"
