@@ -17,7 +17,7 @@ T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 
 """97.5% quantile of Student's t by number of seeds."""
 LEVEL = 0.05
 RESOLUTION = 1 / 400
-"""One problem of the CPU size's test: that a few seeds agree to the problem does not mean that they have less spread."""
+"""One problem of the CPU size's test. A few seeds that agree to the problem do not show that they have less spread."""
 BEGIN, END = "<!-- table: python -m benchmarks.learning.run --table -->", "<!-- end of table -->"
 """Between these lines a page holds the table."""
 
@@ -216,7 +216,7 @@ def _differences(results: list[Result]) -> list[str]:
         "Differences in accuracy in points, paired by seed, with 95% intervals (Student's t; not corrected). \\* marks "
         f"intervals that leave out 0: there are {len(found)} comparisons, so about {LEVEL * len(found):.0f} would be "
         f"marked if no arm differed. \\*\\* marks the {len(clear)} that are still clear after Holm's correction over "
-        f"all {len(found)}. Seeds are not taken to differ by less than one test problem.",
+        f"all {len(found)}. No standard deviation is taken to be less than one test problem.",
     ]
 
 
