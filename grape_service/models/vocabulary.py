@@ -29,6 +29,7 @@ class Vocabulary:
         self._known = np.zeros(self.size, dtype=bool)
         self._known[ids] = True
         self._lengths: npt.NDArray[np.int32] | None = None
+        self._bytes: dict[int, bytes | None] = {}
 
     @property
     def added(self) -> dict[int, str]:
@@ -64,7 +65,12 @@ class Vocabulary:
 
     def bytes_of(self, ids: Iterable[int]) -> list[bytes | None]:
         """The bytes that each id decodes to inside of a text; None for an id that is no token."""
-        return [self._bytes_of(int(id_)) for id_ in ids]
+        found = []
+        for id_ in map(int, ids):
+            if id_ not in self._bytes:
+                self._bytes[id_] = self._bytes_of(id_)
+            found.append(self._bytes[id_])
+        return found
 
     def num_bytes(self, texts: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
         """How many bytes the ids of each text decode to inside of a text [N]."""

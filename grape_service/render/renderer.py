@@ -352,7 +352,7 @@ class Renderer:
             return prompt
         header, _ = self._before(text)
         tail, again = repeated(before, text)
-        stated = b"".join(part or b"" for part in self.vocabulary.bytes_of(written)).decode(errors="replace")
+        stated = b"".join(part or b"" for part in self.vocabulary.bytes_of(written.tolist())).decode(errors="replace")
         dropped = text[: -len(stated)] if len(stated) < len(text) and text.endswith(stated) else ""
         if dropped and not again:
             return batch.add_context(before + header + dropped)

@@ -7,6 +7,7 @@ too, so those rows are scored again by the target at that temperature.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,9 @@ from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TURN_END, SHARD
 from grape_service.rows.keys import row_keys
-from grape_service.rows.ragged import offsets_from_lengths
+from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths
 from grape_service.score.shards import Shards, ShardWriter
-from grape_service.storage.parquet import open_parquet
+from grape_service.storage.parquet import array_of, open_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import RowBehaviors, row_behaviors
 
@@ -130,7 +131,8 @@ def target_rows(kept: pa.Table) -> pa.Table:
 
 def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | None) -> pa.Table:
     """Kept rows in another policy's rendering; rows that it cannot take are left out."""
-    candidates, targets = zip(*(candidate_of(row) for row in kept.to_pylist()), strict=True)
+    candidates = [candidate_of(row) for row in kept.select(CANDIDATE_COLUMNS).to_pylist()]
+    targets = rendered_by_target(kept)
     rendered = renderer.render_behavior(candidates, targets, target_turn_end_id)
     good = [row for row, result in enumerate(rendered) if not isinstance(result, Rejection)]
     results: list[Rendered] = [result for result in rendered if not isinstance(result, Rejection)]
@@ -164,12 +166,15 @@ def behavior_rows(kept: pa.Table, renderer: Renderer, target_turn_end_id: int | 
     ).cast(SCHEMA)
 
 
-def candidate_of(row: dict[str, Any]) -> tuple[Candidate, Rendered]:
-    """A kept row as it was before and after rendering by the target."""
+CANDIDATE_COLUMNS = ["messages", "num_prompt_messages", "prompt_id", "candidate_id", "source", "truncated", "tools"]
+
+
+def candidate_of(row: dict[str, Any]) -> Candidate:
+    """A kept row as it was before rendering."""
     messages = orjson.loads(row["messages"])
     prompt, response = messages[: row["num_prompt_messages"]], messages[row["num_prompt_messages"] :]
     is_text = len(response) == 1 and set(response[0]) <= {"role", "content"}
-    candidate = Candidate(
+    return Candidate(
         prompt=prompt,
         response=response[0]["content"] if is_text else response,
         prompt_id=row["prompt_id"],
@@ -178,7 +183,12 @@ def candidate_of(row: dict[str, Any]) -> tuple[Candidate, Rendered]:
         truncated=row["truncated"],
         tools=orjson.loads(row["tools"]) if row["tools"] else None,
     )
-    rendered = Rendered(
-        np.asarray(row["input_ids"], dtype=np.int32), np.asarray(row["loss_mask"], dtype=np.uint8), row["prompt_len"]
-    )
-    return candidate, rendered
+
+
+def rendered_by_target(kept: pa.Table) -> list[Rendered]:
+    """The tokens of kept rows [N] under the target."""
+    offsets, ids = list_offsets_and_values(array_of(kept, "input_ids"))
+    _, mask = list_offsets_and_values(array_of(kept, "loss_mask"))
+    bounds = itertools.pairwise(offsets.tolist())
+    lens = kept["prompt_len"].to_pylist()
+    return [Rendered(ids[a:b], mask[a:b], prompt_len) for (a, b), prompt_len in zip(bounds, lens, strict=True)]
