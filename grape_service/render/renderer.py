@@ -352,6 +352,8 @@ class Renderer:
             return prompt
         header, _ = self._before(text)
         tail, again = repeated(before, text)
+        if not again and not header and int(self.vocabulary.num_bytes([written])[0]) >= len(text.encode()):
+            return prompt  # as nearly always: the tokens hold all of the response
         stated = b"".join(part or b"" for part in self.vocabulary.bytes_of(written.tolist())).decode(errors="replace")
         dropped = text[: -len(stated)] if len(stated) < len(text) and text.endswith(stated) else ""
         if dropped and not again:
