@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.learning.arms import CPU_ARMS, GPU_ARMS, WEIGHTS, Arm
 from benchmarks.learning.experiment import CPU, SMALL, TINY, Experiment
+from benchmarks.learning.run import DOCS, PUBLISHED
 from benchmarks.learning.schedule import adopt
 from benchmarks.learning.summary import (
     BEGIN,
@@ -165,6 +166,15 @@ def test_a_page_gets_its_table_again(tmp_path: Path) -> None:
     page.write_text("no marks\n")
     with pytest.raises(SystemExit, match="lacks the lines"):
         renew_page(raw, page, image)
+
+
+def test_the_page_has_the_table_and_the_plot_of_the_published_results(tmp_path: Path) -> None:
+    page, image = tmp_path / "evidence.md", tmp_path / "evidence.svg"
+    page.write_text((DOCS / "evidence.md").read_text())
+    renew_page(json.loads(PUBLISHED.read_text()), page, image)
+    assert page.read_text() == (DOCS / "evidence.md").read_text()
+    assert image.read_text() == (DOCS / "evidence.svg").read_text()
+    assert PUBLISHED.stat().st_size < 200_000
 
 
 def test_published_results_are_taken_where_target_and_pool_are_the_same(tmp_path: Path) -> None:
