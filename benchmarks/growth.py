@@ -1,6 +1,6 @@
 """How cost grows: the same rows cut into more and more partitions, through prepare, score, select, weigh and release.
 
-    python benchmarks/growth.py [--rows 64000] [--partitions 16 256 1024 4096] [--s3]
+    python benchmarks/growth.py [--rows 64000] [--partitions 16 256 1024 4096] [--s3] [--plot docs/growth-seconds.svg]
 
 Prints the seconds of each stage for each number of partitions, the largest memory of the driver and of a worker, and
 with `--s3` the requests that a real S3 server (SeaweedFS, this machine) counted. The engine answers in constant time
@@ -30,6 +30,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.log_plot import log_plot
 from benchmarks.pipeline import MARK, make_model, make_pool, watch_memory
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64_000)
     parser.add_argument("--partitions", type=int, nargs="+", default=[16, 256, 1024, 4096])
     parser.add_argument("--s3", action="store_true", help="on an S3 server on this machine, which counts the requests")
+    parser.add_argument("--plot", type=Path, default=None, help="an SVG of the seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "growth")
     parser.add_argument("--code", type=Path, default=ROOT, help="the checkout that is measured")
     arguments = parser.parse_args()
@@ -63,6 +65,16 @@ def main() -> None:
             results.append(run(arguments.code, pool, model, count, folder, server))
         show(results)
         (arguments.out / "growth.json").write_bytes(orjson.dumps([asdict(one) for one in results]))
+    if arguments.plot is not None:
+        arguments.plot.write_text(plot(results))
+
+
+def plot(results: list[Growth]) -> str:
+    """Seconds of each stage and of the whole command."""
+    lines = {stage: [(float(one.partitions), one.stages[stage]) for one in results] for stage in results[0].stages}
+    del lines["engine start"]
+    lines["whole command"] = [(float(one.partitions), one.seconds) for one in results]
+    return log_plot(lines, "seconds for the same rows", "partitions")
 
 
 @contextlib.contextmanager

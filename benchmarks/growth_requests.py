@@ -9,7 +9,6 @@ Every read, range, listing and write counts as one request. `--before` adds earl
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.log_plot import log_plot
 from grape_service.prepare import plan as planning
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import make_config, prepare, write_jsonl
@@ -53,10 +53,12 @@ def main() -> None:
     arguments = parser.parse_args()
     os.fsync = lambda _: None  # type: ignore[assignment]  # what is counted does not depend on it
     planning.PIECE_BYTES = 1
-    found = [(partitions, requests_of(arguments.rows, partitions)) for partitions in arguments.partitions]
-    before = [(int(x), float(y)) for x, _, y in (pair.partition(":") for pair in arguments.before)]
+    found = [(float(partitions), requests_of(arguments.rows, partitions)) for partitions in arguments.partitions]
+    before = [(float(x), float(y)) for x, _, y in (pair.partition(":") for pair in arguments.before)]
     if arguments.plot is not None:
-        arguments.plot.write_text(plot({"now": found, **({"before": before} if before else {})}))
+        lines = {"now": found, **({"before": before} if before else {})}
+        title = "requests of prepare for each partition"
+        arguments.plot.write_text(log_plot(lines, title, "partitions, and pieces"))
 
 
 def requests_of(rows: int, partitions: int) -> float:
@@ -71,35 +73,6 @@ def requests_of(rows: int, partitions: int) -> float:
         each = storage.requests / plan.num_partitions
     print(f"{plan.num_partitions:6,} partitions, {len(plan.pieces):6,} pieces: {each:7.1f} requests each", flush=True)
     return each
-
-
-def plot(lines: dict[str, list[tuple[int, float]]]) -> str:
-    """Both axes logarithmic, as SVG."""
-    width, height, left, bottom, colors = 640, 380, 60, 50, {"now": "#1f6f8b", "before": "#b5532a"}
-    points = [point for line in lines.values() for point in line]
-    most_x, most_y = (max(math.log10(point[place]) for point in points) for place in (0, 1))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = left + (width - left - 80) * (math.log10(x) - 1) / (most_x - 1)
-        return round(across, 1), round(height - bottom - (height - bottom - 30) * math.log10(y) / most_y, 1)
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">']
-    parts += [f'<rect width="{width}" height="{height}" fill="#fff"/><g font-size="12" fill="#333">']
-    for x in sorted({x for x, _ in points}):
-        parts.append(f'<text x="{place(x, 1)[0]}" y="{height - bottom + 18}" text-anchor="middle">{x:,}</text>')
-    for power in range(int(most_y) + 1):
-        y = place(10, 10**power)[1]
-        parts.append(f'<path d="M{left} {y}H{width - 80}" stroke="#ddd"/><text x="20" y="{y + 4}">{10**power:,}</text>')
-    parts.append(f'<text x="{left}" y="18">requests of prepare for each partition</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle">partitions, and pieces</text>')
-    for name, line in lines.items():
-        path = " ".join(
-            f"{'M' if not at else 'L'}{place(*point)[0]} {place(*point)[1]}" for at, point in enumerate(line)
-        )
-        x, y = place(*line[-1])
-        parts.append(f'<path d="{path}" fill="none" stroke="{colors[name]}" stroke-width="2"/>')
-        parts.append(f'<text x="{x + 6}" y="{y + 4}" fill="{colors[name]}">{name}</text>')
-    return "\n".join([*parts, "</g></svg>", ""])
 
 
 if __name__ == "__main__":
