@@ -25,6 +25,8 @@ AGENT_SECONDS = 60.0
 
 _STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
 
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of each connection
+
 
 class LogBroken(Exception):
     """The connection that a log comes through is gone; another may do."""
