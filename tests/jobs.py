@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,10 +138,11 @@ class Job:
 
 
 class Terminal:
-    """`grape ARGUMENTS` of a job in a terminal of its own, whose Ctrl-C goes to the whole foreground group."""
+    """`grape ARGUMENTS` of a job, or another Python `program`, in a terminal of its own, whose Ctrl-C goes to the whole
+    foreground group."""
 
-    def __init__(self, job: Job, *arguments: str):
-        command = [sys.executable, "-m", "grape_service.cli", *arguments]
+    def __init__(self, job: Job, *arguments: str, program: Sequence[str] = ("-m", "grape_service.cli")):
+        command = [sys.executable, *program, *arguments]
         environment = job.environ()
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tests.prepared_pools import write_jsonl
 
 Expected = tuple[Any, Any, str | None, dict[str, Any]]
@@ -390,26 +387,3 @@ PUBLISHED: dict[str, Published] = {
     "messages-as-text": MESSAGES_AS_TEXT,
     "alpaca": ALPACA,
 }
-
-
-def write_json_type(path: Path) -> list[Expected]:
-    """A .parquet file of datasets' Json() type, whole and inside lists; what it becomes."""
-    inside = pa.array([json.dumps(message) for message in (TOOL, ANSWER)], pa.string())
-    lists = pa.ListArray.from_arrays(
-        pa.array([0, 1], pa.int32()), pa.ExtensionArray.from_storage(pa.json_(), inside[1:])
-    )
-    schema = pa.struct([pa.field("name", pa.string()), pa.field("parameters", pa.json_())])
-    parameters = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": {"type": "integer"}}'], pa.string()))
-    tool = pa.StructArray.from_arrays([pa.array(["add"]), parameters], fields=list(schema))
-    table = pa.table(
-        {
-            "prompt": pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps([USER, CALL, TOOL])])),
-            "response": lists,
-            "tools": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), tool),
-            "meta": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"level": 3}'])),
-        }
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-    prompt = [USER, CALL, TOOL]
-    return [(prompt, "Hello.", None, {"meta": {"level": 3}})]

@@ -191,7 +191,7 @@ class Experiment:
             "select": arm.select,
             "weights": arm.weights,
             "seed": seed,
-            "reference": reference,
+            "release": reference.rpartition("/")[2],  # without the folder: results are published
             "rows": sft["rows"],
             "steps": sft["steps"],
             "ess": figures["effective_share"],

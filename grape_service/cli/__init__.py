@@ -83,6 +83,9 @@ def _end_at_once() -> None:
     workers_scratch = sys.modules.get("workers.cluster.scratch")
     if workers_scratch is not None:
         workers_scratch.end_own()
+    bars = sys.modules.get("grape_service.progress.bars")
+    if bars is not None:
+        bars.stop_shown()  # or one more bar would follow the sentence, and the cursor stay hidden
     fail(STOPPED, INTERRUPTED)
     os._exit(INTERRUPTED)
 

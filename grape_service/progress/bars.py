@@ -16,7 +16,7 @@ from rich.text import Text
 
 from grape_service.display import counted, visible
 from grape_service.progress.log_lines import PROGRESS, Lines
-from grape_service.progress.reporter import Ahead, RunClock, Silent, StageClock, duration, set_reporter
+from grape_service.progress.reporter import Ahead, RunClock, Silent, StageClock, duration, reporter, set_reporter
 
 LOG_SECONDS = 10.0
 """How often a line is printed where standard error is no terminal."""
@@ -112,6 +112,13 @@ class Bars:
 
     def _line(self, text: str) -> None:
         self.progress.console.print(Text(visible(text)), highlight=False, soft_wrap=True)
+
+
+def stop_shown() -> None:
+    """Take the bars from the terminal, where they are shown, for a process that ends at once."""
+    bars = reporter()
+    if isinstance(bars, Bars):
+        bars.progress.stop()
 
 
 @contextlib.contextmanager

@@ -25,8 +25,6 @@ AGENT_SECONDS = 60.0
 
 _STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
 
-logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of each connection
-
 
 class LogBroken(Exception):
     """The connection that a log comes through is gone; another may do."""
@@ -213,6 +211,8 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    # It tells of each connection that ends; its level is set where it is imported.
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
