@@ -23,8 +23,6 @@ class Span:
     """Index into the batch's texts."""
     is_rendered: bool = False
     """Whether `text` counts among the texts that a template rendered, or among the pool's own."""
-    lead: int = 0
-    """Characters of `text` that the template puts before the response, as one text with it."""
     ids: Ids | None = None
     """The tokens, where they are known."""
     turn_end: int | None = None

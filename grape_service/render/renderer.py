@@ -274,7 +274,7 @@ class Renderer:
         if not text:
             return Rejection("empty response", "it only repeats the end of the generation prompt")
         context = batch.add_context(before + header) if header else prompt
-        return Plan([context], [Span(batch.add_text(lead + text), lead=len(lead), turn_end=turn_end)])
+        return Plan([context], [Span(batch.add_text(lead + text), turn_end=turn_end)])
 
     def _before(self, response: str) -> tuple[str, str]:
         """What the template puts between generation prompt and response: (as context, as one text with the response).
