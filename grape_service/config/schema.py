@@ -190,7 +190,8 @@ class WorkersConfig(Model):
     shard_tokens: int = Field(65_536, ge=1)
     """Tokens per shard, about: the unit of work, retry and progress."""
     partition_bytes: int = Field(64 * 2**20, ge=1)
-    """Bytes of pool a partition, about: what one task of prepare, select, weigh and release holds."""
+    """Bytes of pool a partition, about: what one task of prepare, select, weigh and release holds. Of more than 32
+    partitions those below 2 MiB are joined."""
     cpus: int | None = Field(None, ge=1)
     """Tasks at the same time on a private Ray; null: the machine's cores."""
     reuse: Literal["compatible", "exact"] = "compatible"

@@ -1,9 +1,9 @@
-"""Between map and reduce: rows are dealt to partitions in levels, so that no task opens every file of every other.
+"""Between map and reduce: rows are dealt to buckets in levels, so that no task opens every file of every other.
 
 Rows go by the leading bits of their prompt's order. Map deals each piece to at most FAN_OUT buckets; with more
-partitions than that the files of each bucket, FAN_OUT at a time, are dealt again by the bits that follow, until a
-bucket is a partition. Each task of a level reads about as many bytes as a piece has, in at most FAN_OUT requests: with
-FAN_OUT = 64 a partition costs at most 64 of them a level, one level up to 64 partitions and three at 65,536.
+buckets than that the files of each, FAN_OUT at a time, are dealt again by the bits that follow, until there are
+plan.num_buckets. Each task of a level reads about as many bytes as a piece has, in at most FAN_OUT requests: with
+FAN_OUT = 64 a bucket costs at most 64 of them a level, one level up to 64 buckets and three at 65,536.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What prepare will do: the pool's files, cut into pieces, and the number of partitions."""
+"""What prepare will do: the pool's files, cut into pieces, and the number of buckets and partitions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FORMAT = 2
 """Raised when the same pool and config come to give other shards."""
 COMPRESSION_RATIO = 6
 """Bytes of rows in a byte of a compressed file, about."""
-MAX_PARTITIONS = 2**16
+MAX_BUCKETS = 2**16
 FAN_OUT = 64
 """Buckets, at most, that a task deals rows to, and files that it reads to do so: a power of two."""
 PIECE_BYTES = 2 * 2**20
 """A piece is not smaller, however small the partitions: it is a task with files of its own."""
 PIECES = 32
-"""So many pieces, about, of a pool that is not large: of a few, the last would leave CPUs idle."""
+"""So many pieces, about, of a pool that is not large: of a few, the last would leave CPUs idle. Partitions too."""
 FOLDER_OF_MAP = "dealt"
 """Below the plan's folder: what lies between map and reduce."""
 PREPARED = "prepared.json"
@@ -63,15 +63,18 @@ class PreparePlan:
     pool: str
     files: tuple[PoolFile, ...]
     pieces: tuple[Piece, ...]
+    num_buckets: int
+    """What rows are dealt to, by the leading bits of their prompt's order; none, about, above partition_bytes."""
     num_partitions: int
+    """What the stages work on and store: a bucket, or neighbours that are small by themselves."""
     passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Entries below the pool's path that are not read: by reason their count and some of them."""
     fan_out: int = FAN_OUT
 
     @property
     def level_bits(self) -> list[int]:
-        """By how many bits of a prompt's order each level deals rows, the first to partitions' own; see deal.py."""
-        bits, most = partition_bits(self.num_partitions), partition_bits(self.fan_out)
+        """By how many bits of a prompt's order each level deals rows, down to the buckets; see deal.py."""
+        bits, most = partition_bits(self.num_buckets), partition_bits(self.fan_out)
         num_levels = max(1, -(-bits // most))
         return [(bits + level) // num_levels for level in range(num_levels)]
 
@@ -84,6 +87,11 @@ class PreparePlan:
     def partitions(self) -> list[str]:
         """Names of the partitions, in order."""
         return partition_names(self.num_partitions)
+
+    def buckets_of(self, partition: int) -> range:
+        """The buckets that a partition holds."""
+        each = self.num_buckets // self.num_partitions
+        return range(partition * each, (partition + 1) * each)
 
     @property
     def pool_bytes(self) -> int:
@@ -110,10 +118,12 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     files = tuple(listing.files)
     sized = list(sized_segments(files, config))
     pieces = tuple(_packed(sized, piece_bytes(files, config)))
-    num_partitions = _num_partitions(sum(size for _, size in sized), config.workers.partition_bytes)
-    prepare_id = _prepare_id(config, files, renderer_digest, num_partitions)
+    total_bytes = sum(size for _, size in sized)
+    num_buckets = _num_buckets(total_bytes, config.workers.partition_bytes)
+    num_partitions = _num_partitions(total_bytes, num_buckets)
+    prepare_id = _prepare_id(config, files, renderer_digest, num_buckets, num_partitions)
     passed_over = {reason: asdict(passed) for reason, passed in sorted(listing.passed_over.items())}
-    plan = PreparePlan(prepare_id, config.pool.address, files, pieces, num_partitions, passed_over)
+    plan = PreparePlan(prepare_id, config.pool.address, files, pieces, num_buckets, num_partitions, passed_over)
     storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
     return plan
 
@@ -146,7 +156,9 @@ def pool_listing(config: Config, storage: Storage) -> Listing:
     return listing
 
 
-def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_partitions: int) -> str:
+def _prepare_id(
+    config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_buckets: int, num_partitions: int
+) -> str:
     decides: dict[str, Any] = {
         "format": FORMAT,
         "files": [(file.url, file.size, file.digest or file.version, file.group, file.folders) for file in files],
@@ -159,6 +171,8 @@ def _prepare_id(config: Config, files: tuple[PoolFile, ...], renderer_digest: st
         "num_partitions": num_partitions,
         "piece_bytes": piece_bytes(files, config),  # what map has stored of a piece is of no use to other pieces
     }
+    if num_buckets != num_partitions:
+        decides["num_buckets"] = num_buckets
     digest = hashlib.sha256(orjson.dumps(decides, option=orjson.OPT_SORT_KEYS)).hexdigest()
     return digest[:16]
 
@@ -171,10 +185,17 @@ def _recorded_of(config: Config) -> Any:
     return [behavior.column, sources]
 
 
-def _num_partitions(total_bytes: int, partition_bytes: int) -> int:
-    """The smallest power of two of partitions that are not larger than partition_bytes."""
+def _num_buckets(total_bytes: int, partition_bytes: int) -> int:
+    """The smallest power of two of buckets that are not larger than partition_bytes."""
     wanted = -(-total_bytes // partition_bytes)
-    return min(MAX_PARTITIONS, 1 << max(0, wanted - 1).bit_length())
+    return min(MAX_BUCKETS, 1 << max(0, wanted - 1).bit_length())
+
+
+def _num_partitions(total_bytes: int, num_buckets: int) -> int:
+    """One for each bucket; above PIECES of them, neighbours are joined until they hold PIECE_BYTES. A partition is a
+    task of every stage, with files of its own, which cost milliseconds whatever is in them."""
+    not_small = max(1, total_bytes // PIECE_BYTES)
+    return min(num_buckets, max(PIECES, 1 << (not_small.bit_length() - 1)))
 
 
 def _packed(sized: Iterable[tuple[Segment, int]], piece_bytes: int) -> Iterator[Piece]:

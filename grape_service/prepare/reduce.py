@@ -88,7 +88,9 @@ def _reduce(
     index = partition_index(partition)
     counts = PartitionCounts(partition)
     _write_piece_rejects(plan, index, summary, storage, counts)
-    table = read_slice(storage, *summary.dealt.find(index), MAPPED).combine_chunks()
+    buckets = [read_slice(storage, *summary.dealt.find(bucket), MAPPED) for bucket in plan.buckets_of(index)]
+    table = pa.concat_tables(buckets).combine_chunks()
+    del buckets
     if table.num_rows:
         kept, left_out = _choose(table)
         _write_left_out(plan, partition, table, left_out, summary, storage, counts)

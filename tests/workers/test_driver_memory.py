@@ -40,7 +40,7 @@ def counts(plan: PreparePlan) -> Iterator[PartitionCounts]:
 def hold(folder: Path) -> None:
     """The driver's part of prepare, score, select and weigh."""
     config, storage = make_config(folder), Storage(str(folder))
-    plan = PreparePlan("made-up", "pool", (), (), PARTITIONS)
+    plan = PreparePlan("made-up", "pool", (), (), PARTITIONS, PARTITIONS)
     rows = 400 * SHARDS * PARTITIONS
     prepared = finish_prepare(
         plan, MapSummary(rows_in=rows, rows=rows, groups=[GroupCounts()]), counts(plan), config, storage

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from grape_service.prepare.plan import plan_prepare
+from grape_service.prepare import plan as planning
+from grape_service.prepare.plan import PIECE_BYTES, PIECES, plan_prepare
 from grape_service.prepare.shards import shard_paths
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import make_config, prepare, write_jsonl
@@ -54,6 +55,21 @@ class Counted(Storage):
             return function(*arguments)
 
         return call
+
+
+def test_small_buckets_are_joined_to_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "PIECE_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(planning, "PIECES", PIECES)
+    path = pool(tmp_path / "pool.jsonl", 400)
+    found = {}
+    for buckets in (PIECES, 8 * PIECES):
+        workers = {"partition_bytes": -(-path.stat().st_size // buckets), "shard_tokens": 60}
+        config, storage = make_config(path, workers=workers), Storage(str(tmp_path / str(buckets)))
+        plan = plan_prepare(config, "words", storage)
+        assert (plan.num_buckets, plan.num_partitions) == (buckets, PIECES)
+        found[buckets] = shards_of(config, storage, 64)
+    assert len(found[PIECES]) > PIECES
+    assert found[PIECES] == found[8 * PIECES]
 
 
 def test_requests_for_each_partition_do_not_grow_with_the_pool(tmp_path: Path) -> None:
