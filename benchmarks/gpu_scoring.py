@@ -2,22 +2,25 @@
 
     python benchmarks/gpu_scoring.py --size 7b                    # measure what is not measured yet, then the table
     python benchmarks/gpu_scoring.py --size tiny --device cpu     # the same code at toy size: no figure of it counts
-    python benchmarks/gpu_scoring.py --size 7b --profile          # where the time goes, by kind of kernel
+    python benchmarks/gpu_scoring.py --size 7b --profile head     # where the time goes too, by kind of kernel
     python benchmarks/gpu_scoring.py --size 7b --ways head head@max_num_batched_tokens=32768 head@enforce_eager=false
     python benchmarks/gpu_scoring.py --choice MODEL_FOLDER        # winners in bf16 and fp8 against float32
 
 Models of Qwen2.5's shapes are made here with random weights. Each engine runs in its own process, one after
-the other on the same device. Every figure is a line of the results file, and what has a line is not measured
-again: a run that was interrupted resumes where it stopped.
+the other on the same device, and ways with the same engine share it; the next process imports vLLM while one
+measures. Every figure is a line of the results file, and what has a line is not measured again: a run that was
+interrupted resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.score_choice import choice_lines, compare_choices
 from grape_service.config.policy import PolicyConfig
 from grape_service.rows.ragged import TokenBatch
+from grape_service.rows.statistics import ENTROPY, RANK, TOP20_ENTROPY
 
 SHAPES: dict[str, dict[str, Any]] = {
     # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
@@ -48,16 +52,19 @@ WORKLOADS = {"200/400": (200, 400), "200/50": (200, 50), "1500/300": (1500, 300)
 """Median tokens of prompt and response."""
 WORKLOAD_TOKENS = {"tiny": 6_000, "0.5b": 1_200_000, "1.5b": 600_000, "7b": 290_000}
 """About how many tokens a measurement takes, prompts counted for each candidate."""
-WAYS = {
-    # name: (dtype or quantization, engine arguments, what is scored)
-    "prompt_logprobs": ("bf16", {"scoring_head": False}, "response"),
-    "prefill, no cache": ("bf16", {"enable_prefix_caching": False}, "last token"),
-    "prefill, cache": ("bf16", {}, "last token"),
-    "head, no cache": ("bf16", {"enable_prefix_caching": False}, "response"),
-    "head": ("bf16", {}, "response"),
-    "prompt_logprobs, fp8": ("fp8", {"scoring_head": False}, "response"),
-    "head, fp8": ("fp8", {}, "response"),
+WAYS: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
+    # name: (dtype or quantization, engine arguments, what is scored, statistics beside log-probabilities)
+    "prompt_logprobs": ("bf16", {"scoring_head": False}, "response", ()),
+    "head": ("bf16", {}, "response", ()),
+    "head, all statistics": ("bf16", {}, "response", (ENTROPY, RANK, TOP20_ENTROPY)),
+    "head, entropy and rank": ("bf16", {}, "response", (ENTROPY, RANK)),
+    "prefill, cache": ("bf16", {}, "last token", ()),
+    "head, fp8": ("fp8", {}, "response", ()),
+    "prompt_logprobs, fp8": ("fp8", {"scoring_head": False}, "response", ()),
+    "head, no cache": ("bf16", {"enable_prefix_caching": False}, "response", ()),
+    "prefill, no cache": ("bf16", {"enable_prefix_caching": False}, "last token", ()),
 }
+"""In the order in which they are measured."""
 BASELINE = "prompt_logprobs"
 
 
@@ -69,15 +76,21 @@ class Way:
     precision: str
     engine_args: dict[str, Any]
     scored: str
+    statistics: tuple[str, ...]
+
+    @property
+    def engine(self) -> str:
+        """The same text for ways that one engine can measure."""
+        return json.dumps([self.precision, self.engine_args], sort_keys=True)
 
     @classmethod
     def parse(cls, text: str) -> Way:
         """A key of WAYS, with more engine arguments behind an @: head@enforce_eager=false,max_num_seqs=512."""
         name, _, extra = text.partition("@")
-        precision, engine_args, scored = WAYS[name]
+        precision, engine_args, scored, statistics = WAYS[name]
         more = dict(pair.split("=", 1) for pair in extra.split(",")) if extra else {}
         parsed = {key: json.loads(value) if _is_json(value) else value for key, value in more.items()}
-        return cls(text, precision, {**engine_args, **parsed}, scored)
+        return cls(text, precision, {**engine_args, **parsed}, scored, statistics)
 
 
 def _is_json(text: str) -> bool:
@@ -154,41 +167,50 @@ def matrix_product_rate(device: str) -> float:
     return best
 
 
-def measure(size: str, way: Way, workloads: list[str], device: str, profile: bool) -> Iterator[dict[str, Any]]:
-    """In a process of its own: start the engine once, warm it up, and run each workload twice."""
+def measure(size: str, steps: list[dict[str, Any]], device: str) -> Iterator[dict[str, Any]]:
+    """In a process of its own: start the engine that the steps share and run each step twice, the better run counts.
+
+    A step says `way`, `workload`, and whether to `profile` a third run, which comes after all other steps.
+    """
     from workers.engines.vllm.engine import VllmEngine
 
+    engine_of = Way.parse(steps[0]["way"])
     with tempfile.TemporaryDirectory() as folder:
         policy = PolicyConfig(
             model=make_model(size, Path(folder)),
             dtype="bfloat16",
-            quantization="fp8" if way.precision == "fp8" else None,
-            engine_args={"load_format": "dummy", "max_model_len": 32768 if size != "tiny" else 4096, **way.engine_args},
+            quantization="fp8" if engine_of.precision == "fp8" else None,
+            engine_args={
+                "load_format": "dummy",
+                "max_model_len": 32768 if size != "tiny" else 4096,
+                **engine_of.engine_args,
+            },
         )
         started = time.perf_counter()
         engine = VllmEngine(policy, folder)
         start_seconds = time.perf_counter() - started
-        wanted_path = "prompt_logprobs" if "scoring_head" in way.engine_args else "head"
+        wanted_path = "prompt_logprobs" if "scoring_head" in engine_of.engine_args else "head"
         assert engine.description.path == wanted_path, engine.description.extra.get("why_not_head")
-        first = True
-        for workload in workloads:
-            batch = make_batch(size, workload)
+        warm: set[str] = set()
+        to_profile: list[tuple[dict[str, Any], TokenBatch, tuple[str, ...]]] = []
+        for step in steps:
+            way, batch = Way.parse(step["way"]), make_batch(size, step["workload"])
             asked = batch if way.scored == "response" else last_token_only(batch)
-            if first:
-                engine.score(asked.take(np.arange(min(4 * CANDIDATES, len(asked)))))
-                first = False
+            if way.name not in warm:
+                engine.score_statistics(asked.take(np.arange(min(4 * CANDIDATES, len(asked)))), way.statistics)
+                warm.add(way.name)
             seconds, hits = [], 0.0
             for _ in range(2):
                 engine.forget_cached_prompts()
                 before = engine.stats()["cached_tokens"]
                 began = time.perf_counter()
-                scores = engine.score(asked)
+                scores = engine.score_statistics(asked, way.statistics)
                 seconds.append(time.perf_counter() - began)
                 hits = engine.stats()["cached_tokens"] - before
-                assert np.isfinite(scores).all()
+                assert all(np.isfinite(values).all() for values in scores.values())
             line = {
                 "size": size,
-                "workload": workload,
+                "workload": step["workload"],
                 "way": way.name,
                 "device": engine.description.device,
                 "vllm": engine.description.version,
@@ -197,13 +219,16 @@ def measure(size: str, way: Way, workloads: list[str], device: str, profile: boo
                 "cached_tokens": int(hits),
                 "rescored_rows": int(engine.stats()["rescored_rows"]),
                 "seconds": min(seconds),
+                "other_run_seconds": max(seconds),
                 "start_seconds": start_seconds,
                 "tokens_per_second": batch.num_tokens / min(seconds),
                 "useful_flops": useful_flops(size, batch) / min(seconds),
             }
-            if profile:
-                line["profile"] = profile_of(engine, asked, device)
             yield line
+            if step["profile"]:
+                to_profile.append((line, asked, way.statistics))
+        for line, asked, statistics in to_profile:
+            yield {**line, "profile": profile_of(engine, asked, statistics, device)}
         engine.close()
 
 
@@ -217,7 +242,7 @@ KINDS = {
 }
 
 
-def profile_of(engine: Any, batch: TokenBatch, device: str) -> dict[str, float]:
+def profile_of(engine: Any, batch: TokenBatch, statistics: tuple[str, ...], device: str) -> dict[str, float]:
     """Seconds on the device (on a CPU: in operators) by kind, what the head's range took, and what is left."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -227,7 +252,7 @@ def profile_of(engine: Any, batch: TokenBatch, device: str) -> dict[str, float]:
     engine.forget_cached_prompts()
     with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
         began = time.perf_counter()
-        engine.score(batch)
+        engine.score_statistics(batch, statistics)
         wall = time.perf_counter() - began
     kinds: dict[str, float] = {}
     busy = 0.0
@@ -247,15 +272,75 @@ def profile_of(engine: Any, batch: TokenBatch, device: str) -> dict[str, float]:
     }
 
 
-def run_in_child(arguments: list[str]) -> list[dict[str, Any]]:
-    """This file again in a new process; its lines of JSON. A failure is printed, and leaves no line."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0:
-        print(f"not measured (exit status {done.returncode}): {' '.join(arguments)}", file=sys.stderr)
-    return lines
+class Child:
+    """This file again in a new process: imports at once, and measures when `lines` is called."""
+
+    def __init__(self, task: dict[str, Any], device: str) -> None:
+        self._task = json.dumps(task)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", self._task, "--device", device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def lines(self, seconds: float) -> Iterator[dict[str, Any]]:
+        """Its lines of JSON as they come, for so many seconds at most. A failure is printed, and leaves no line."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        end = threading.Timer(seconds, self._process.kill)
+        end.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it failed before it was asked
+                self._process.stdin.write("go\n")
+                self._process.stdin.flush()
+            for text in self._process.stdout:
+                if text.startswith("{") and text.endswith("}\n"):
+                    yield json.loads(text)
+            if self._process.wait() != 0:
+                print(f"not measured (exit status {self._process.returncode}): {self._task}", file=sys.stderr)
+        finally:
+            end.cancel()
+            self.stop()
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
+
+def be_a_child(task: dict[str, Any], device: str) -> None:
+    """Import, wait for a line on standard input, then measure and print lines of JSON."""
+    if task["what"] == "matrix product":
+        import torch  # noqa: F401
+    else:
+        from workers.engines.vllm.engine import prepare_environment
+
+        prepare_environment()
+        import workers.engines.vllm.head  # noqa: F401
+    if not sys.stdin.readline():
+        return  # nobody is there any more
+    if task["what"] == "choice":
+        lines: Iterator[dict[str, Any]] = choice_lines(task["folder"], task["precision"], task["prompts"])
+    elif task["what"] == "matrix product":
+        lines = iter([{"way": "matrix product", "device": device, "flops": matrix_product_rate(device)}])
+    else:
+        lines = measure(task["size"], task["steps"], device)
+    for line in lines:
+        print("\n" + json.dumps(line), flush=True)
+
+
+def run_children(tasks: list[dict[str, Any]], device: str, seconds: float) -> Iterator[dict[str, Any]]:
+    """The lines of all tasks, one after the other, for so many seconds at most."""
+    end = time.monotonic() + seconds
+    ready = Child(tasks[0], device) if tasks else None
+    for following in [*tasks[1:], None]:
+        child, ready = ready, None
+        if child is None:
+            return
+        if following is not None and time.monotonic() < end:
+            ready = Child(following, device)
+        yield from child.lines(max(0.0, end - time.monotonic()))
 
 
 def print_table(lines: list[dict[str, Any]], size: str) -> None:
@@ -300,73 +385,67 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--ways", nargs="+", default=None, help="keys of WAYS, with @key=value,... for other settings")
     parser.add_argument("--results", type=Path, default=Path("gpu_scoring.jsonl"))
-    parser.add_argument("--minutes", type=float, default=10, help="start no other engine after this time")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--minutes", type=float, default=10, help="end after this time, whatever is not measured yet")
+    parser.add_argument("--profile", metavar="WAY", nargs="+", default=[], help="ways to say of where the time goes")
     parser.add_argument("--choice", metavar="MODEL_FOLDER", help="compare winners between precisions instead")
     parser.add_argument("--prompts", type=int, default=30, help="of the comparison of winners")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-
     if arguments.child is not None:
-        task = json.loads(arguments.child)
-        if task["what"] == "choice":
-            lines: Any = choice_lines(task["folder"], task["precision"], task["prompts"])
-        elif task["what"] == "matrix product":
-            lines = [
-                {"way": "matrix product", "device": arguments.device, "flops": matrix_product_rate(arguments.device)}
-            ]
-        else:
-            lines = measure(
-                task["size"], Way.parse(task["way"]), task["workloads"], arguments.device, arguments.profile
-            )
-        for line in lines:
-            print("\n" + json.dumps(line), flush=True)
+        be_a_child(json.loads(arguments.child), arguments.device)
         return
 
     def done_already() -> list[dict[str, Any]]:
-        return (
-            [json.loads(line) for line in arguments.results.read_text().splitlines()]
-            if arguments.results.exists()
-            else []
-        )
-
-    def keep(task: dict[str, Any]) -> None:
-        flags = ["--device", arguments.device, *(["--profile"] if arguments.profile else [])]
-        lines = run_in_child([json.dumps(task), *flags])
-        with arguments.results.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        if not arguments.results.exists():
+            return []
+        return [json.loads(line) for line in arguments.results.read_text().splitlines()]
 
     if arguments.choice:
-        precisions = ["float32", "bfloat16", *(["fp8"] if arguments.device == "cuda" else [])]
-        for precision in precisions:
-            known = [line for line in done_already() if line.get("what") == "choice"]
-            if not any((line["precision"], line["folder"]) == (precision, arguments.choice) for line in known):
-                keep(
-                    {"what": "choice", "folder": arguments.choice, "precision": precision, "prompts": arguments.prompts}
-                )
-        known = [line for line in done_already() if line.get("what") == "choice" and line["folder"] == arguments.choice]
-        print(compare_choices(known))
-        return
+        tasks = choice_tasks(done_already(), arguments.choice, arguments.prompts, arguments.device)
+    else:
+        ways = arguments.ways or [way for way in WAYS if arguments.device == "cuda" or "fp8" not in way]
+        steps = [
+            {"way": way, "workload": workload, "profile": way in arguments.profile}
+            for workload in arguments.workloads
+            for way in ways
+        ]
+        tasks = way_tasks(done_already(), arguments.size, steps, arguments.device)
+    for line in run_children(tasks, arguments.device, 60 * arguments.minutes):
+        with arguments.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    if arguments.choice:
+        choices = [line for line in done_already() if line.get("what") == "choice"]
+        print(compare_choices([line for line in choices if line["folder"] == arguments.choice]))
+    else:
+        print_table([line for line in done_already() if "way" in line], arguments.size)
 
-    began = time.monotonic()
-    if not any(
-        line["way"] == "matrix product" and line["device"] == arguments.device
-        for line in done_already()
-        if "way" in line
-    ):
-        keep({"what": "matrix product"})
-    ways = arguments.ways or [way for way in WAYS if arguments.device == "cuda" or "fp8" not in way]
-    for way in ways:
-        have = {
-            line["workload"]
-            for line in done_already()
-            if (line.get("size"), line.get("way")) == (arguments.size, way)
-            and ("profile" in line or not arguments.profile)
-        }
-        missing = [workload for workload in arguments.workloads if workload not in have]
-        if missing and time.monotonic() - began < 60 * arguments.minutes:
-            keep({"what": "way", "size": arguments.size, "way": way, "workloads": missing})
-    print_table([line for line in done_already() if "way" in line], arguments.size)
+
+def choice_tasks(done: list[dict[str, Any]], folder: str, prompts: int, device: str) -> list[dict[str, Any]]:
+    """A task for each precision that has no line yet."""
+    have = {line["precision"] for line in done if line.get("what") == "choice" and line["folder"] == folder}
+    return [
+        {"what": "choice", "folder": folder, "precision": precision, "prompts": prompts}
+        for precision in ("float32", "bfloat16", *(("fp8",) if device == "cuda" else ()))
+        if precision not in have
+    ]
+
+
+def way_tasks(done: list[dict[str, Any]], size: str, steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """A task for each engine with the steps that have no line yet."""
+    have = {
+        (line["way"], line["workload"], profiled)
+        for line in done
+        if line.get("size") == size
+        for profiled in {False, "profile" in line}
+    }
+    by_engine: dict[str, list[dict[str, Any]]] = {}
+    for step in steps:
+        if (step["way"], step["workload"], step["profile"]) not in have:
+            by_engine.setdefault(Way.parse(step["way"]).engine, []).append(step)
+    tasks: list[dict[str, Any]] = [{"what": "ways", "size": size, "steps": few} for few in by_engine.values()]
+    if not any(line.get("way") == "matrix product" and line["device"] == device for line in done):
+        tasks.insert(0, {"what": "matrix product"})
+    return tasks
 
 
 if __name__ == "__main__":
