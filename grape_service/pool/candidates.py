@@ -63,7 +63,7 @@ class Rejected:
     candidate_id: str | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Accepted:
     """A candidate with what it is compared by."""
 
@@ -75,6 +75,16 @@ class Accepted:
     """Of prompt and response, about."""
     column_kinds: dict[str, Kind] = field(default_factory=dict)
     """Kinds of other columns that JSON lacks."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """What the candidates of one prompt share."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    digest: str
+    characters: int
 
 
 def recorded_columns(config: Config) -> set[str]:
@@ -108,6 +118,8 @@ class Normaliser:
         """How many candidates had each column that pool.where names."""
         self.element_names: set[str] = set()
         """Names of fields of responses that are objects."""
+        self._last_given: tuple[Any, ...] | None = None
+        self._last_prompt: _Prompt
         if layout is not None:
             self._use(layout)
 
@@ -253,43 +265,52 @@ class Normaliser:
         return Rejected(replace(rejection, text=beginning(text)), prompt_id, candidate_id)
 
     def _accepted(self, fields: dict[str, Any]) -> Accepted:
-        def value(name: str) -> Any:
-            found = fields.get(self._theirs[name])
-            return without_nulls(found) if self._has_structs and name in MESSAGE_COLUMNS else found
-
-        prompt = with_system_prompt(value("system_prompt"), prompt_messages(value("prompt")))
-        response = response_of(value("response"))
-        source = _text(value("source"), "source")
-        tools = tools_of(value("tools"))
-        finish_reason = value("finish_reason")
+        theirs, get = self._theirs, fields.get
+        prompt = self._prompt(fields)
+        answer = get(theirs["response"])
+        response = response_of(without_nulls(answer) if self._has_structs else answer)
+        source = _text(get(theirs["source"]), "source")
+        finish_reason = get(theirs["finish_reason"])
         if finish_reason is not None and finish_reason == finish_reason and not isinstance(finish_reason, str):
             raise Unusable("finish_reason has the wrong type", f"it is a {type(finish_reason).__name__}, not text")
         truncated = is_truncation(finish_reason)
         if truncated and self.truncated == "reject":
             raise Unusable(TRUNCATED, f"its finish_reason is '{finish_reason}'")
-        prompt_digest, content_digest = _digests(prompt, tools, source, response)
+        content_digest = candidate_id_of(prompt.digest, source, response)
         candidate = Candidate(
-            prompt=prompt,
+            prompt=prompt.messages,
             response=response,
-            prompt_id=_text(value("prompt_id"), "prompt_id") or prompt_digest,
-            candidate_id=_text(value("candidate_id"), "candidate_id") or content_digest,
+            prompt_id=_text(get(theirs["prompt_id"]), "prompt_id") or prompt.digest,
+            candidate_id=_text(get(theirs["candidate_id"]), "candidate_id") or content_digest,
             source=source,
-            response_ids=_numbers(value("response_ids"), int, "response_ids are not integers"),
+            response_ids=_numbers(get(theirs["response_ids"]), int, "response_ids are not integers"),
             recorded_logprobs=_numbers(
-                fields.get(self._recorded_column(source)),
+                get(self._recorded_column(source)),
                 (int, float),
                 "recorded log-probabilities do not match response_ids",
             ),
-            sampling=_sampling(value("sampling")),
+            sampling=_sampling(get(theirs["sampling"])),
             truncated=truncated,
             finish_reason=finish_reason if isinstance(finish_reason, str) else None,
-            tools=tools,
+            tools=prompt.tools,
             other={name: content for name, content in fields.items() if name not in self._taken},
         )
-        characters = sum(map(_characters, prompt)) + (
-            len(response) if isinstance(response, str) else sum(map(_characters, response))
-        )
-        return Accepted(candidate, prompt_digest, content_digest, characters)
+        characters = len(response) if isinstance(response, str) else sum(map(_characters, response))
+        return Accepted(candidate, prompt.digest, content_digest, prompt.characters + characters)
+
+    def _prompt(self, fields: dict[str, Any]) -> _Prompt:
+        """A row's prompt; that of the row before, where both are the same text. Raises Unusable."""
+        theirs, get = self._theirs, fields.get
+        given = get(theirs["prompt"]), get(theirs["system_prompt"]), get(theirs["tools"])
+        if given == self._last_given:
+            return self._last_prompt
+        text, system, tools = (without_nulls(value) for value in given) if self._has_structs else given
+        messages = with_system_prompt(system, prompt_messages(text))
+        offered = tools_of(tools)
+        prompt = _Prompt(messages, offered, prompt_id_of(messages, offered), sum(map(_characters, messages)))
+        if all(value is None or isinstance(value, str) for value in given):  # only texts that are equal are the same
+            self._last_given, self._last_prompt = given, prompt
+        return prompt
 
     def _recorded_column(self, source: str | None) -> str:
         behavior = self._behavior_of_all or (self._behavior_of_source.get(source) if source is not None else None)
@@ -316,13 +337,6 @@ def _lift(row: dict[str, Any], path: str) -> None:
 def _characters(message: Message) -> int:
     calls = message.get("tool_calls")
     return len(message["content"]) + (len(str(calls)) if calls else 0)
-
-
-def _digests(
-    prompt: list[Message], tools: list[dict[str, Any]] | None, source: str | None, response: str | list[Message]
-) -> tuple[str, str]:
-    prompt_digest = prompt_id_of(prompt, tools)
-    return prompt_digest, candidate_id_of(prompt_digest, source, response)
 
 
 def _text(value: Any, name: str) -> str | None:

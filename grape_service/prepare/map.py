@@ -30,7 +30,7 @@ from grape_service.rows.columns import REJECT, SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import field_of, only_text, response_messages
 from grape_service.rows.partitions import prompt_order
-from grape_service.rows.ragged import list_array, offsets_from_lengths
+from grape_service.rows.ragged import list_array, offsets_from_lengths, segment_sums
 from grape_service.storage.slices import top_bits, write_slices
 from grape_service.storage.storage import Storage
 
@@ -79,7 +79,7 @@ class Renders(Protocol):
     def render(self, candidates: list[Candidate]) -> list[Rendered | Rejection]: ...
 
 
-@dataclass
+@dataclass(slots=True)
 class Placed:
     """Something of a piece and where it was."""
 
@@ -314,13 +314,15 @@ def _record_batch(good: list[tuple[Placed, Accepted, Rendered]], piece: int) -> 
     other = [orjson.dumps(candidate.other, option=orjson.OPT_SORT_KEYS) for candidate in candidates]
     sampling = [_json_text(candidate.sampling) for candidate in candidates]
     recorded = [result.recorded_logprobs for result in results]
+    prompt_ids = [candidate.prompt_id for candidate in candidates]
+    orders = {prompt_id: prompt_order(prompt_id) for prompt_id in set(prompt_ids)}
     messages = [
         orjson.dumps([*candidate.prompt, *response_messages(candidate.response)]).decode() for candidate in candidates
     ]
     rest = [_rest_digest(*parts) for parts in zip(candidates, recorded, sampling, messages, other, strict=True)]
     columns: dict[str, Any] = {
         "row_key": row_keys(ids, mask, offsets),
-        "prompt_id": [candidate.prompt_id for candidate in candidates],
+        "prompt_id": prompt_ids,
         "candidate_id": [candidate.candidate_id for candidate in candidates],
         "source": [candidate.source for candidate in candidates],
         "input_ids": list_array(offsets, ids, pa.int32()),
@@ -332,14 +334,14 @@ def _record_batch(good: list[tuple[Placed, Accepted, Rendered]], piece: int) -> 
         "tools": [_json_text(candidate.tools) for candidate in candidates],
         "recorded_logprobs": pa.array(recorded, pa.list_(pa.float32())),
         "sampling": sampling,
-        "prompt_order": [prompt_order(candidate.prompt_id) for candidate in candidates],
+        "prompt_order": [orders[prompt_id] for prompt_id in prompt_ids],
         "prompt_digest": [item.prompt_digest for _, item, _ in good],
         "content_digest": [item.content_digest for _, item, _ in good],
         "rest_digest": rest,
         "piece": [piece] * len(good),
         "segment": [one.segment for one, _, _ in good],
         "place": [one.place for one, _, _ in good],
-        "num_loss": [int(np.count_nonzero(result.loss_mask)) for result in results],
+        "num_loss": segment_sums(mask != 0, offsets),
         "other": other,
     }
     return pa.RecordBatch.from_pydict(columns, schema=MAPPED)

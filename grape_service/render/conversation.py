@@ -19,6 +19,7 @@ from grape_service.rows.candidate import Message
 USER, ANSWER, THOUGHTS = "qzx7user", "qzx7answer", "qzx7thoughts"
 THINKING_ANSWER = f"<think>\n{THOUGHTS}\n</think>\n\n{ANSWER}"
 TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+TAG_STARTS = ("<", "[")
 LONGEST_TAIL = 300
 """Characters of a generation prompt that a response may begin with again."""
 
@@ -116,6 +117,8 @@ def repeated(prompt: str, response: str) -> tuple[str, str]:
 
     Both are empty where it does not.
     """
+    if response[:1] not in TAG_STARTS:
+        return "", ""
     for tail, mark in _tails(prompt[-LONGEST_TAIL:]):
         if response.startswith(mark):
             space = common_prefix(tail[len(mark) :], response[len(mark) :])

@@ -15,7 +15,7 @@ from grape_service.rows.candidate import Message, Rejection, Rendered
 from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
     """Tokens with loss that follow each other: what was written, then perhaps a turn end."""
 
@@ -28,7 +28,7 @@ class Span:
     turn_end: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Plan:
     """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index the batch's."""
 

@@ -118,6 +118,8 @@ def _sized_node(node: Any) -> Any:
 
 def _size_of(operator: str, left: Any, right: Any) -> float:
     """Items that an operation builds, about."""
+    if operator == "+" and isinstance(left, str) and isinstance(right, str):
+        return len(left) + len(right)
     sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
     numbers = [side for side in (left, right) if isinstance(side, int)]
     if operator == "*" and sizes and numbers:

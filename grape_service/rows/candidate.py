@@ -12,7 +12,7 @@ Message = dict[str, Any]
 """A chat message: role, content and, where the pool has them, tool_calls, tool_call_id, name, reasoning_content."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Candidate:
     """A normalised pool row: what is rendered."""
 
@@ -39,7 +39,7 @@ class Candidate:
     """The pool's other columns."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Rendered:
     """Token ids of a whole sequence and which of them have loss."""
 
@@ -51,7 +51,7 @@ class Rendered:
     """[L], NaN for a turn end that was not recorded."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Rejection:
     """Why a row cannot be used."""
 
