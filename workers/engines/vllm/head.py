@@ -48,6 +48,10 @@ TASK = "token_embed"
 HEAD_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """How large the logits of one chunk of rows may be, by device."""
 
+PROMPT_LOGPROBS_TOKENS = 1024
+"""Tokens of a row that vLLM's prompt_logprobs take in one step: it makes logits and float32 copies of them for all at
+once, 10 bytes a token and entry of the vocabulary, in memory that it has not set aside: for 16,384 tokens 25 GB."""
+
 NOT_FINITE = "values that are not finite (NaN or infinity)"
 
 VERSION: str = vllm.__version__
@@ -325,10 +329,12 @@ class VllmCore:
         self._engine.engine_core.engine_core.scheduler.max_num_scheduled_tokens = tokens  # of the in-process core
 
     def shut_down(self) -> None:
-        """End worker processes and free the device."""
-        self._engine.engine_core.shutdown()
-        del self._engine
-        free_device()
+        """End worker processes and free the device; nothing where that was done."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.engine_core.shutdown()
+            del engine
+            free_device()
 
 
 def free_device() -> None:
@@ -373,4 +379,5 @@ def start_with_prompt_logprobs(adapter: str | None, settings: dict[str, Any]) ->
     # vLLM wants room for one more token, which it samples and nothing reads.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     longest = EngineArgs(**settings).create_model_config().max_model_len
+    settings = {"long_prefill_token_threshold": min(PROMPT_LOGPROBS_TOKENS, longest), **settings}
     return VllmCore({**settings, "max_model_len": longest + 1}, adapter)

@@ -35,7 +35,8 @@ MEMBERS = {
     "EngineArgs": (
         "model skip_tokenizer_init dtype quantization tensor_parallel_size distributed_executor_backend "
         "trust_remote_code max_num_batched_tokens max_num_seqs enable_chunked_prefill enforce_eager disable_log_stats "
-        "block_size enable_prefix_caching scheduler_cls runner hf_overrides additional_config enable_lora max_lora_rank"
+        "block_size enable_prefix_caching scheduler_cls runner hf_overrides additional_config enable_lora "
+        "max_lora_rank long_prefill_token_threshold"
     ),
     "PoolingParams": "task skip_reading_prefix_cache extra_kwargs",
     "SamplingParams": "max_tokens temperature prompt_logprobs detokenize flat_logprobs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.workers.engines.vllm.reference import assert_exact, engine_of, load_reference, random_ids, row, tiny_model
 from workers.engines.base import OutOfMemory
+from workers.engines.vllm import head
 from workers.engines.vllm.engine import VllmEngine
 
 
@@ -71,6 +73,49 @@ def test_out_of_memory_halves_the_steps_and_goes_on(tmp_path: Path) -> None:
         assert_exact(engine, reference, rows)
         assert max(sizes[1:]) <= 128
         assert engine.stats()["rescored_rows"] == 0
+
+
+def test_prompt_logprobs_start_again_after_out_of_memory_and_hold_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a second engine does not fit beside what the frames of the failed step still hold."""
+    folder = tiny_model(tmp_path)
+    rows = [row(random_ids(n, 30), random_ids(n, 70)) for n in range(6)]
+    monkeypatch.setattr(head, "PROMPT_LOGPROBS_TOKENS", 60)  # rows come in two pieces
+    start, held = head.start_with_prompt_logprobs, []
+    with engine_of(folder, max_batch_tokens=256, scoring_head=False) as engine:
+        first = weakref.ref(model_runner(engine).model)
+
+        def start_again(*args: Any) -> head.VllmCore:
+            held.append(first())
+            return start(*args)
+
+        monkeypatch.setattr(head, "start_with_prompt_logprobs", start_again)
+        model_runner(engine).sampler.compute_logprobs = no_memory
+        with pytest.raises(OutOfMemory, match="out of memory"):
+            engine.score(TokenBatch.from_rows(rows))
+        assert engine.max_batch_tokens == 128
+        assert_exact(engine, load_reference(folder), rows)
+        assert held == [None]
+
+
+def test_a_second_start_that_fails_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_start(*_: Any) -> None:
+        raise ValueError("Free memory on device is less than desired")
+
+    with engine_of(tiny_model(tmp_path), max_batch_tokens=256, scoring_head=False) as engine:
+        model_runner(engine).sampler.compute_logprobs = no_memory
+        monkeypatch.setattr(head, "start_with_prompt_logprobs", no_start)
+        batch = TokenBatch.from_rows([row(random_ids(1, 30), random_ids(2, 70))])
+        with pytest.raises(OutOfMemory, match="out of memory"):
+            engine.score(batch)
+        assert not engine.is_usable
+        with pytest.raises(RuntimeError, match="the vLLM engine stopped: Free memory"):
+            engine.score(batch)
+
+
+def no_memory(logits: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.97 GiB")
 
 
 def model_runner(engine: VllmEngine) -> Any:
