@@ -5,6 +5,7 @@
 Each time a run without earlier scores begins, one process of it (or the S3 server) gets SIGKILL, and the run has to
 end by itself within HANG_SECONDS. If it failed, the same command is run once more and has to succeed. The release has
 to hold the rows that an undisturbed run chose, no stored score may have been recomputed, and no process may be left.
+A line for each kill as it is done, all of them as a table at the end.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def single_kills(kills: int, seed: int, out: Path, scratch: Path) -> dict[str, A
     """Do `kills` of them, each kind in turn; counts, and what went wrong."""
     draw = random.Random(seed)
     model = str(tiny_models.make_model(out / "model", arch="llama"))
-    counts = dict.fromkeys(VICTIMS, 0)
+    done: list[dict[str, Any]] = []
     problems: list[str] = []
     with running_server(out / "s3") as s3:
         os.environ.update(s3.environment)
@@ -66,9 +67,25 @@ def single_kills(kills: int, seed: int, out: Path, scratch: Path) -> dict[str, A
             with _job(out, model, f"kill-{number:02d}", scratch) as job:
                 found = _one(job, s3, kind, draw.uniform(0, 0.8 * seconds), expected)
             problems += [f"{job.config['name']} ({kind}): {problem}" for problem in found.pop("problems")]
-            counts[kind] += found["killed"]
-            print(orjson.dumps({"kill": number, "kind": kind, **found}).decode(), flush=True)
+            done.append({"kill": number, "kind": kind, **found})
+            print(orjson.dumps(done[-1]).decode(), flush=True)
+    print(table_of(done))
+    counts = {kind: sum(one["kind"] == kind and one["at"] is not None for one in done) for kind in VICTIMS}
     return {"undisturbed_seconds": round(seconds, 1), "kills": counts, "problems": problems}
+
+
+def table_of(done: list[dict[str, Any]]) -> str:
+    """What was killed and after how many seconds, how that run ended, the run after it, and what was found."""
+    lines = ["kill  process    at s   status  after s  scores kept  next run s  release"]
+    for one in done:
+        at = "  none" if one["at"] is None else f"{one['at']:6.1f}"
+        again = "         -" if one["again"] is None else f"{one['again']:10.1f}"
+        status = "hangs" if one["status"] is None else one["status"]
+        lines.append(
+            f"{one['kill']:4}  {one['kind']:8} {at}  {status:>6}  {one['seconds']:7.1f}  {one['kept']:>11}  {again}  "
+            f"{one['release']}"
+        )
+    return "\n".join(lines)
 
 
 def _one(job: Job, s3: SeaweedServer, kind: str, moment: float, expected: pa.Table) -> dict[str, Any]:
@@ -76,22 +93,31 @@ def _one(job: Job, s3: SeaweedServer, kind: str, moment: float, expected: pa.Tab
     problems: list[str] = []
     began = time.monotonic()
     process = job.start("run", str(job.config_path), "--json")
-    killed = _kill(job, s3, kind, process, began + moment)
+    at = _kill(job, s3, kind, process, began + moment)
     status, output, error = _ended(job, process)
-    facts: dict[str, Any] = {"killed": killed, "status": status, "seconds": round(time.monotonic() - began, 1)}
+    ended = time.monotonic()
+    facts: dict[str, Any] = {
+        "at": None if at is None else round(at - began, 1),
+        "status": status,
+        "seconds": round(ended - (at or began), 1),  # from the kill to the end
+        "kept": len(_stored_keys(job)),
+        "again": None,
+        "release": "none",
+    }
     if status is None:
         problems.append(f"it hangs: {error[-500:]}")
-    stored = len(_stored_keys(job))
     if status != 0:
+        began = time.monotonic()
         again = job.grape("run", str(job.config_path), "--json", timeout=HANG_SECONDS)
+        facts["again"] = round(time.monotonic() - began, 1)
         status, output, error = again.returncode, again.stdout, again.stderr
     if status == 0:
-        outcome = orjson.loads(output)
         keys = _stored_keys(job)
-        facts |= {"stored_before": stored, "scored": outcome["scored"]}
         if len(keys) != len(set(keys)):
             problems.append(f"{len(keys) - len(set(keys))} stored scores were recomputed")
-        problems += _differences(outcome["reference"], expected)
+        differences = _differences(orjson.loads(output)["reference"], expected)
+        facts["release"] = "other" if differences else "the same"
+        problems += differences
     else:
         problems.append(f"the run after it ended with {status}: {error[-500:]}")
     left = job.wait_gone(LEFT_SECONDS)
@@ -114,24 +140,30 @@ def _job(out: Path, model: str, name: str, scratch: Path) -> Iterator[Job]:
         yield job
 
 
-def _kill(job: Job, s3: SeaweedServer, kind: str, process: subprocess.Popen[str], moment: float) -> bool:
-    """SIGKILL to a process of that kind at a moment, or as soon after it as there is one; whether there was."""
+def _kill(job: Job, s3: SeaweedServer, kind: str, process: subprocess.Popen[str], moment: float) -> float | None:
+    """SIGKILL to a process of that kind at a moment, or as soon after it as there is one; when, or None."""
     time.sleep(max(0.0, moment - time.monotonic()))
     if kind == "s3":
+        at = time.monotonic()
         s3.kill()
         s3.start()
-        return True
+        return at
     while process.poll() is None:
-        found = [pid for pid, line in job.processes().items() if any(part in line for part in VICTIMS[kind])]
+        found = [pid for pid, line in job.processes().items() if _is_kind(line, kind)]
         found = [process.pid] if kind == "driver" else found
         if found:
             try:
                 os.kill(random.choice(found), signal.SIGKILL)
-                return True
+                return time.monotonic()
             except ProcessLookupError:
                 continue
         time.sleep(0.05)
-    return False
+    return None
+
+
+def _is_kind(line: str, kind: str) -> bool:
+    other = VICTIMS["agent"] if kind == "worker" else ()
+    return any(part in line for part in VICTIMS[kind]) and not any(part in line for part in other)
 
 
 def _ended(job: Job, process: subprocess.Popen[str]) -> tuple[int | None, str, str]:

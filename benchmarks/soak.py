@@ -312,7 +312,7 @@ def main() -> None:
     ):
         if arguments.single_kills:
             found = single_kills(arguments.single_kills, arguments.seed, Path(out), Path(scratch))
-            print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+            print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode(), flush=True)
             sys.exit(1 if found["problems"] else 0)
         tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out), Path(scratch))
     summary = {"rounds": tally.rounds, "attempts": tally.attempts, "rows_verified": tally.rows, "kills": tally.kills}

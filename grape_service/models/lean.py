@@ -9,6 +9,14 @@ from typing import Any
 UNUSED = ("boto3", "scipy")
 """Accelerate has a launcher for SageMaker, and some losses of transformers match boxes."""
 
+GC_THRESHOLD = (50_000, 20, 100)
+"""New objects after which Python looks for cycles: imports make a million that all stay."""
+
+
+def collect_rarely() -> None:
+    """Have this process look for cycles less often: for a quarter of the time that its imports would take."""
+    gc.set_threshold(*GC_THRESHOLD)
+
 
 def import_lean() -> None:
     """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas."""

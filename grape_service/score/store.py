@@ -65,6 +65,10 @@ class ScoreStore:
     def _list_folders(self) -> list[str]:
         return [name for name in self.storage.folders(self.folder) if PARTITION_PATTERN.fullmatch(name)]
 
+    def is_begun(self) -> bool:
+        """Whether there are scores of any row."""
+        return bool(self._list_folders())
+
     def related(self, partition: str) -> list[str]:
         """Partitions with files that may hold scores of this partition's rows: its ancestors, itself, its parts."""
         assert PARTITION_PATTERN.fullmatch(partition), partition

@@ -53,21 +53,37 @@ def private_ray(num_cpus: int, with_jobs: bool = False) -> Iterator[PrivateRay]:
 
     Everything of it lives in one scratch folder and is gone after the block; it never joins a Ray that it finds.
     """
+    with starting_ray(num_cpus, with_jobs) as started:
+        yield started()
+
+
+@contextlib.contextmanager
+def starting_ray(num_cpus: int, with_jobs: bool = False) -> Iterator[Callable[[], PrivateRay]]:
+    """A private Ray that starts beside whatever the block does first; the function waits until it is there."""
     for left in end_leftovers():
         logging.getLogger(__name__).info("ended what a run that was killed had left in %s", left)
-    with scratch_folder() as scratch, _environment(scratch):
-        port = _free_port() if with_jobs else None
+    with scratch_folder() as scratch, _environment(scratch), contextlib.ExitStack() as following:
         asked = {
             "folder": scratch.ray_folder,
             "num_cpus": num_cpus,
-            "dashboard_port": port,
+            "dashboard_port": _free_port() if with_jobs else None,
             "object_store_bytes": STORE_BYTES,
         }
-        yield PrivateRay(**_started(scratch, asked))
+        head = _start_head(scratch, asked)
+
+        def started() -> PrivateRay:
+            found = _wait_for(head, scratch)
+            following.enter_context(_ours_alone())
+            return PrivateRay(**found)
+
+        try:
+            yield started
+        finally:
+            _heads.pop(scratch.path, None)
 
 
-def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
-    """Start the head and wait until it says where it is."""
+def _start_head(scratch: Scratch, asked: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """The head process, which begins to start Ray."""
     with Path(scratch.path, "head.log").open("wb") as log:
         head = subprocess.Popen(
             [sys.executable, "-m", "workers.cluster.head"],
@@ -77,12 +93,16 @@ def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
             env={**os.environ, MARK: scratch.path, "PYTHONPATH": os.pathsep.join(import_path())},
             start_new_session=True,  # Ctrl-C in a terminal is for the run alone, which ends its Ray itself
         )
-    assert head.stdin is not None
-    assert head.stdout is not None
-    _heads[scratch.path] = head  # its standard input stays open until the end
+    assert head.stdin is not None  # it stays open until the end
     with contextlib.suppress(BrokenPipeError):
         head.stdin.write(json.dumps(asked).encode() + b"\n")
         head.stdin.flush()
+    return head
+
+
+def _wait_for(head: subprocess.Popen[bytes], scratch: Scratch) -> dict[str, Any]:
+    """Wait until the head says where Ray is, and watch it from then on."""
+    assert head.stdout is not None
     ready, _, _ = select.select([head.stdout], [], [], START_SECONDS)
     line = head.stdout.readline() if ready else b""
     if not line:
@@ -90,6 +110,7 @@ def _started(scratch: Scratch, asked: dict[str, Any]) -> dict[str, Any]:
         why = lines[-1] if lines else f"it did not answer within {START_SECONDS:.0f} s"
         raise StageError(f"Ray does not start on this machine: {why}")
     found: dict[str, Any] = json.loads(line)
+    _heads[scratch.path] = head
     threading.Thread(target=_watch, args=(scratch.path, head), daemon=True, name="ray-watch").start()
     return found
 
@@ -117,6 +138,7 @@ def _environment(scratch: Scratch) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": scratch.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # we would wait for these for ever where one is killed as it starts
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TMPDIR": scratch.ray_folder,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on macOS: a loopback address stays one
@@ -126,6 +148,19 @@ def _environment(scratch: Scratch) -> Iterator[None]:
     for name in OTHER_RAYS:
         os.environ.pop(name, None)
     os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _ours_alone() -> Iterator[None]:
+    """Inside the block this process follows the Ray of its environment, as the loopback address says."""
     _read_token_again()
     from ray._private import ray_constants
 
@@ -134,12 +169,6 @@ def _environment(scratch: Scratch) -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = joins_others
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        _heads.pop(scratch.path, None)
 
 
 def _read_token_again() -> None:
@@ -163,22 +192,31 @@ class _Wanted:
     def __init__(self, workers: WorkersConfig):
         self.workers = workers
         self.started = contextlib.ExitStack()
+        self.coming: Callable[[], PrivateRay] | None = None
+
+    def begin(self) -> None:
+        """Let a private Ray start beside what this process does."""
+        if is_private() and self.coming is None:
+            logical_cpus = CPUS_PER_CORE * num_cores(self.workers)
+            self.coming = self.started.enter_context(starting_ray(logical_cpus))
 
     def start(self) -> None:
         """Join the job's cluster, or start a private Ray and connect to it."""
+        self.begin()
         import ray
 
         handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         debug = bool(os.environ.get("GRAPE_DEBUG"))
         try:
-            if os.environ.get(IN_CLUSTER):
-                address = "auto"
-            else:
-                logical_cpus = CPUS_PER_CORE * num_cores(self.workers)
-                address = self.started.enter_context(private_ray(logical_cpus)).address
+            address = "auto" if self.coming is None else self.coming().address
             self.started.callback(_restore, handlers)
             self.started.callback(ray.shutdown)
-            ray.init(address=address, log_to_driver=debug, logging_level=logging.ERROR)
+            try:
+                ray.init(address=address, log_to_driver=debug, logging_level=logging.ERROR)
+            except Exception as error:
+                if _a_head_ends():
+                    raise StageError(RAY_ENDED) from error
+                raise
         finally:
             _restore(handlers)
 
@@ -202,6 +240,12 @@ def ray_for(workers: WorkersConfig) -> Iterator[None]:
         wanted.end()
 
 
+def begin_ray() -> None:
+    """Let the private Ray of `ray_for` start beside what comes before a stage needs it."""
+    if not ray_is_up():
+        _wanted[-1].begin()
+
+
 def need_ray() -> None:
     """Start the Ray of `ray_for`, unless Ray is up."""
     import ray
@@ -215,6 +259,14 @@ def check_ray_is_alive() -> None:
     """Raises StageError where the private Ray of this process is gone: its head ends when one of its processes does."""
     if any(head.poll() is not None for head in _heads.values()):
         raise StageError(RAY_ENDED)
+
+
+def _a_head_ends() -> bool:
+    """Whether the private Ray of this process is gone, or is about to be: its head looks once a second."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while all(head.poll() is None for head in _heads.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return any(head.poll() is not None for head in _heads.values())
 
 
 def wait(references: list[Any], num_returns: int, timeout: float) -> list[Any]:

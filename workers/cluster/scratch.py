@@ -28,6 +28,8 @@ LOCK = "lock"
 SOCKET_BYTES = 103
 """Length of the longest path of a Unix socket: 103 bytes on macOS, 107 on Linux."""
 LONGEST_SOCKET = "/r/session/sockets/plasma_store"
+KILL_SECONDS = 2.0
+"""How long processes that were killed are waited for."""
 OTHER_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 """Where a private Ray lives when TMPDIR's own path is too long for sockets, missing or read-only."""
 
@@ -157,7 +159,17 @@ def end_processes(scratch: str) -> None:
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(found, timeout=2)
+        deadline = time.monotonic() + KILL_SECONDS
+        while not all(_is_over(process) for process in found) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _is_over(process: psutil.Process) -> bool:
+    """Whether a process has ended, although its parent, or the system's first process, may not have asked for it."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def is_of(process: psutil.Process, scratch: str) -> bool:

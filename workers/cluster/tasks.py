@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
+from grape_service.models.lean import collect_rarely
 from grape_service.storage.patience import be_patient
 from workers.cluster.ray import CPUS_PER_CORE, check_ray_is_alive, is_private, need_ray, num_slots, wait
 
@@ -118,6 +119,7 @@ def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Ar
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     be_patient()
+    collect_rarely()
     shared = _shared(held[0])
     if len(group) == 1:
         return [function(**shared, **group[0])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from grape_service.errors import StageError, UserError
 from grape_service.models.lean import import_lean
 from grape_service.rows.ragged import TokenBatch
 from workers.engines.base import Engine
+from workers.engines.choose import imports_transformers, load_engine
 
 Scores = npt.NDArray[np.float32]
 
@@ -36,7 +36,7 @@ class Engines:
         import_lean()
         self._loaded: dict[str, Engine] = {}
         self._beside: tuple[Any, Connection] | None = None
-        wanted = [policy for policy in policies if _is_for_transformers(policy)]
+        wanted = [policy for policy in policies if imports_transformers(policy)]
         if len(wanted) == len(policies) and wanted and sys.platform == "linux" and is_fresh:
             context = multiprocessing.get_context("fork")
             ours, theirs = context.Pipe()
@@ -71,17 +71,11 @@ class Engines:
             self._beside[0].kill()
 
 
-def _is_for_transformers(policy: PolicyConfig) -> bool:
-    return policy.engine == "transformers" or (policy.engine == "auto" and importlib.util.find_spec("vllm") is None)
-
-
 def _score(loaded: dict[str, Engine], policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float) -> Any:
     return _engine(loaded, policy, folder).score(batch, temperature)
 
 
 def _engine(loaded: dict[str, Engine], policy: PolicyConfig, folder: str) -> Engine:
-    from workers.engines.choose import load_engine
-
     same = f"{folder} {policy.model_dump_json(exclude={'system_prompt'})}"
     if same not in loaded:
         loaded[same] = load_engine(policy, folder, for_few_rows=True)

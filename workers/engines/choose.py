@@ -31,6 +31,12 @@ def engine_name(policy: PolicyConfig, folder: str) -> str:
     return "vllm" if available else "transformers"
 
 
+def imports_transformers(policy: PolicyConfig) -> bool:
+    """Whether a process that scores this policy is sure to load it with transformers, and nothing else."""
+    is_auto = policy.engine == "auto" and importlib.util.find_spec("vllm") is None
+    return (policy.engine == "transformers" or is_auto) and not os.environ.get(ENGINE_CLASS)
+
+
 def refuse_missing_engines(config: Config) -> None:
     """Raises UserError where a policy is to be scored with an engine that this machine lacks, and on this machine."""
     if config.workers.ray_address != "auto" or os.environ.get(ENGINE_CLASS):

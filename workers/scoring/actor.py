@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import StageError
 from grape_service.models.files import policy_id, resolve_model, text_digests
+from grape_service.models.lean import collect_rarely, import_lean
 from grape_service.rows.columns import FAILURE
 from grape_service.rows.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.statistics import LOGPROB, ordered
@@ -27,7 +28,7 @@ from grape_service.storage.patience import be_patient
 from grape_service.storage.storage import Storage
 from workers.engines.base import Engine, OutOfMemory, invalid_rows
 from workers.engines.canary import check_canary
-from workers.engines.choose import load_engine
+from workers.engines.choose import imports_transformers, load_engine
 
 Scores = dict[str, npt.NDArray[np.float32]]
 """Statistics by name, one value per token with loss."""
@@ -90,7 +91,10 @@ class ScoringActor:
 
     def start(self) -> dict[str, object]:
         """Load the model, check that it is the run's, and answer with the engine's description."""
+        collect_rarely()
         spec = self.spec
+        if imports_transformers(spec.policy):
+            import_lean()
         files = resolve_model(spec.policy, spec.workspace.options)
         here = policy_id(spec.policy, files)
         if here != spec.policy_id:

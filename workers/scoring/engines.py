@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.models.files import text_digests
+from grape_service.score.store import ScoreStore
+from workers.cluster.ray import is_private, need_ray
 from workers.run import Run
 from workers.scoring.actor import ScoringSpec
 
 if TYPE_CHECKING:
     from workers.scoring.replicas import Replicas
+
+
+ANY_UNITS = 2**30
+"""More units than there are engines: how many there will be is not known yet."""
 
 
 class Engines:
@@ -22,21 +28,35 @@ class Engines:
         self.run = run
         self.replicas: Replicas | None = None
 
+    def begin(self, policy: PolicyConfig) -> None:
+        """Let the engine load beside what comes first, where it is sure to be needed and to be one of a private Ray."""
+        if not is_private() or ScoreStore(self.run.workspace, self.run.policy_id(policy)).is_begun():
+            return
+        from workers.scoring.replicas import num_replicas
+
+        need_ray()
+        if num_replicas(self.run.config, policy.tensor_parallel, ANY_UNITS) == 1:
+            self.replicas = self._begun(policy, 1)
+
     def of(self, policy: PolicyConfig, num_units: int) -> Replicas:
         """Started engines for a policy; those of another policy are ended first."""
-        if self.replicas is not None and self.are_up(policy):
-            return self.replicas
-        self.close()
-        from workers.scoring.replicas import Replicas, num_replicas  # imports Ray
+        with self.run.stage("engine start"):
+            if self.replicas is None or not self.are_up(policy):
+                self.close()
+                from workers.scoring.replicas import num_replicas  # imports Ray
 
-        policy_id = self.run.policy_id(policy)
-        config = self.run.config
+                count = num_replicas(self.run.config, policy.tensor_parallel, num_units)
+                self.replicas = self._begun(policy, count)
+            self.replicas.wait_ready(1)
+        return self.replicas
+
+    def _begun(self, policy: PolicyConfig, count: int) -> Replicas:
+        from workers.scoring.replicas import Replicas
+
+        config, policy_id = self.run.config, self.run.policy_id(policy)
         texts = text_digests(self.run.files_of(policy).folder)
         spec = ScoringSpec(policy, policy_id, self.run.workspace, self.run.run_id, config.workers.reuse, texts)
-        count = num_replicas(config, policy.tensor_parallel, num_units)
-        with self.run.stage("engine start"):
-            self.replicas = Replicas(config, spec, count)
-        return self.replicas
+        return Replicas(config, spec, count)
 
     def are_up(self, policy: PolicyConfig) -> bool:
         """Whether engines of this policy are started."""

@@ -74,8 +74,8 @@ def num_replicas(config: Config, tensor_parallel: int, units: int) -> int:
 class Replicas:
     """The actors of one policy. None is detached: they end with `close`, or with the driver.
 
-    Work begins when the first has started. One that finds no room on the cluster, or whose node is lost and has no
-    other, holds nobody up: the others go on without it.
+    They load beside whatever the driver does until `wait_ready`. Work begins when the first has started. One that
+    finds no room on the cluster, or whose node is lost and has no other, holds nobody up: the others go on without it.
     """
 
     def __init__(self, config: Config, spec: ScoringSpec, count: int):
@@ -91,11 +91,6 @@ class Replicas:
         self.metrics = ScoringMetrics(config.name, spec.policy_id, self.gpus)
         reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
         self.replicas = [self._start() for _ in range(count)]
-        try:
-            self.wait_ready(1)
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """End every actor."""

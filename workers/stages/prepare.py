@@ -28,11 +28,15 @@ from grape_service.weigh.sources import refuse_missing_sources
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
+from workers.scoring.engines import Engines
 from workers.scoring.metrics import count_rejects
 
 
-def prepare(run: Run) -> Prepared:
-    """Pool -> shards of whole prompts. An unchanged pool under unchanged settings is not read again."""
+def prepare(run: Run, engines: Engines) -> Prepared:
+    """Pool -> shards of whole prompts. An unchanged pool under unchanged settings is not read again.
+
+    The target's engine may load meanwhile.
+    """
     config, workspace = run.config, run.workspace
     with run.stage("prepare"):
         run.check_models()
@@ -40,6 +44,8 @@ def prepare(run: Run) -> Prepared:
         prepared = load_prepared(plan, workspace)
         look_ahead(run, plan.pool_bytes, prepared)
         if prepared is None:
+            if config.select.needs_scores:
+                engines.begin(config.target)
             prepared = _read_pool(run, plan)
             look_ahead(run, plan.pool_bytes, prepared)
         else:

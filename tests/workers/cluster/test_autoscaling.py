@@ -22,14 +22,15 @@ from grape_service.config.loading import load_config
 from grape_service.prepare import plan
 from workers.cluster.ray import need_ray, ray_for
 from workers.run import new_run
+from workers.scoring.engines import engines_of
 from workers.stages.prepare import prepare
 
 plan.PIECE_BYTES = 1
 config = load_config("config.json")
-with ray_for(config.workers), new_run(config) as run:
+with ray_for(config.workers), new_run(config) as run, engines_of(run) as engines:
     need_ray()
     before = sum(node["Alive"] for node in ray.nodes())
-    rows = prepare(run).rows
+    rows = prepare(run, engines).rows
     print(rows, before, sum(node["Alive"] for node in ray.nodes()))
 """
 

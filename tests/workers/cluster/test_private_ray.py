@@ -18,7 +18,7 @@ import ray
 
 from grape_service.config.schema import WorkersConfig
 from workers.cluster import scratch
-from workers.cluster.ray import need_ray, ray_for, ray_is_up
+from workers.cluster.ray import need_ray, ray_for, ray_is_up, starting_ray
 from workers.cluster.scratch import MARK, end_leftovers, fits, is_of, places
 
 NOBODY = 65534
@@ -56,6 +56,10 @@ def worker_pid() -> int:
     return os.getpid()
 
 
+def is_worker(line: str) -> bool:
+    return "default_worker.py" in line or line.startswith("ray::IDLE")
+
+
 def of_ray(folder: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if is_of(process, folder)]
 
@@ -66,8 +70,10 @@ def folder() -> Iterator[str]:
     with ray_for(WorkersConfig()):
         assert not ray_is_up()  # nothing has asked for it yet
         need_ray()
-        assert ray.get(ray.remote(worker_pid).remote()) != os.getpid()
         folder = str(Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent)
+        # Ray would wait for ever for a worker of its own accord that is killed as it starts.
+        assert not [one for one in of_ray(folder) if is_worker(" ".join(one.cmdline()[:4]))]
+        assert ray.get(ray.remote(worker_pid).remote()) != os.getpid()
         yield folder
     assert not os.path.exists(folder)
     assert not of_ray(folder)
@@ -111,6 +117,18 @@ def test_another_user_reads_nothing_and_is_not_answered(folder: str) -> None:
         lines = done.stdout.splitlines()
         assert len(lines) == 3, done.stderr[-2000:]
         assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), lines
+
+
+def test_a_ray_that_was_begun_and_not_needed_leaves_nothing() -> None:
+    before = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    with starting_ray(2):
+        folder = str(Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent)
+        deadline = time.monotonic() + 30
+        while not any(process.name() == "gcs_server" for process in of_ray(folder)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert not os.path.exists(folder)
+    assert not of_ray(folder)
+    assert os.environ.get("RAY_AUTH_TOKEN_PATH") == before
 
 
 @pytest.fixture

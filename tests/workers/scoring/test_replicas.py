@@ -248,14 +248,14 @@ def test_replicas_of_other_weights_or_another_template_are_refused(bench: Bench,
         spec = engines.replicas.spec  # type: ignore[union-attr]
         engines.close()
         with pytest.raises(StageError, match="are not those of the run"):
-            Replicas(run.config, replace(spec, policy=wrong), 1)
+            Replicas(run.config, replace(spec, policy=wrong), 1).wait_ready(1)
 
         copied = Path(shutil.copytree(bench.model, tmp_path / "copied" / "model"))
         template = copied / "chat_template.jinja"
         template.write_text(template.read_text() + "{# changed #}")
         same_weights = run.config.target.model_copy(update={"model": str(copied)})
         with pytest.raises(StageError, match=r"is not that of the run: chat_template\.jinja differ"):
-            Replicas(run.config, replace(spec, policy=same_weights), 1)
+            Replicas(run.config, replace(spec, policy=same_weights), 1).wait_ready(1)
 
 
 def test_policies_take_turns(bench: Bench, tmp_path: Path) -> None:
