@@ -31,11 +31,12 @@ class Measured:
 
 
 TABLE: dict[tuple[str, str], list[Measured]] = {
-    ("H100", "bfloat16"): [Measured(0.49e9, 358_372), Measured(7.6e9, 58_171)],
-    ("H100", "fp8"): [Measured(7.6e9, 79_093)],
+    ("H100", "bfloat16"): [Measured(0.49e9, 421_806), Measured(7.6e9, 59_655)],
+    ("H100", "fp8"): [Measured(7.6e9, 82_999)],
     ("cpu", "float32"): [Measured(0.135e9, 400)],
 }
-"""One H100 80 GB: vLLM 0.26 with the scoring head and prefix cache, 8 candidates per prompt, all tokens counted.
+"""One H100 80 GB: vLLM 0.26 with the engine's defaults, 8 candidates per prompt, medians of 200 and 400 tokens, all
+tokens counted. Shorter responses, and longer prompts, go 2 to 2.6 times as fast (benchmarks/gpu_scoring.md).
 cpu: two cores, transformers. Other sizes follow by tokens x parameters; other devices are not in the table."""
 
 

