@@ -1,9 +1,10 @@
 """How much of the bare engine's speed the score stage keeps: reading, writing and checking overlap with the engine.
 
-    python benchmarks/actor_overhead.py [--seconds 60] [--engine transformers|vllm]
+    python benchmarks/actor_overhead.py [--seconds 60] [--rounds 3] [--engine transformers|vllm]
 
-Scores the same shards twice in one run on SmolLM2-135M: in this process with nothing but the engine, then through the
-score stage (an actor on a private Ray, scores stored). Engine start is not counted. The aim is 85%.
+Scores the same shards on SmolLM2-135M in turns: in this process with nothing but the engine, then through the score
+stage (an actor on a private Ray, scores stored), and so on, since a machine's speed changes from minute to minute.
+Engine starts are not counted. The aim is 98%.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from grape_service.config.loading import parse_config
-from grape_service.config.schema import Config
 from grape_service.rows.columns import SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.ragged import offsets_from_lengths
@@ -30,6 +30,7 @@ from grape_service.score.shards import Shards
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 from workers.cluster.ray import ray_for
+from workers.engines.base import Engine
 from workers.engines.choose import load_engine
 from workers.run import new_run
 from workers.scoring.actor import prompt_slices, read_rows, token_batch
@@ -42,7 +43,8 @@ COLUMNS = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="about how long each way works")
+    parser.add_argument("--seconds", type=float, default=60, help="about how long each way works, in all rounds")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     arguments = parser.parse_args()
     # As the actor has it, and before torch is loaded.
@@ -61,13 +63,21 @@ def main() -> None:
     )
     storage = Storage(config.workspace_path)
     trial = make_shards(storage, 1, "trial")
-    bare_tokens, bare_seconds = bare(config, storage, trial)
-    tokens_per_shard = trial.tokens
-    count = max(4, round(arguments.seconds * bare_tokens / bare_seconds / tokens_per_shard))
-    shards = make_shards(storage, count, "work")
-    bare_tokens, bare_seconds = bare(config, storage, shards)
-    stage_tokens, stage_seconds = staged(config, shards)
-    show(count, bare_tokens, bare_seconds, stage_tokens, stage_seconds)
+    engine = load_engine(config.target, config.target.model)
+    bare(engine, storage, trial)
+    seconds = bare(engine, storage, trial)
+    shards = make_shards(storage, max(4, round(arguments.seconds / arguments.rounds / seconds)), "work")
+    rounds = []
+    with ray_for(config.workers), new_run(config) as run, engines_of(run) as engines:
+        score_shards(run, engines, config.target, [trial], "warm up", store_id="trial")
+        for number in range(arguments.rounds):
+            alone = bare(engine, storage, shards)
+            started = time.monotonic()
+            totals = score_shards(run, engines, config.target, [shards], "score", store_id=f"round-{number}")
+            assert totals.rows == shards.rows
+            rounds.append((alone, time.monotonic() - started))
+    engine.close()
+    show(shards, rounds)
 
 
 def make_shards(storage: Storage, count: int, folder: str) -> Shards:
@@ -104,41 +114,30 @@ def make_shards(storage: Storage, count: int, folder: str) -> Shards:
     return Shards(f"shards/{folder}", "b", count, num_rows, num_tokens)
 
 
-def bare(config: Config, storage: Storage, shards: Shards) -> tuple[int, float]:
-    """Tokens and seconds of the engine alone, on batches that are in memory already."""
-    engine = load_engine(config.target, config.target.model)
+def bare(engine: Engine, storage: Storage, shards: Shards) -> float:
+    """Seconds of the engine alone, on batches that are in memory already."""
     batches = [token_batch(read_rows(storage, path)) for path in shards.paths]
-    engine.score(batches[0])
     started = time.monotonic()
     for batch in batches:
         for start, stop in prompt_slices(batch, 4 * engine.max_batch_tokens):
             engine.score(batch.take(np.arange(start, stop)))
-    seconds = time.monotonic() - started
-    engine.close()
-    return shards.tokens, seconds
+    return time.monotonic() - started
 
 
-def staged(config: Config, shards: Shards) -> tuple[int, float]:
-    """Tokens and seconds of the score stage, its engine started before."""
-    with ray_for(config.workers), new_run(config) as run, engines_of(run) as engines:
-        engines.of(config.target, shards.number)
-        started = time.monotonic()
-        totals = score_shards(run, engines, config.target, [shards], "score")
-        assert totals.rows == shards.rows
-        return shards.tokens, time.monotonic() - started
-
-
-def show(shards: int, bare_tokens: int, bare_seconds: float, stage_tokens: int, stage_seconds: float) -> None:
+def show(shards: Shards, rounds: list[tuple[float, float]]) -> None:
+    """A line for each round and one for all of them."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{shards} shards, {len(os.sched_getaffinity(0))} cores")
-    for column in ("way", "tokens", "seconds", "tokens/s", "share"):
+    table = Table(title=f"{shards.number} shards of {shards.tokens:,} tokens, {len(os.sched_getaffinity(0))} cores")
+    for column in ("round", "bare engine, tokens/s", "score stage, tokens/s", "share"):
         table.add_column(column, justify="right")
-    rate = bare_tokens / bare_seconds
-    table.add_row("bare engine", f"{bare_tokens:,}", f"{bare_seconds:.1f}", f"{rate:,.0f}", "1.00")
-    own = stage_tokens / stage_seconds
-    table.add_row("score stage", f"{stage_tokens:,}", f"{stage_seconds:.1f}", f"{own:,.0f}", f"{own / rate:.2f}")
+    alone, staged = (sum(seconds) for seconds in zip(*rounds, strict=True))
+    names = [*map(str, range(1, len(rounds) + 1)), "all"]
+    sums = [*((shards.tokens, *seconds) for seconds in rounds), (shards.tokens * len(rounds), alone, staged)]
+    for name, (tokens, of_engine, of_stage) in zip(names, sums, strict=True):
+        rates = (f"{tokens / of_engine:,.0f}", f"{tokens / of_stage:,.0f}", f"{of_engine / of_stage:.1%}")
+        table.add_row(name, *rates)
     Console().print(table)
 
 
