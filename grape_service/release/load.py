@@ -108,10 +108,10 @@ class Release:
                 f"the data of {self.reference} cannot be read ({_one_line(error)}): see `grape datasets verify`"
             ) from error
 
-    def open_file(self, path: str, pre_buffer: bool = False) -> pq.ParquetFile:
+    def open_file(self, path: str) -> pq.ParquetFile:
         """One data file, by its path in the manifest. Raises UserError if it is missing or not Parquet."""
         try:
-            return open_parquet(self.storage, f"{self.folder}/{path}", pre_buffer)
+            return open_parquet(self.storage, f"{self.folder}/{path}")
         except FileNotFoundError as error:
             raise UserError(f"{self.path}/{path} is missing: see `grape datasets verify {self.reference}`") from error
         except (pa.ArrowException, OSError) as error:

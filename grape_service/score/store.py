@@ -30,7 +30,7 @@ from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.statistics import LOGPROB, SCORE_FIELDS, ordered
 from grape_service.storage.ahead import map_ahead
-from grape_service.storage.parquet import array_of, open_parquet, write_parquet
+from grape_service.storage.parquet import array_of, open_parquet, open_small, write_parquet
 from grape_service.storage.storage import Storage
 
 PARTITION_PATTERN = re.compile(r"b[01]*")
@@ -190,7 +190,7 @@ class ScoreStore:
         """The rows that are looked for, with those of the statistics `names` that the file has."""
         parts: list[_Found] = []
         try:
-            with open_parquet(self.storage, path) as file:
+            with open_small(self.storage, path) as file:
                 schema = file.schema_arrow
                 known = [SCORE.field("row_key"), *SCORE_FIELDS.values()]
                 there = [item for item in known if item.name in schema.names]

@@ -132,13 +132,22 @@ def _lengths(array: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.list_value_length(array), 0), np.int64)
 
 
-def open_parquet(storage: Storage, path: str, pre_buffer: bool = False) -> pq.ParquetFile:
-    """A Parquet file for reading; `pre_buffer` joins requests of a row group.
+def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
+    """A Parquet file for reading; on S3 what is asked of a row group comes in one request, not one for each column.
 
     Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
     return pq.ParquetFile(
-        storage.full(path), filesystem=storage.arrow, page_checksum_verification=True, pre_buffer=pre_buffer
+        storage.full(path), filesystem=storage.arrow, page_checksum_verification=True, pre_buffer=storage.is_s3
     )
+
+
+def open_small(storage: Storage, path: str) -> pq.ParquetFile:
+    """A shard or score file, of which most is wanted: on S3 all of it in one request, held while the file is open.
+
+    Raises as open_parquet."""
+    if not storage.is_s3:
+        return open_parquet(storage, path)
+    return pq.ParquetFile(pa.BufferReader(storage.read(path)), page_checksum_verification=True)
 
 
 def open_checked(storage: Storage, path: str, sha256: str) -> pq.ParquetFile:
@@ -166,7 +175,7 @@ def read_tables(
     """Files one after the other in tables of at least `target_bytes`, the last one less; none without rows.
 
     A file is never split, so what was written as shards of whole prompts comes back as whole prompts. The
-    next files are read ahead.
+    next files are read ahead. Each is read by `open_small`.
     """
     waiting: list[pa.Table] = []
     waiting_bytes = 0
@@ -196,7 +205,7 @@ def read_row_groups(storage: Storage, path: str, columns: list[str] | None = Non
 
 def _read_file(storage: Storage, path: str, columns: list[str] | None) -> pa.Table:
     try:
-        with open_parquet(storage, path) as file:
+        with open_small(storage, path) as file:
             return file.read(columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise StageError(f"{storage.url(path)} cannot be read: {error}") from error

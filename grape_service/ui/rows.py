@@ -160,7 +160,7 @@ def _batches_of_file(
     release: Release, path: str, first: int, start: int, columns: tuple[str, ...], size: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     try:
-        with release.open_file(path, pre_buffer=True) as file:
+        with release.open_file(path) as file:
             there = [name for name in columns if name in file.schema_arrow.names]
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows

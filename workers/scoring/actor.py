@@ -23,7 +23,7 @@ from grape_service.rows.columns import FAILURE
 from grape_service.rows.ragged import TokenBatch, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.statistics import LOGPROB, ordered
 from grape_service.score.store import ScoreStore
-from grape_service.storage.parquet import open_parquet, write_parquet
+from grape_service.storage.parquet import open_small, write_parquet
 from grape_service.storage.patience import be_patient
 from grape_service.storage.storage import Storage
 from workers.engines.base import Engine, OutOfMemory, invalid_rows
@@ -240,7 +240,7 @@ def num_callers(engine: Engine) -> int:
 
 def read_rows(storage: Storage, path: str, columns: list[str] = COLUMNS) -> pa.Table:
     """Columns of a shard; without more, those that scoring needs."""
-    with open_parquet(storage, path) as file:
+    with open_small(storage, path) as file:
         return file.read(columns=columns)
 
 
