@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ from pydantic import BaseModel, ValidationError
 from grape_service.config.limits import MAX_BYTES, MAX_DEPTH, check_size
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
-from grape_service.errors import UserError
+from grape_service.errors import UserError, without_url_secrets
+
+SECRET_SECTIONS = ("notify", "storage")
+"""Of their values no sentence repeats one."""
 
 
 def read_config(config: dict[str, Any] | str | Path | Config, overrides: Sequence[str] = ()) -> Config:
@@ -62,8 +66,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} holds no config: it should start with 'name:'")
     for override in overrides:
         apply_override(values, override)
-    where = f"{path} with --set {' --set '.join(overrides)}" if overrides else str(path)
+    keys = [override.partition("=")[0].strip() for override in overrides]  # a value may be a secret
+    where = f"{path} with --set {' --set '.join(keys)}" if keys else str(path)
     return parse_config(values, where)
+
+
+_KEY = re.compile(r"[\w.-]*")
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -73,11 +81,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {override} is not key=value: write --set select.keep=2")
+        raise UserError(f"--set {_KEY.match(override)[0]} is not key=value: write --set select.keep=2")  # type: ignore[index]
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--set {key}: '{text}' is not a YAML value: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"--set {key}: this is not a YAML value: {getattr(error, 'problem', '')}") from None
     place: Any = values
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -144,13 +152,14 @@ def explain(error: ValidationError, model: type[BaseModel] = Config) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    given = "" if first["type"] == "value_error" else f" (it is {shortened(first['input'])})"
+    is_silent = first["type"] == "value_error" or location[0] in SECRET_SECTIONS
+    given = "" if is_silent else f" (it is {shortened(first['input'])})"
     return f"'{key}': {message[0].lower() + message[1:]}{given}"
 
 
 def shortened(value: Any) -> str:
     """A value as Python writes it, cut where it is long."""
-    text = repr(value)
+    text = without_url_secrets(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

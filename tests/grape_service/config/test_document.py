@@ -61,13 +61,41 @@ def test_overrides_reach_sections_lists_and_keys_that_the_file_lacks() -> None:
         ("name.first=x", "'name' is the value 'quickstart' and has no keys"),
         ("select.keep=[1", "is not a YAML value"),
         ("select.kep=2", "unknown key 'select.kep'; did you mean 'keep'?"),
-        ("select.keep=0", "with --set select.keep=0: 'select.keep'"),
+        ("select.keep=0", "with --set select.keep: 'select.keep'"),
     ],
 )
 def test_an_override_that_is_wrong_is_one_sentence(override: str, sentence: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(QUICKSTART, [override])
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "notify.webhook=http://hooks/t0ken",
+        "notify.webhook=ftp://hooks/t0ken",
+        "notify.webhook: http://hooks/t0ken",
+        "notify.webhook=[http://hooks/t0ken",
+        "=http://hooks/t0ken",
+        "notify=http://hooks/t0ken",
+        "notify.webhook={a: t0ken}",
+        "notify.webhooks=http://hooks/t0ken",
+        "storage=t0ken",
+        "storage.secret=[t0ken]",
+        "workers.ray_address=http://user:t0ken@head:1",
+        "output.path=s3://user:t0ken@bucket",
+    ],
+)
+def test_a_sentence_about_an_override_does_not_repeat_what_may_be_a_secret(override: str) -> None:
+    said = []
+    for wrong in ([], ["select.keep=0"], ["select.kep=1"]):  # some of the overrides are right by themselves
+        try:
+            load_config(QUICKSTART, [override, *wrong])
+        except UserError as error:
+            said.append(str(error))
+    assert said
+    assert "t0ken" not in " ".join(said)
 
 
 def test_an_override_is_yaml() -> None:
