@@ -234,11 +234,13 @@ class PromptCacheScheduler(Scheduler):
     """vLLM's scheduler, except that a prefix-cache hit ends before the first position that is scored.
 
     A hit that covers such a position would leave no hidden state to score it from. vLLM itself only
-    leaves the last token of a sequence out of a hit.
+    leaves the last token of a sequence out of a hit. Nor does it keep a place for a token that is sampled: before
+    0.32 vLLM does so for poolers too, and never ends a row of the model's whole length that takes several steps.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.num_sampled_tokens_per_step = 0
         manager = self.kv_cache_manager
         find_blocks = manager.get_computed_blocks
         find_hit = manager.coordinator.find_longest_cache_hit

@@ -43,7 +43,7 @@ MEMBERS = {
     "Pooler": "get_supported_tasks forward",
     "_ModelRegistry": "models register_model get_supported_archs",
     "UsageContext": "LLM_CLASS",
-    "Scheduler": "kv_cache_manager max_num_scheduled_tokens",
+    "Scheduler": "kv_cache_manager max_num_scheduled_tokens num_sampled_tokens_per_step",
     "LLMEngine": "from_engine_args add_request step abort_request reset_prefix_cache model_config engine_core",
     "KVCacheManager": "get_computed_blocks coordinator",
     "KVCacheCoordinator": "find_longest_cache_hit",
