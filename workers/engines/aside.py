@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ class Engines:
         import_lean()
         self._loaded: dict[str, Engine] = {}
         self._beside: tuple[Any, Connection] | None = None
+        self._num_asked = 0
+        self._answers: list[Any] = []  # of the process beside, in the order of the questions
         wanted = [policy for policy in policies if imports_transformers(policy)]
         if len(wanted) == len(policies) and wanted and sys.platform == "linux" and is_fresh:
             context = multiprocessing.get_context("fork")
@@ -45,19 +49,33 @@ class Engines:
             theirs.close()
             self._beside = process, ours
 
-    def score(self, policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float) -> Scores:
-        """Log-probabilities [L] of a batch, as the policy's engine gives them. Raises what that raises."""
+    def ask(
+        self, policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float
+    ) -> Callable[[], npt.NDArray[np.float32]]:
+        """Ask for the log-probabilities [L] of a batch, which the function waits for; it raises what the engine does.
+
+        A process beside this one goes about it at once, as soon as its engine is loaded.
+        """
         if self._beside is None:
-            return _score(self._loaded, policy, folder, batch, temperature)
+            return partial(_score, self._loaded, policy, folder, batch, temperature)
+        with contextlib.suppress(OSError):  # it has ended, which its answer shows
+            self._beside[1].send((policy, folder, batch, temperature))
+        self._num_asked += 1
+        return partial(self._answer, self._num_asked, policy)
+
+    def _answer(self, number: int, policy: PolicyConfig) -> Scores:
+        """The answer to a question; those to earlier ones come first and are kept."""
+        assert self._beside is not None
         process, connection = self._beside
         try:
-            connection.send((policy, folder, batch, temperature))
-            answer = connection.recv()
+            while len(self._answers) < number:
+                self._answers.append(connection.recv())
         except (EOFError, OSError):
             process.join(timeout=5)
             raise StageError(
                 f"the engine of {policy.model} ended with status {process.exitcode}: its memory may not suffice"
             ) from None
+        answer = self._answers[number - 1]
         if isinstance(answer, Exception):
             raise answer
         scores: Scores = answer

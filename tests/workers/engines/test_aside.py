@@ -20,23 +20,26 @@ folder = sys.argv[1]
 policy = PolicyConfig(model=folder, engine="transformers", dtype="float32")
 batch = TokenBatch.from_rows([([1, 2, 3, 4], [False, True, True, True]), ([1, 2, 9], [False, True, True])])
 engines = Engines([policy])
-beside = engines.score(policy, folder, batch, 0.5)
+first, other = engines.ask(policy, folder, batch, 0.5), engines.ask(policy, folder, batch, 1.0)
+warmer = other()
+beside = first()
 assert engines._beside is not None
+assert (warmer != beside).any()
 try:
-    engines.score(policy.model_copy(update={"adapter": "/none"}), folder, batch, 1.0)
+    engines.ask(policy.model_copy(update={"adapter": "/none"}), folder, batch, 1.0)()
     raise AssertionError
 except (UserError, StageError) as error:
     print(error)
 os.kill(engines._beside[0].pid, signal.SIGKILL)
 try:
-    engines.score(policy, folder, batch, 0.5)
+    engines.ask(policy, folder, batch, 0.5)()
     raise AssertionError
 except StageError as error:
     print(error)
 engines.close()
 here = Engines([policy])
 assert here._beside is None
-assert (here.score(policy, folder, batch, 0.5) == beside).all()
+assert (here.ask(policy, folder, batch, 0.5)() == beside).all()
 here.close()
 """
 
