@@ -10,18 +10,19 @@ A line for each kill as it is done, all of them as a table at the end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+import psutil
 import pyarrow as pa
 
 import grape_service
@@ -33,13 +34,14 @@ from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 VICTIMS = {
     "driver": ("grape_service.cli",),
     "engine": ("ray::ScoringActor",),
     "worker": ("ray::",),
     "raylet": ("raylet/raylet",),
     "gcs": ("gcs_server",),
-    "agent": ("ray::DashboardAgent", "ray::RuntimeEnvAgent"),
+    "agent": AGENTS,
     "s3": (),
 }
 """What is killed, and how its command line is known; of several, one."""
@@ -134,7 +136,7 @@ def _one(job: Job, s3: SeaweedServer, kind: str, moment: float, expected: pa.Tab
     return {**facts, "problems": problems}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _job(out: Path, model: str, name: str, scratch: Path) -> Iterator[Job]:
     folder = out / name
     folder.mkdir()
@@ -157,7 +159,7 @@ def _kill(job: Job, s3: SeaweedServer, kind: str, process: subprocess.Popen[str]
         s3.start()
         return at
     while process.poll() is None:
-        found = [pid for pid, line in job.processes().items() if _is_kind(line, kind)]
+        found = [pid for pid, line in _processes(job).items() if _is_kind(line, kind)]
         found = [process.pid] if kind == "driver" else found
         if found:
             try:
@@ -169,8 +171,18 @@ def _kill(job: Job, s3: SeaweedServer, kind: str, process: subprocess.Popen[str]
     return None
 
 
+def _processes(job: Job) -> dict[int, str]:
+    """Those of the job, and what its raylet has started: titles are written over the environment that tells whose."""
+    found = job.processes()
+    for pid in [pid for pid, line in found.items() if "raylet/raylet" in line]:
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(pid).children():
+                found.setdefault(child.pid, " ".join(child.cmdline()))
+    return found
+
+
 def _is_kind(line: str, kind: str) -> bool:
-    other = VICTIMS["agent"] if kind == "worker" else ()
+    other = AGENTS if kind == "worker" else ()
     return any(part in line for part in VICTIMS[kind]) and not any(part in line for part in other)
 
 
