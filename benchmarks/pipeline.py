@@ -3,8 +3,9 @@
     python benchmarks/pipeline.py --candidates 1000000
 
 Prints seconds and rows/s of each stage, the largest memory of any process, what the bare tokenizer alone would
-need for the same texts on the same cores, and what the report adds: the seconds in which its page is made, and
-the CPU seconds of its statistics (benchmarks/report.py), all of them counted as if on one core.
+need for the same texts on the same cores (from a sample, before and after, since a machine's speed changes), and
+what the report adds: the seconds in which its page is made, and the CPU seconds of its statistics
+(benchmarks/report.py), all of them counted as if on one core.
 The engine answers in constant time (constant_engine.py).
 """
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 MARK = "GRAPE_BENCHMARK_MARK"
 CANDIDATES = 8
 REPORT_ROWS = 50_000
+BARE_ROWS = 200_000
 KEPT_STAGES = ("score behavior", "weigh", "release")
 SOURCES = ("teacher", "student", "forum", "book")
 
@@ -103,7 +105,7 @@ class Result:
     tokens: int
     seconds: float  # of the whole command, start and end included
     stages: dict[str, float]
-    bare_tokenizer: float  # seconds
+    bare_tokenizer: tuple[float, float]  # seconds, measured before and after
     peaks: dict[str, int]  # kind of process -> bytes
 
 
@@ -148,7 +150,7 @@ def run_size(candidates: int, folder: Path, cpus: int | None) -> Result:
         tokens=counts["pool"]["tokens"],
         seconds=time.monotonic() - started,
         stages=outcome["stage_seconds"],
-        bare_tokenizer=bare,
+        bare_tokenizer=(bare, bare_tokenizer_seconds(pool, model)),
         peaks=peaks,
     )
 
@@ -163,7 +165,7 @@ def bare_tokenizer_seconds(pool: Path, model: Path) -> float:
     with pool.open("rb") as file:
         for number, line in enumerate(file):
             total += 1
-            if number < 20_000:
+            if number < BARE_ROWS:
                 row = orjson.loads(line)
                 texts.append(row["response"])
                 if number % CANDIDATES == 0:
@@ -171,7 +173,7 @@ def bare_tokenizer_seconds(pool: Path, model: Path) -> float:
     started = time.monotonic()
     for start in range(0, len(texts), 4096):
         tokenizer.encode_batch_fast(texts[start : start + 4096], add_special_tokens=False)
-    return (time.monotonic() - started) * total / min(total, 20_000)
+    return (time.monotonic() - started) * total / min(total, BARE_ROWS)
 
 
 def watch_memory(process: subprocess.Popen[bytes], mark: str, peaks: dict[str, int]) -> None:
@@ -204,7 +206,11 @@ def show(result: Result, statistics: float) -> None:
         rate = f"{rows / max(seconds, 1e-9):10,.0f} rows/s" if stage != "report" else "(part of release)"
         print(f"  {stage:<16}{seconds:8.1f} s {rate}")
     print(f"  {'whole command':<16}{result.seconds:8.1f} s {result.candidates / result.seconds:10,.0f} rows/s")
-    print(f"  bare tokenizer alone, all cores: {result.bare_tokenizer:.1f} s")
+    before, after = result.bare_tokenizer
+    times = result.seconds / ((before + after) / 2)
+    print(
+        f"  bare tokenizer alone, all cores: {before:.1f} s before, {after:.1f} s after; the whole: {times:.2f} times"
+    )
     added = statistics * result.candidates
     share = (added + result.stages["report"]) / (result.seconds - added - result.stages["report"])
     print(
