@@ -71,6 +71,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     if _interruptions:
         return
     _interruptions.append(number)
+    sys.unraisablehook = lambda told: None  # where it meets a callback of an import, Python would tell, and go on
     timer = threading.Timer(END_SECONDS, _end_at_once)
     timer.daemon = True
     timer.start()
