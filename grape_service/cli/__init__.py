@@ -71,7 +71,9 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     if _interruptions:
         return
     _interruptions.append(number)
-    sys.unraisablehook = lambda told: None  # where it meets a callback of an import, Python would tell, and go on
+    # Where it meets a callback of an import, or Ray's own code, that would be told, and the command go on.
+    sys.unraisablehook = lambda told: None
+    sys.excepthook = lambda kind, error, trace: None
     timer = threading.Timer(END_SECONDS, _end_at_once)
     timer.daemon = True
     timer.start()
