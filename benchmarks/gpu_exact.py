@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_scoring import CANDIDATES, SHAPES, Way, make_batch
+from benchmarks.gpu_scoring import Way
+from benchmarks.gpu_workloads import CANDIDATES, SHAPES, make_batch
 from grape_service.config.policy import PolicyConfig
 from grape_service.rows.ragged import TokenBatch
 from grape_service.rows.statistics import MAX_RANK, RANK, STATISTICS, TOP

@@ -31,27 +31,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_profile import profile_of
+from benchmarks.gpu_workloads import (
+    CANDIDATES,
+    SHAPES,
+    WORKLOADS,
+    last_token_only,
+    make_batch,
+    make_model,
+    useful_flops,
+)
 from benchmarks.score_choice import choice_lines, compare_choices
 from grape_service.config.policy import PolicyConfig
 from grape_service.rows.ragged import TokenBatch
 from grape_service.rows.statistics import ENTROPY, RANK, TOP20_ENTROPY
 
-SHAPES: dict[str, dict[str, Any]] = {
-    # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings
-    "tiny": dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers"), (64, 128, 2), strict=True))
-    | {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
-    | {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-    | {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-}
-CANDIDATES = 8
-WORKLOADS = {"200/400": (200, 400), "200/50": (200, 50), "1500/300": (1500, 300), "500/8000": (500, 8000)}
-"""Median tokens of prompt and response."""
-WORKLOAD_TOKENS = {"tiny": 6_000, "0.5b": 1_200_000, "1.5b": 600_000, "7b": 290_000}
-"""About how many tokens a measurement takes, prompts counted for each candidate."""
 WAYS: dict[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     # name: (dtype or quantization, engine arguments, what is scored, statistics beside log-probabilities)
     "prompt_logprobs": ("bf16", {"scoring_head": False}, "response", ()),
@@ -99,55 +93,6 @@ def _is_json(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def make_model(size: str, folder: Path) -> str:
-    """config.json of Qwen2 shapes; the weights are made up by vLLM (load_format dummy)."""
-    from transformers import Qwen2Config
-
-    config = Qwen2Config(**SHAPES[size], max_position_embeddings=32768, architectures=["Qwen2ForCausalLM"])
-    config.save_pretrained(folder)
-    return str(folder)
-
-
-def make_batch(size: str, workload: str) -> TokenBatch:
-    """Random tokens; lengths log-normal about the medians; a prompt's candidates next to each other."""
-    generator = np.random.default_rng(0)
-    prompt_median, response_median = WORKLOADS[workload]
-    if size == "tiny":
-        prompt_median, response_median = prompt_median // 4, max(4, response_median // 20)
-    prompts = max(2, round(WORKLOAD_TOKENS[size] / (CANDIDATES * (prompt_median + response_median))))
-    vocab = SHAPES[size]["vocab_size"]
-    rows = []
-    for _ in range(prompts):
-        prompt = generator.integers(0, vocab, _length(generator, prompt_median)).tolist()
-        for _ in range(CANDIDATES):
-            response = generator.integers(0, vocab, _length(generator, response_median)).tolist()
-            rows.append((prompt + response, [False] * len(prompt) + [True] * len(response)))
-    return TokenBatch.from_rows(rows)
-
-
-def _length(generator: np.random.Generator, median: int) -> int:
-    return int(np.clip(median * np.exp(generator.normal(0, 0.4)), 2, 4 * median))
-
-
-def last_token_only(batch: TokenBatch) -> TokenBatch:
-    """The same sequences with just their last token to score: prefill and next to no head."""
-    mask = np.zeros_like(batch.mask)
-    mask[batch.offsets[1:] - 1] = True
-    return TokenBatch(batch.input_ids, mask, batch.offsets, (batch.lengths - 1).astype(np.int32))
-
-
-def useful_flops(size: str, batch: TokenBatch) -> float:
-    """2 FLOP a weight, once for each distinct token (a prompt's once for all its candidates), and the output head
-    for response tokens only. Attention's own products are not counted."""
-    shape = SHAPES[size]
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    key_value = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    trunk = layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner)
-    prompts = batch.prompt_lens[::CANDIDATES].sum()
-    distinct = int(prompts) + int(batch.mask.sum())
-    return 2.0 * trunk * distinct + 2.0 * hidden * shape["vocab_size"] * int(batch.mask.sum())
 
 
 def matrix_product_rate(device: str) -> float:
@@ -230,53 +175,6 @@ def measure(size: str, steps: list[dict[str, Any]], device: str) -> Iterator[dic
         for line, asked, statistics in to_profile:
             yield {**line, "profile": profile_of(engine, asked, statistics, device)}
         engine.close()
-
-
-KINDS = {
-    "attention": ("attention", "flash", "fmha", "paged"),
-    "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "matmul", "mm_", "_mm", "linear", "addmm"),
-    "scoring head (log-softmax)": ("row_logprob", "row_statistics", "logsumexp"),
-    "quantization": ("quant", "fp8", "scaled"),
-    "cache writes": ("reshape_and_cache",),
-    "norms, activations, positions": ("norm", "silu", "act_and_mul", "rotary", "elementwise", "reduce", "mul", "add"),
-}
-
-
-def profile_of(engine: Any, batch: TokenBatch, statistics: tuple[str, ...], device: str) -> dict[str, float]:
-    """Seconds on the device (on a CPU: in operators) by kind, what the head's range took, and what is left."""
-    import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    engine.forget_cached_prompts()
-    with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
-        began = time.perf_counter()
-        engine.score_statistics(batch, statistics)
-        wall = time.perf_counter() - began
-    kinds: dict[str, float] = {}
-    busy = 0.0
-    for event in profiler.key_averages():
-        if event.key == "scoring head":
-            total = event.device_time_total if device == "cuda" else event.cpu_time_total
-            kinds["scoring head, all of it"] = max(kinds.get("scoring head, all of it", 0.0), total / 1e6)
-            continue
-        if device == "cuda":
-            # A kernel's time stands in the operator that started it and in annotations too: kernels alone are counted.
-            is_kernel = event.device_type == DeviceType.CUDA and not event.is_user_annotation
-            taken = event.self_device_time_total if is_kernel else 0.0
-        else:
-            taken = event.self_cpu_time_total
-        if taken > 0 and not event.key.startswith("ProfilerStep"):
-            kind = next((kind for kind, names in KINDS.items() if any(n in event.key.lower() for n in names)), "other")
-            kinds[kind] = kinds.get(kind, 0.0) + taken / 1e6
-            busy += taken / 1e6
-    return {
-        "wall": wall,
-        **dict(sorted(kinds.items(), key=lambda item: -item[1])),
-        "device idle": max(0.0, wall - busy),
-    }
 
 
 class Child:
