@@ -42,7 +42,6 @@ RECORDED = "behavior_logprobs"
 CONSTANT_SOURCE = "\0source"
 """Under which a row has the source of its group of files."""
 TRUNCATED = "truncated"
-MESSAGE_COLUMNS = ("prompt", "response", "tools")
 TOO_LONG = "longer than max_tokens"
 EXACT_IN_FLOAT = 2.0**53
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")

@@ -31,9 +31,9 @@ MAX_BUCKETS = 2**16
 FAN_OUT = 64
 """Buckets, at most, that a task deals rows to, and files that it reads to do so: a power of two."""
 PIECE_BYTES = 2 * 2**20
-"""A piece is not smaller, however small the partitions: it is a task with files of its own."""
+"""A piece is not smaller, nor a partition where there are more than PIECES: each is a task with files of its own."""
 PIECES = 32
-"""So many pieces, about, of a pool that is not large: of a few, the last would leave CPUs idle. Partitions too."""
+"""So many pieces, about, of a pool that is not large: of a few, the last would leave CPUs idle."""
 FOLDER_OF_MAP = "dealt"
 """Below the plan's folder: what lies between map and reduce."""
 PREPARED = "prepared.json"
