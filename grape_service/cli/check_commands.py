@@ -25,14 +25,16 @@ def register(app: typer.Typer) -> None:
 
 def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
-    from grape_service.estimate.finding import Finding, Table
-    from grape_service.estimate.preflight import check as findings_of
-    from grape_service.estimate.preflight import recorded_sources
     from workers.engines.aside import Engines
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engines have it, see workers/scoring/replicas.py
     settings = config_of(config, sets)
-    engines = Engines([own.policy for own in recorded_sources(settings).values() if own.policy is not None])
+    recorded = settings.behavior.recorded_sources.values() if settings.behavior else ()
+    engines = Engines([own.policy for own in recorded if own.policy is not None])
+
+    from grape_service.estimate.finding import Finding, Table  # while an engine may be loaded beside this process
+    from grape_service.estimate.preflight import check as findings_of
+
     try:
         found = list(findings_of(settings, engines.ask, probes_of(settings)))
     finally:

@@ -98,6 +98,11 @@ class BehaviorConfig(Model):
             raise ValueError("behavior.recorded belongs to a behavior with a column: give it beside that column")
         return self
 
+    @property
+    def recorded_sources(self) -> dict[str, RecordedBehavior]:
+        """Sources whose rows bring log-probabilities of their own."""
+        return {name: one for name, one in (self.sources or {}).items() if isinstance(one, RecordedBehavior)}
+
     @model_serializer(mode="wrap")
     def _as_in_yaml(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)

@@ -82,7 +82,7 @@ def check(config: Config, ask: Ask, probes: dict[str, Probe] | None = None) -> I
     good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
     rescored = [
         (f"recorded log-probabilities of {source}", _Rescored(config, recorded, _of_source(good, source), target, ask))
-        for source, recorded in recorded_sources(config).items()
+        for source, recorded in (config.behavior.recorded_sources if config.behavior else {}).items()
         if recorded.policy is not None and rendered
     ]
     yield _look("target", lambda: _policy("target", config.target, config, renderers))
@@ -102,7 +102,7 @@ def check(config: Config, ask: Ask, probes: dict[str, Probe] | None = None) -> I
                 yield Finding(name, "error", f"{len(bad)} token ids mean other text there: weights would be wrong")
     if config.behavior is not None and config.weights is not None:
         behavior, recorded_rows = config.behavior, [c for c, r in good if r.recorded_logprobs is not None]
-        if recorded_rows and (behavior.column is not None or recorded_sources(config)):
+        if recorded_rows and (behavior.column is not None or behavior.recorded_sources):
             yield _look("recorded log-probabilities", partial(_numbers, behavior, recorded_rows))
     for name, one in rescored:
         yield _look(name, one.look)
@@ -155,12 +155,6 @@ def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str
     missing = int((found.policy < RECORDED).sum())
     detail = f"{len(candidates) - missing} of {len(candidates)} rows of the sample can be weighed by theirs"
     return ("warning" if missing and behavior.missing == "error" else "ok"), detail
-
-
-def recorded_sources(config: Config) -> dict[str, RecordedBehavior]:
-    """Sources whose rows bring log-probabilities of their own."""
-    sources = (config.behavior.sources if config.behavior else None) or {}
-    return {name: behavior for name, behavior in sources.items() if isinstance(behavior, RecordedBehavior)}
 
 
 Rows = list[tuple[Candidate, Rendered]]

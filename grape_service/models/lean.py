@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 UNUSED = ("boto3", "scipy")
@@ -25,7 +28,10 @@ def import_lean() -> None:
     hidden = [name for name in UNUSED if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
-        import transformers.modeling_utils  # noqa: F401
+        import transformers
+
+        with _models_listed_once(transformers):
+            import transformers.modeling_utils
     finally:
         for name in hidden:
             del sys.modules[name]
@@ -37,6 +43,32 @@ def import_lean() -> None:
     finally:
         sys.meta_path.remove(NoPandas)  # type: ignore[arg-type]
     gc.freeze()  # all of it stays
+
+
+@contextlib.contextmanager
+def _models_listed_once(transformers: Any) -> Iterator[None]:
+    """Transformers reads every file of its models to list what is in them, for itself and again for
+    `transformers.models`, which takes a quarter of a second: in the block the second list is made of the first.
+    """
+    from transformers.utils import import_utils
+
+    listing = import_utils.define_import_structure
+    folder = Path(transformers.__file__).parent / "models"
+
+    def of_models(path: Any, prefix: str | None = None) -> Any:
+        if prefix is not None or Path(path) != folder / "__init__.py":
+            return listing(path, prefix)
+        found = listing(folder, prefix="models")  # as transformers itself has asked: it keeps answers
+        return {
+            needed: {name.removeprefix("models."): what for name, what in modules.items() if name.startswith("models.")}
+            for needed, modules in found.items()
+        }
+
+    import_utils.define_import_structure = of_models  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        import_utils.define_import_structure = listing
 
 
 class NoPandas:
