@@ -6,13 +6,16 @@ import os
 import socket
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import typer
 
 from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table
-from grape_service.config.schema import Config
 from grape_service.errors import UserError
+
+if TYPE_CHECKING:
+    from grape_service.config.schema import Config
 
 TITLES = {"groups": "groups of files", "sources": "sources and who wrote them"}
 TIMEOUT_SECONDS = 5
@@ -25,20 +28,19 @@ def register(app: typer.Typer) -> None:
 
 def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
-    from workers.engines.aside import Engines
+    from workers.engines.aside import ModelsAside
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engines have it, see workers/scoring/replicas.py
-    settings = config_of(config, sets)
-    recorded = settings.behavior.recorded_sources.values() if settings.behavior else ()
-    engines = Engines([own.policy for own in recorded if own.policy is not None])
-
-    from grape_service.estimate.finding import Finding, Table  # while an engine may be loaded beside this process
-    from grape_service.estimate.preflight import check as findings_of
-
+    models = ModelsAside()
     try:
-        found = list(findings_of(settings, engines.ask, probes_of(settings)))
+        settings = config_of(config, sets)
+        models.begin(settings)
+        from grape_service.estimate.finding import Finding, Table
+        from grape_service.estimate.preflight import check as findings_of
+
+        found = list(findings_of(settings, models, probes_of(settings)))
     finally:
-        engines.close()
+        models.close()
     findings = [one for one in found if isinstance(one, Finding)]
     tables = [one for one in found if isinstance(one, Table)]
     if as_json:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 from grape_service.errors import UserError
-from grape_service.models.files import cache_folder
-from grape_service.storage.storage import normal_url
 
 VARIABLE = "GRAPE_DATASETS"
 
@@ -30,12 +29,20 @@ def folder_or_last(path: str | None, command: str) -> str:
 def remember(path: str) -> None:
     """This folder is the one that was used last."""
     with contextlib.suppress(OSError, UserError):  # it is a convenience
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        (cache_folder() / "last-datasets").write_text(normal_url(path), encoding="utf-8")
+        from grape_service.storage.storage import normal_url
+
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        _file().write_text(normal_url(path), encoding="utf-8")
 
 
 def _last() -> str | None:
     try:
-        return (cache_folder() / "last-datasets").read_text(encoding="utf-8").strip() or None
+        return _file().read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError, UserError):
         return None
+
+
+def _file() -> Path:
+    from grape_service.models.files import cache_folder
+
+    return cache_folder() / "last-datasets"

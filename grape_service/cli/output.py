@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from grape_service.cli.completion import complete_reference
-from grape_service.config.loading import load_config
-from grape_service.config.schema import Config
 from grape_service.display import visible
 from grape_service.errors import UserError
+
+if TYPE_CHECKING:
+    from grape_service.config.schema import Config
 
 ConfigArgument = Annotated[str, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 ReferenceArgument = Annotated[
@@ -109,6 +110,8 @@ def storage_options(endpoint: str | None) -> dict[str, Any]:
 
 def config_of(path: str, overrides: Sequence[str] | None = None) -> Config:
     """The config of a command, with what `--set` says."""
+    from grape_service.config.loading import load_config
+
     return load_config(path, overrides or ())
 
 

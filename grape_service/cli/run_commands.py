@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,8 +29,10 @@ from grape_service.cli.output import (
     stdout_to_stderr,
 )
 from grape_service.cli.train_commands import show_training
-from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError, UserError
+
+if TYPE_CHECKING:
+    from grape_service.config.training import TrainConfig
 
 ForceOption = Annotated[bool, typer.Option("--force", help="Make a new version even if nothing changed.")]
 SHOWN_ROWS = 12

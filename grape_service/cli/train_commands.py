@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,10 @@ from grape_service.cli.output import (
     say,
     write_error_line,
 )
-from grape_service.config.training import TrainConfig
 from grape_service.errors import UserError
+
+if TYPE_CHECKING:
+    from grape_service.config.training import TrainConfig
 
 
 def register(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.estimate.tokens import look_at_tokens
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import incompatible_ids
-from grape_service.models.weights import check_policy
+from grape_service.models.weights import Weights, check_policy, check_values
 from grape_service.release.manifest import secret_places
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
@@ -42,16 +42,24 @@ SECRETS_ARE_HIDDEN = (
     "(`grape deploy` keeps it in a secret block there)"
 )
 
-Ask = Callable[[PolicyConfig, str, TokenBatch, float], Callable[[], npt.NDArray[np.float32]]]
-"""(policy, folder, batch, temperature) -> a function that waits for log-probabilities [L]: the caller brings the
-engine, which may load and score while other things are looked at."""
+
+class Models(Protocol):
+    """What looks at models for the caller, perhaps beside other work: each function that it gives waits for it."""
+
+    def weights(self, policy: PolicyConfig, folder: str) -> Callable[[], Weights]:
+        """What `check_weights` says of a policy's files; the function raises its UserError."""
+
+    def scores(
+        self, policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float
+    ) -> Callable[[], npt.NDArray[np.float32]]:
+        """Log-probabilities [L] of a batch."""
 
 
 Probe = Callable[[], tuple[str, str]]
 """Looks at something that only the caller can reach; (status, detail)."""
 
 
-def check(config: Config, ask: Ask, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
+def check(config: Config, models: Models, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
     """Storage, pool, model files, tokens, behavior policies, recorded values; continues after errors."""
     for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
         yield _look(name, partial(_writable, path, config.storage))
@@ -74,28 +82,32 @@ def check(config: Config, ask: Ask, probes: dict[str, Probe] | None = None) -> I
     candidates = first_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
     try:
-        target = load_renderer(resolve_model(config.target, config.storage).folder, config.target, config.render)
+        folder = resolve_model(config.target, config.storage).folder
+        target_weights = models.weights(config.target, folder)
+        target = load_renderer(folder, config.target, config.render)
     except UserError as error:
         yield Finding("target", "error", str(error))
         return
     rendered = target.render(candidates)
     good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
     rescored = [
-        (f"recorded log-probabilities of {source}", _Rescored(config, recorded, _of_source(good, source), target, ask))
+        (f"recorded log-probabilities of {source}", _Rescored(config, recorded, _rows_of(good, source), target, models))
         for source, recorded in (config.behavior.recorded_sources if config.behavior else {}).items()
         if recorded.policy is not None and rendered
     ]
-    yield _look("target", lambda: _policy("target", config.target, config, renderers))
+    about_tokens: list[Finding] = []  # made before the target's weights are waited for
+    if rendered:
+        assert found is not None, "there are candidates"
+        about_tokens.append(dry_run(config, found, rendered))
+        about_tokens.append(_look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder)))
+    yield _look("target", lambda: _policy("target", config.target, config, renderers, target_weights))
+    yield from about_tokens
     if not rendered:
         return
-    assert found is not None, "there are candidates"
-    yield dry_run(config, found, rendered)
-    folder = resolve_model(config.target, config.storage).folder
-    yield _look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder))
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
     for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
         name = f"behavior {place}: {policy.model}"
-        yield _look(name, partial(_policy, name, policy, config, renderers))
+        yield _look(name, partial(_behavior, name, policy, config, renderers, models))
         if used is not None and name in renderers:
             bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
             if len(bad):
@@ -127,14 +139,24 @@ def _checks(config: Config) -> tuple[str, str]:
     return "ok", f"{detail}; {texts:,} texts of evaluation sets" if files else detail
 
 
-def _policy(name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer]) -> tuple[str, str]:
+def _behavior(
+    name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer], models: Models
+) -> tuple[str, str]:
+    weights = models.weights(policy, resolve_model(policy, config.storage).folder)
+    return _policy(name, policy, config, renderers, weights)
+
+
+def _policy(
+    name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer], weights: Callable[[], Weights]
+) -> tuple[str, str]:
     files = resolve_model(policy, config.storage)
     own = name != "target"
-    renderers[name] = load_renderer(files.folder, policy, config.render, own_template=own)
-    renderer = renderers[name]
+    renderer = renderers[name] = load_renderer(files.folder, policy, config.render, own_template=own)
+    if files.quantization is None:
+        check_values(files.folder, policy)
     has_weights = config.weights is not None
     found = check_policy(
-        policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, scan_values=True
+        policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, weights
     )
     detail = f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {renderer.mode} mode"
     if found.unchecked:
@@ -160,7 +182,7 @@ def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str
 Rows = list[tuple[Candidate, Rendered]]
 
 
-def _of_source(good: Rows, source: str) -> Rows:
+def _rows_of(good: Rows, source: str) -> Rows:
     """The first rows of a source that bring log-probabilities."""
     return [(c, r) for c, r in good if c.source == source and r.recorded_logprobs is not None][:RESCORED_ROWS]
 
@@ -168,16 +190,16 @@ def _of_source(good: Rows, source: str) -> Rows:
 class _Rescored:
     """Recorded rows that are scored again: asked for early, looked at late."""
 
-    def __init__(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, ask: Ask):
+    def __init__(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, models: Models):
         self.num_given, self.num_rows = len(rows), 0
         self.asked: list[tuple[npt.NDArray[np.float32], Callable[[], npt.NDArray[np.float32]]]] = []
         self.problem: Exception | None = None
         try:
-            self._ask(config, recorded, rows, target, ask)
+            self._ask(config, recorded, rows, target, models)
         except Exception as error:
             self.problem = error
 
-    def _ask(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, ask: Ask) -> None:
+    def _ask(self, config: Config, recorded: RecordedBehavior, rows: Rows, target: Renderer, models: Models) -> None:
         policy = recorded.policy
         assert policy is not None
         if not rows:
@@ -200,7 +222,7 @@ class _Rescored:
         for temperature, found in at_temperature.items():
             batch = TokenBatch.from_rows([(own.input_ids.tolist(), (own.loss_mask > 0).tolist()) for own, _ in found])
             were = np.concatenate([values for _, values in found])
-            self.asked.append((were, ask(policy, files.folder, batch, temperature)))
+            self.asked.append((were, models.scores(policy, files.folder, batch, temperature)))
 
     def look(self) -> tuple[str, str]:
         """How far recorded values are from the policy's own. Raises what went wrong."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,17 +22,25 @@ def collect_rarely() -> None:
     gc.set_threshold(*GC_THRESHOLD)
 
 
-def import_lean() -> None:
-    """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas."""
+def import_lean(with_torch: bool = True) -> None:
+    """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas.
+
+    Without torch it has tokenizers, and no models, in a third of the time.
+    """
     if "transformers" in sys.modules:
         return
-    hidden = [name for name in UNUSED if name not in sys.modules]
+    hidden = [name for name in (*UNUSED, *(() if with_torch else ("torch",))) if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    if not with_torch:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
     try:
         import transformers
 
         with _models_listed_once(transformers):
-            import transformers.modeling_utils
+            if with_torch:
+                import transformers.modeling_utils
+            else:
+                from transformers import AutoTokenizer  # noqa: F401
     finally:
         for name in hidden:
             del sys.modules[name]

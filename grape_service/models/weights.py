@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,29 +48,54 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def check_weights(folder: str, policy: PolicyConfig, scan_values: bool = False) -> Weights:
+def check_weights(folder: str, policy: PolicyConfig) -> Weights:
     """Raises UserError for weights that are missing, left over or of another size, and for heads that are none.
 
-    With `scan_values` the values of models of up to MAX_SCANNED_BYTES are looked at too, and refused where they
-    are not finite. A process looks once at files that stay as they are.
+    A process looks once at files that stay as they are.
     """
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir())
-    seen = folder, tuple(files), policy.model, policy.trust_remote_code
-    if not (_known.get((*seen, True)) or _known.get((*seen, scan_values))):
-        _known[*seen, scan_values] = _check_weights(folder, policy, scan_values)
-    return _known.get((*seen, True)) or _known[*seen, scan_values]
+    seen = _stamp(folder), policy.model, policy.trust_remote_code
+    if seen not in _known:
+        _known[seen] = _check_weights(folder, policy)
+    return _known[seen]
 
 
 _known: dict[tuple[Any, ...], Weights] = {}
 
 
-def _check_weights(folder: str, policy: PolicyConfig, scan_values: bool) -> Weights:
+def check_values(folder: str, policy: PolicyConfig) -> None:
+    """Raises UserError where a model of up to MAX_SCANNED_BYTES holds values that are not finite.
+
+    Takes neither torch nor transformers, unless weights are pickled. A process looks once at files that stay as they
+    are.
+    """
+    seen = _stamp(folder), policy.model
+    if seen in _finite:
+        return
+    headers = read_headers(Path(folder), policy)
+    if sum(header.num_bytes for header in headers.values()) <= MAX_SCANNED_BYTES:
+        for name, header in headers.items():
+            if problem := value_problem(header):
+                raise UserError(
+                    f"model '{policy.model}': {name} holds {problem}: its training diverged or a file is damaged"
+                )
+    _finite.add(seen)
+
+
+_finite: set[tuple[Any, ...]] = set()
+
+
+def _stamp(folder: str) -> tuple[Any, ...]:
+    """Changes where a file of the folder may have changed."""
+    files = ((path.name, path.stat()) for path in Path(folder).iterdir())
+    return folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+def _check_weights(folder: str, policy: PolicyConfig) -> Weights:
     try:
         config = _model_config(folder, policy)
         model = _empty_model(config, policy)
     except (ValueError, OSError, KeyError, ImportError) as error:  # vLLM may have it
-        headers = read_headers(Path(folder), policy)
-        _refuse_values(headers, policy, scan_values)
+        read_headers(Path(folder), policy)
         return Weights(unchecked=f"transformers has no such model ({_first_line(error)})")
     except Exception as error:  # whatever a model's class raises where its config is not sensible
         raise UserError(f"model '{policy.model}': its config.json makes no model: {_first_line(error)}") from error
@@ -95,7 +120,6 @@ def _check_weights(folder: str, policy: PolicyConfig, scan_values: bool) -> Weig
                 f"model '{policy.model}': its config.json ties {target} to {source}, but its files hold different "
                 "values for the two: set tie_word_embeddings to false there, or remove the one that is not meant"
             )
-    _refuse_values(headers, policy, scan_values)
     return Weights(renames, _embedding_rows(model))
 
 
@@ -106,12 +130,13 @@ def check_policy(
     tokenizer: Any,
     vocabulary: Vocabulary,
     has_weights: bool,
-    scan_values: bool = False,
+    look: Callable[[], Weights] | None = None,
 ) -> Weights:
-    """Everything that can be known of a policy's files before an engine starts.
+    """Everything that can be known of a policy's files before an engine starts, without their values.
 
     `quantization` is how the checkpoint is quantised in itself; `has_weights` whether importance weights are made
-    from this policy's scores. Raises UserError where it must not score.
+    from this policy's scores; `look` stands for check_weights where that runs elsewhere.
+    Raises UserError where the policy must not score.
     """
     if has_weights and quantization is not None:
         raise UserError(
@@ -119,7 +144,7 @@ def check_policy(
             f"quantization_config of its config.json says {quantization}): give the unquantised model, "
             "or set weights to null"
         )
-    weights = check_weights(folder, policy, scan_values)
+    weights = look() if look is not None else check_weights(folder, policy)
     refuse_small_embedding(policy.model, weights.embedding_rows, vocabulary, tokenizer)
     return weights
 
@@ -296,17 +321,6 @@ def _refuse_whole_numbers(headers: Mapping[str, TensorHeader], policy: PolicyCon
             raise UserError(
                 f"model '{policy.model}': {name} is stored as {header.dtype}, but its config.json has no "
                 "quantization_config that says how to read it"
-            )
-
-
-def _refuse_values(headers: Mapping[str, TensorHeader], policy: PolicyConfig, scan: bool) -> None:
-    if not scan or sum(header.num_bytes for header in headers.values()) > MAX_SCANNED_BYTES:
-        return
-    for name, header in headers.items():
-        problem = value_problem(header)
-        if problem:
-            raise UserError(
-                f"model '{policy.model}': {name} holds {problem}: its training diverged or a file is damaged"
             )
 
 

@@ -1,4 +1,4 @@
-"""Engines in a process beside this one, which loads them while this one does something else."""
+"""Models in a process beside this one, which looks at their weights and scores while this one does something else."""
 
 from __future__ import annotations
 
@@ -11,59 +11,91 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from grape_service.config.policy import PolicyConfig
 from grape_service.errors import StageError, UserError
 from grape_service.models.lean import import_lean
-from grape_service.rows.ragged import TokenBatch
-from workers.engines.base import Engine
-from workers.engines.choose import imports_transformers, load_engine
 
-Scores = npt.NDArray[np.float32]
+if TYPE_CHECKING:  # the process beside is there before these are imported
+    import numpy as np
+    import numpy.typing as npt
+
+    from grape_service.config.policy import PolicyConfig
+    from grape_service.config.schema import Config
+    from grape_service.models.weights import Weights
+    from grape_service.rows.ragged import TokenBatch
+    from workers.engines.base import Engine
+
+    Scores = npt.NDArray[np.float32]
+    Loaded = dict[str, Engine]
 
 
-class Engines:
-    """Scores with the engine of each policy, which it loads once: here, or in a process beside this one.
+class ModelsAside:
+    """The models of a config, for a command that looks at them: their weights, and scores of the engine of each.
 
-    A process is forked where that is safe, as torch has not computed anything yet, and of use: local models of
-    `policies` that are for transformers are loaded in it at once.
+    Where that is safe, as transformers is not imported yet, a process is forked at once, which imports torch; this
+    one then goes without it. Make it first of all, begin when the config is known, and close it.
     """
 
-    def __init__(self, policies: list[PolicyConfig]):
-        is_fresh = "torch" not in sys.modules
-        import_lean()
-        self._loaded: dict[str, Engine] = {}
+    def __init__(self) -> None:
+        self._loaded: Loaded = {}
         self._beside: tuple[Any, Connection] | None = None
+        self._scores_beside = False
         self._num_asked = 0
         self._answers: list[Any] = []  # of the process beside, in the order of the questions
-        wanted = [policy for policy in policies if imports_transformers(policy)]
-        if len(wanted) == len(policies) and wanted and sys.platform == "linux" and is_fresh:
+        if sys.platform == "linux" and not {"torch", "transformers"} & set(sys.modules):
             context = multiprocessing.get_context("fork")
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, ours, wanted), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, ours), daemon=True)
             process.start()
             theirs.close()
             self._beside = process, ours
 
-    def ask(
+    def begin(self, config: Config) -> None:
+        """Import transformers, and have the process beside look at local models and load engines that it will need."""
+        from workers.engines.choose import imports_transformers
+
+        recorded = config.behavior.recorded_sources.values() if config.behavior else ()
+        engines = [own.policy for own in recorded if own.policy is not None]
+        self._scores_beside = self._beside is not None and all(map(imports_transformers, engines))
+        for function, policies in ((_weights, config.policies()), (_engine, engines if self._scores_beside else [])):
+            for policy in policies:
+                if self._beside is not None and Path(policy.model).is_dir():
+                    self._ask(function, policy, str(Path(policy.model).resolve()))  # the answer comes again
+        runs_own_code = config.names_own_methods or any(policy.trust_remote_code for policy in config.policies())
+        import_lean(with_torch=runs_own_code or not self._scores_beside)
+
+    def weights(self, policy: PolicyConfig, folder: str) -> Callable[[], Weights]:
+        """Ask for what check_weights says of a policy's files: the function waits for it, and raises its UserError."""
+        return self._ask(_weights, policy, folder)
+
+    def scores(
         self, policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float
     ) -> Callable[[], npt.NDArray[np.float32]]:
-        """Ask for the log-probabilities [L] of a batch, which the function waits for; it raises what the engine does.
+        """Ask for the log-probabilities [L] of a batch: the function waits for them, and raises what the engine does.
 
         A process beside this one goes about it at once, as soon as its engine is loaded.
         """
+        if not self._scores_beside:
+            return partial(_called, _scores, self._loaded, policy, folder, batch, temperature)
+        return self._ask(_scores, policy, folder, batch, temperature)
+
+    def close(self) -> None:
+        """End what was loaded."""
+        for engine in self._loaded.values():
+            engine.close()
+        if self._beside is not None:
+            self._beside[0].kill()
+
+    def _ask(self, function: Callable[..., Any], policy: PolicyConfig, *arguments: Any) -> Callable[[], Any]:
         if self._beside is None:
-            return partial(_score, self._loaded, policy, folder, batch, temperature)
+            return partial(_called, function, self._loaded, policy, *arguments)
         with contextlib.suppress(OSError):  # it has ended, which its answer shows
-            self._beside[1].send((policy, folder, batch, temperature))
+            self._beside[1].send((function, policy, arguments))
         self._num_asked += 1
         return partial(self._answer, self._num_asked, policy)
 
-    def _answer(self, number: int, policy: PolicyConfig) -> Scores:
+    def _answer(self, number: int, policy: PolicyConfig) -> Any:
         """The answer to a question; those to earlier ones come first and are kept."""
         assert self._beside is not None
         process, connection = self._beside
@@ -73,49 +105,59 @@ class Engines:
         except (EOFError, OSError):
             process.join(timeout=5)
             raise StageError(
-                f"the engine of {policy.model} ended with status {process.exitcode}: its memory may not suffice"
+                f"the process with {policy.model} ended with status {process.exitcode}: its memory may not suffice"
             ) from None
         answer = self._answers[number - 1]
         if isinstance(answer, Exception):
             raise answer
-        scores: Scores = answer
-        return scores
-
-    def close(self) -> None:
-        """End what was loaded."""
-        for engine in self._loaded.values():
-            engine.close()
-        if self._beside is not None:
-            self._beside[0].kill()
+        return answer
 
 
-def _score(loaded: dict[str, Engine], policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float) -> Any:
-    return _engine(loaded, policy, folder).score(batch, temperature)
+def _called(function: Callable[..., Any], loaded: Loaded, policy: PolicyConfig, *arguments: Any) -> Any:
+    """Raises UserError, and StageError for whatever else goes wrong."""
+    try:
+        return function(loaded, policy, *arguments)
+    except (UserError, StageError):
+        raise
+    except Exception as error:
+        raise StageError(f"looking at {policy.model} failed: {type(error).__name__}: {error}") from error
 
 
-def _engine(loaded: dict[str, Engine], policy: PolicyConfig, folder: str) -> Engine:
-    same = f"{folder} {policy.model_dump_json(exclude={'system_prompt'})}"
-    if same not in loaded:
-        loaded[same] = load_engine(policy, folder, for_few_rows=True)
-    return loaded[same]
+def _weights(loaded: Loaded, policy: PolicyConfig, folder: str) -> Weights:
+    from grape_service.models.weights import check_weights
+
+    return check_weights(folder, policy)
 
 
-def _serve(connection: Connection, other_end: Connection, policies: list[PolicyConfig]) -> None:
-    """In the process: load local models, then answer until the other end is closed."""
+def _scores(loaded: Loaded, policy: PolicyConfig, folder: str, batch: TokenBatch, temperature: float) -> Scores:
+    _engine(loaded, policy, folder)
+    return loaded[_same(policy, folder)].score(batch, temperature)
+
+
+def _engine(loaded: Loaded, policy: PolicyConfig, folder: str) -> None:
+    from workers.engines.choose import load_engine
+
+    if _same(policy, folder) not in loaded:
+        loaded[_same(policy, folder)] = load_engine(policy, folder, for_few_rows=True)
+
+
+def _same(policy: PolicyConfig, folder: str) -> str:
+    """Of policies that take the same engine."""
+    return f"{folder} {policy.model_dump_json(exclude={'system_prompt'})}"
+
+
+def _serve(connection: Connection, other_end: Connection) -> None:
+    """In the process: answer until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this process
     other_end.close()
     os.dup2(2, 1)
-    loaded: dict[str, Engine] = {}
-    for policy in policies:
-        if Path(policy.model).is_dir():
-            with contextlib.suppress(Exception):  # comes again where it is asked for
-                _engine(loaded, policy, str(Path(policy.model).resolve()))
+    import_lean()
+    loaded: Loaded = {}
     with contextlib.suppress(EOFError):
         while True:
-            policy, folder, batch, temperature = connection.recv()
+            function, policy, arguments = connection.recv()
             try:
-                answer = _score(loaded, policy, folder, batch, temperature)
-            except Exception as error:
-                ours = isinstance(error, UserError | StageError)
-                answer = error if ours else StageError(f"scoring with {policy.model} failed: {error!r}")
+                answer = _called(function, loaded, policy, *arguments)
+            except (UserError, StageError) as error:
+                answer = error
             connection.send(answer)

@@ -6,12 +6,15 @@ import importlib
 import importlib.util
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from grape_service.config.policy import PolicyConfig
-from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.models.weights import check_weights
 from workers.engines.base import Engine
+
+if TYPE_CHECKING:
+    from grape_service.config.schema import Config
 
 ENGINE_CLASS = "GRAPE_ENGINE_CLASS"
 """Environment variable that names another engine class, 'module:Class': for benchmarks and drills."""

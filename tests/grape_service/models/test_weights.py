@@ -17,7 +17,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from grape_service.models.files import resolve_model
 from grape_service.models.vocabulary import Vocabulary
-from grape_service.models.weights import check_policy, check_weights, quantization_of, refuse_architecture
+from grape_service.models.weights import check_policy, check_values, check_weights, quantization_of, refuse_architecture
 from tests import tiny_models
 
 State = dict[str, torch.Tensor]
@@ -63,7 +63,10 @@ def changed(source: Path, target: Path, change: Callable[[State], State | None] 
 
 
 def look(folder: str, **settings: Any) -> Any:
-    return check_weights(folder, PolicyConfig(model=folder, **settings), scan_values=True)
+    policy = PolicyConfig(model=folder, **settings)
+    weights = check_weights(folder, policy)
+    check_values(folder, policy)
+    return weights
 
 
 def without(*names: str) -> Callable[[State], None]:

@@ -1,59 +1,81 @@
-"""Engines in a process beside a command, which has not imported torch yet."""
+"""Models in a process beside a command, which has not imported torch, and in the command's own."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests import tiny_models
 
 PROGRAM = """
-import os, signal, sys
-from grape_service.config.policy import PolicyConfig
+import json, os, signal, sys
+if sys.argv[2] == "here":
+    import transformers  # too late for a process beside
 from grape_service.errors import StageError, UserError
+from workers.engines.aside import ModelsAside
+
+models = ModelsAside()
+
+from grape_service.config.loading import read_config
 from grape_service.rows.ragged import TokenBatch
-from workers.engines.aside import Engines
 
 folder = sys.argv[1]
-policy = PolicyConfig(model=folder, engine="transformers", dtype="float32")
+model = {"model": folder, "engine": "transformers", "dtype": "float32"}
+config = read_config({
+    "name": "x", "pool": {"path": "pool.jsonl"}, "target": model, "output": {"path": "out"},
+    "behavior": {"sources": {"a": {"column": "behavior_logprobs", "recorded": "raw", "policy": model}}},
+})
+policy = config.target
 batch = TokenBatch.from_rows([([1, 2, 3, 4], [False, True, True, True]), ([1, 2, 9], [False, True, True])])
-engines = Engines([policy])
-first, other = engines.ask(policy, folder, batch, 0.5), engines.ask(policy, folder, batch, 1.0)
-warmer = other()
-beside = first()
-assert engines._beside is not None
-assert (warmer != beside).any()
-try:
-    engines.ask(policy.model_copy(update={"adapter": "/none"}), folder, batch, 1.0)()
-    raise AssertionError
-except (UserError, StageError) as error:
-    print(error)
-os.kill(engines._beside[0].pid, signal.SIGKILL)
-try:
-    engines.ask(policy, folder, batch, 0.5)()
-    raise AssertionError
-except StageError as error:
-    print(error)
-engines.close()
-here = Engines([policy])
-assert here._beside is None
-assert (here.ask(policy, folder, batch, 0.5)() == beside).all()
-here.close()
+models.begin(config)
+weights = models.weights(policy, folder)
+first, other = models.scores(policy, folder, batch, 0.5), models.scores(policy, folder, batch, 1.0)
+warmer, colder = other().tolist(), first().tolist()
+
+def error(ask):
+    try:
+        ask()()
+    except (UserError, StageError) as error:
+        return str(error)
+
+bad = policy.model_copy(update={"adapter": "/none"})
+errors = [error(lambda: models.scores(bad, folder, batch, 1.0)), error(lambda: models.weights(policy, "/none"))]
+has_torch = "torch" in sys.modules
+if models._beside is not None:
+    os.kill(models._beside[0].pid, signal.SIGKILL)
+    errors.append(error(lambda: models.scores(policy, folder, batch, 0.5)))
+models.close()
+print(json.dumps({"rows": weights().embedding_rows, "scores": [warmer, colder], "torch": has_torch, "errors": errors}))
 """
 
 
-def test_an_engine_beside_scores_as_one_here(tmp_path: Path) -> None:
-    folder = tiny_models.make_model(tmp_path / "model")
+def seen(folder: str, where: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, folder],
+        [sys.executable, "-c", PROGRAM, folder, where],
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert "/none" in first
-    assert second == f"the engine of {folder} ended with status -9: its memory may not suffice"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_models_beside_are_as_those_here(tmp_path: Path) -> None:
+    folder = tiny_models.make_model(tmp_path / "model")
+    beside, here = seen(folder, "beside"), seen(folder, "here")
+    assert not beside["torch"]
+    assert here["torch"]
+    assert beside["rows"] == here["rows"] > 0
+    assert beside["scores"] == here["scores"]
+    assert beside["scores"][0] != beside["scores"][1]
+    bad_adapter, no_folder, killed = beside["errors"]
+    assert "/none" in bad_adapter
+    assert "/none" in no_folder
+    assert here["errors"] == [bad_adapter, no_folder]
+    assert killed == f"the process with {folder} ended with status -9: its memory may not suffice"
