@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service.config.policy import PolicyConfig
+from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.estimate.survey import Survey, survey_pool
 from grape_service.estimate.throughput import Throughput, actual_figures, expected_throughput
@@ -120,9 +120,8 @@ def make_plan(
         share = min(1.0, config.select.usual_keep * survey.prompts / max(survey.rows, 1.0))
         if config.select.method == "all":
             share = 1.0
-        behaviors = config.compared_behavior.policies()
-        for policy in behaviors:
-            part = share / len(behaviors)  # sources are taken as equally large
+        for policy in config.compared_behavior.policies():
+            part = share * _share_of(policy, config.compared_behavior, survey)
             rows, tokens, reused = survey.rows * part, survey.tokens * part, 0.0
             if policy == config.target and config.select.needs_scores:
                 rows, tokens, reused = 0.0, 0.0, rows  # every row has been scored by then
@@ -176,7 +175,17 @@ def _estimate(
 
 def _survey_of(prepared: Prepared) -> Survey:
     counts = (prepared.rows, prepared.prompts, prepared.tokens, prepared.loss_tokens)
-    return Survey(*counts, prepared.rejects.total, prepared.filtered, exact=True)
+    rejected = prepared.rejects.total + prepared.left_out.total
+    sources = {source: float(rows) for source, rows in prepared.sources.items()}
+    return Survey(*counts, rejected, prepared.filtered, exact=True, sources=sources)
+
+
+def _share_of(policy: PolicyConfig, behavior: BehaviorConfig, survey: Survey) -> float:
+    """Of all rows, those whose behavior is this policy: the same of the kept ones is the best guess before a run."""
+    if behavior.sources is None:
+        return 1.0
+    rows = sum(survey.sources.get(source, 0.0) for source, one in behavior.sources.items() if one == policy)
+    return min(1.0, rows / max(survey.rows, 1.0))
 
 
 def _left_to_score(workspace: Storage, prepared: Prepared, store_id: str, config: Config) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,8 @@ class Survey:
     rejected: float
     filtered: float
     exact: bool
+    sources: dict[str, float]
+    """Rows by source; rows without one are not among them."""
     token_error: float = 0.0  # share of `tokens`
     parts_read: int = 0
     parts: int = 0
@@ -74,16 +77,22 @@ def survey_pool(
     everything = exact or len(sized) <= SAMPLED_PARTS
     chosen = sized if everything else draw.sample(sized, SAMPLED_PARTS)
     prompts: set[str] = set()
-    counts = np.array([_count(files[segment.file], segment, config, renderer, prompts) for segment, _ in chosen])
+    by_source: Counter[str] = Counter()
+    counts = np.array(
+        [_count(files[segment.file], segment, config, renderer, prompts, by_source) for segment, _ in chosen]
+    )
     totals = counts.sum(axis=0) if len(counts) else np.zeros(5)
     if everything:
         rows, tokens, loss, rejected, filtered = totals.tolist()
-        return Survey(rows, len(prompts), tokens, loss, rejected, filtered, True, 0.0, len(chosen), len(sized))
+        found = (rows, len(prompts), tokens, loss, rejected, filtered)
+        return Survey(*found, True, dict(by_source), 0.0, len(chosen), len(sized))
     sizes = np.array([size for _, size in chosen], dtype=float)
     scale = total_bytes / sizes.sum()
     error = ratio_error(counts[:, 1], sizes, len(sized))
     rows, tokens, loss, rejected, filtered = (totals * scale).tolist()
-    return Survey(rows, len(prompts) * scale, tokens, loss, rejected, filtered, False, error, len(chosen), len(sized))
+    found = (rows, len(prompts) * scale, tokens, loss, rejected, filtered)
+    sources = {source: count * scale for source, count in by_source.items()}
+    return Survey(*found, False, sources, error, len(chosen), len(sized))
 
 
 def ratio_error(values: np.ndarray, sizes: np.ndarray, num_parts: int) -> float:
@@ -111,9 +120,9 @@ def _parts(files: tuple[PoolFile, ...], segment: Segment, size: int) -> Iterator
 
 
 def _count(
-    file: PoolFile, segment: Segment, config: Config, renderer: Renders, prompts: set[str]
+    file: PoolFile, segment: Segment, config: Config, renderer: Renders, prompts: set[str], by_source: Counter[str]
 ) -> tuple[int, int, int, int, int]:
-    """(rows, tokens, tokens with loss, rejected, filtered) of a part; adds its prompts."""
+    """(rows, tokens, tokens with loss, rejected, filtered) of a part; adds its prompts, and its rows by source."""
     candidates = FileCandidates(config, file, segment)
     rows = tokens = loss = rejected = filtered = 0
     reader = candidates.rows()
@@ -135,4 +144,6 @@ def _count(
             tokens += len(result.input_ids)
             loss += int((np.asarray(result.loss_mask) > 0).sum())
             prompts.add(candidate.prompt_id)
+            if candidate.source is not None:
+                by_source[candidate.source] += 1
     return rows, tokens, loss, rejected, filtered

@@ -81,6 +81,18 @@ def test_rows_that_the_target_scored_cost_nothing_as_behavior(tmp_path: Path, mo
     assert target.rows == 40
 
 
+def test_a_behavior_is_counted_by_the_rows_of_its_sources(tmp_path: Path, model: str) -> None:
+    rows = [{**row, "source": "a" if number % 4 == 0 else "b"} for number, row in enumerate(pool_rows(10))]
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", rows)
+    one, other = ({"model": model, "dtype": "float32", "system_prompt": words} for words in ("Be brief.", "Be kind."))
+    behavior = {"sources": {"a": one, "b": {"column": "logprobs"}, "c": other}}
+    config = _config(tmp_path, model, behavior=behavior, weights={"method": "pear"})
+    target, of_a, of_c = make_plan(config, tokens_per_second=100.0).policies
+    assert (target.rows, of_c.rows, of_c.tokens) == (40, 0, 0)
+    assert of_a.rows == pytest.approx(10 / 4)  # 10 of 40 rows are kept, and 10 of 40 are of that source
+    assert of_a.tokens == pytest.approx(target.tokens / 16)
+
+
 def test_a_sample_is_within_its_stated_error(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "PART_BYTES", 2000)
     monkeypatch.setattr(survey, "SAMPLED_PARTS", 12)
