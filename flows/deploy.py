@@ -84,6 +84,7 @@ def _deploy(config: Config, pool: str, cron: str | None, timezone: str, api: str
         build=False,
         push=False,
         print_next_steps=False,
+        ignore_warnings=True,  # that a process pool on one machine could be served instead
     )
     root = PREFECT_UI_URL.value() or f"{urlsplit(api).scheme}://{urlsplit(api).netloc}"
     name = f"{curate.name}/{config.name}"
