@@ -32,8 +32,11 @@ def plan(
 ) -> None:
     """Count the pool's tokens and estimate what scoring it takes. Starts no engine."""
     from grape_service.estimate.plan import make_plan
+    from grape_service.models.lean import import_lean
 
-    made = make_plan(config_of(config, sets), replicas, device, tokens_per_second, price, exact)
+    settings = config_of(config, sets)
+    import_lean(with_torch=settings.runs_own_code)
+    made = make_plan(settings, replicas, device, tokens_per_second, price, exact)
     if as_json:
         print_json(made.to_json())
         return

@@ -339,6 +339,11 @@ class Config(Model):
         select = not self.select.is_unscored and self.select.method not in SELECT_STATISTICS
         return select or (self.weights is not None and self.weights.method not in WEIGHTS_STATISTICS)
 
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether code of the user's or of a model's repository is run, which may need whatever is installed."""
+        return self.names_own_methods or any(policy.trust_remote_code for policy in self.policies())
+
     def check_methods(self) -> None:
         """Load the user's own methods, before anything is scored. Raises UserError: see `statistics`, `own_methods`."""
         assert self.statistics is not None

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 UNUSED = ("boto3", "scipy")
@@ -27,8 +28,16 @@ def import_lean(with_torch: bool = True) -> None:
 
     Without torch it has tokenizers, and no models, in a third of the time.
     """
-    if "transformers" in sys.modules:
-        return
+    with _IMPORTING:
+        if "transformers" not in sys.modules:
+            _import(with_torch)
+
+
+_IMPORTING = Lock()
+"""One of the threads that want it does it."""
+
+
+def _import(with_torch: bool) -> None:
     hidden = [name for name in (*UNUSED, *(() if with_torch else ("torch",))) if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     if not with_torch:

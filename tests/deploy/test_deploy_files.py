@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from grape_service.cli.app import app
 from grape_service.config.loading import parse_config
@@ -82,6 +85,17 @@ def test_manifests_follow_their_schemas(name: str, manifest: dict[str, Any]) -> 
 def _pinned(name: str) -> str:
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     return next(line.split("==")[1] for line in lines if line.startswith(f"{name}=="))
+
+
+def test_pinned_packages_take_the_oldest_python_that_we_take() -> None:
+    """pip would look for other versions of all packages, for ten minutes, and end in a riddle."""
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    refused = [
+        f"{package.name} {package.version}: {package.metadata['Requires-Python']}"
+        for package in distributions()
+        if f"{oldest}.0" not in SpecifierSet(package.metadata.get("Requires-Python") or "")
+    ]
+    assert refused == []
 
 
 def test_the_compose_file_follows_its_schema() -> None:

@@ -62,8 +62,7 @@ class ModelsAside:
             for policy in policies:
                 if self._beside is not None and Path(policy.model).is_dir():
                     self._ask(function, policy, str(Path(policy.model).resolve()))  # the answer comes again
-        runs_own_code = config.names_own_methods or any(policy.trust_remote_code for policy in config.policies())
-        import_lean(with_torch=runs_own_code or not self._scores_beside)
+        import_lean(with_torch=config.runs_own_code or not self._scores_beside)
 
     def weights(self, policy: PolicyConfig, folder: str) -> Callable[[], Weights]:
         """Ask for what check_weights says of a policy's files: the function waits for it, and raises its UserError."""
