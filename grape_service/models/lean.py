@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 UNUSED = ("boto3", "scipy")
@@ -26,18 +25,11 @@ def collect_rarely() -> None:
 def import_lean(with_torch: bool = True) -> None:
     """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas.
 
-    Without torch it has tokenizers, and no models, in a third of the time.
+    Without torch it has tokenizers, and no models, in a third of the time: for processes that never load one. (A worker
+    of Ray's may become an engine.)
     """
-    with _IMPORTING:
-        if "transformers" not in sys.modules:
-            _import(with_torch)
-
-
-_IMPORTING = Lock()
-"""One of the threads that want it does it."""
-
-
-def _import(with_torch: bool) -> None:
+    if "transformers" in sys.modules:
+        return
     hidden = [name for name in (*UNUSED, *(() if with_torch else ("torch",))) if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     if not with_torch:

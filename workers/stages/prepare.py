@@ -11,7 +11,6 @@ from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
 from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOKEN, earlier_rate, stages_ahead
 from grape_service.models.files import folder_here
-from grape_service.models.lean import import_lean
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.prepare.counts import PieceCounts, summarise_map
 from grape_service.prepare.deal import Dealt, deal_group, next_level
@@ -119,8 +118,6 @@ def map_task(
     piece: int, plan: PreparePlan, config: Config, folder: str, digest: str, workspace: Storage
 ) -> PieceCounts:
     """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
-    if not config.runs_own_code:
-        import_lean(with_torch=False)
     renderer = load_renderer(folder_here(config.target, folder, config.storage), config.target, config.render)
     if renderer.digest() != digest:
         raise StageError(
