@@ -193,10 +193,10 @@ def test_a_server_that_never_answered_is_told_at_once(is_silent: bool, monkeypat
 
 
 def test_a_server_that_answered_once_is_waited_for(monkeypatch: pytest.MonkeyPatch, moody_address: str) -> None:
-    monkeypatch.setattr(patience, "_seconds", 0.2)
     monkeypatch.setattr(s3, "RETRY_SECONDS", 5.0)
     storage = Storage("s3://bucket/x", {"endpoint_url": moody_address})
     storage.write("a", b"1")
+    monkeypatch.setattr(patience, "_seconds", 0.2)
     Moody.moods = ["503 SlowDown"] * 4  # more than a second
     assert storage.read("a") == b"1"
 
