@@ -171,7 +171,11 @@ def test_a_scheduled_run_starts_by_itself_and_shows_what_it_did(service: Service
     assert "tiny@v0001" in artifacts["tiny-version"]["data"]
     assert "report.html" in artifacts["tiny-report"]["data"]
     assert "shard_tokens: 400" in artifacts["tiny-config"]["data"]
-    assert any("run=2" in line and "stage=score-target" in line for line in service.logs(run_id))
+    service.wait(
+        lambda: any("run=2" in line and "stage=score-target" in line for line in service.logs(run_id)),
+        60,  # lines come in batches, on a busy machine after the run's end
+        "no line of the score stage",
+    )
 
 
 def test_the_form_shows_every_key_and_refuses_bad_values(service: Service) -> None:
