@@ -27,7 +27,7 @@ from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.training import TrainConfig
 from grape_service.errors import UserError
 from grape_service.rows.statistics import beside_logprob
-from grape_service.storage.storage import refuse_secrets
+from grape_service.storage.options import check_options
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -276,8 +276,8 @@ class Config(Model):
 
     @field_validator("storage")
     @classmethod
-    def _no_secrets(cls, storage: dict[str, Any]) -> dict[str, Any]:
-        refuse_secrets(storage)
+    def _check_options(cls, storage: dict[str, Any]) -> dict[str, Any]:
+        check_options(storage)
         return storage
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from grape_service.errors import UserError
-from grape_service.storage.storage import Storage, refuse_secrets
+from grape_service.storage.options import check_options
+from grape_service.storage.storage import Storage
 
 FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
 FolderColumns = tuple[tuple[str, str | int | None], ...]
@@ -52,7 +53,7 @@ def format_of(path: str) -> str:
 
 def pool_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a pool's address and the path in it. Raises UserError for an unknown kind of address."""
-    refuse_secrets(options)
+    check_options(options)
     if "://" not in url or url.startswith("file://"):
         path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
         return LocalFileSystem(), path

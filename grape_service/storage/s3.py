@@ -32,6 +32,7 @@ from grape_service.storage.s3_errors import (
     TRANSIENT_ERRORS,
     StorageUnavailable,
     condition_failed,
+    is_answer,
     is_transient,
     no_answer,
     plain_error,
@@ -41,6 +42,8 @@ from grape_service.storage.s3_upload import UploadFile
 RETRY_SECONDS = 60.0
 """How long a request is tried again while the server is down, throttles or answers 5xx."""
 UPLOADS_A_PAGE = 1000
+HAVE_ETAG = ("get_object", "head_object", "put_object")
+"""Each answer of an S3 server to these has one."""
 
 
 class RetryingS3(s3fs.S3FileSystem):
@@ -58,19 +61,23 @@ class RetryingS3(s3fs.S3FileSystem):
         while True:
             attempts += 1
             try:
-                await self.set_session()
-                client = await self.get_s3(kwargs.get("Bucket"))
+                client = await self._client(kwargs.get("Bucket"))
                 if method == "delete_objects":
                     client.meta.events.register_first("before-call.s3.DeleteObjects", _add_md5, unique_id="grape-md5")
                 call = getattr(client, method)
                 answering = call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
                 answer = await asyncio.wait_for(answering, self._first_seconds)
+                if method in HAVE_ETAG and "ETag" not in answer:
+                    address = f"s3://{kwargs['Bucket']}/{kwargs['Key']} at {self._address()}"
+                    raise UserError(f"{address}: what answers there is no S3 server: correct the address")
                 self._outage, self._first_seconds = (0.0, 0.0), None
                 return answer
+            except UserError:
+                raise
             except Exception as error:
-                self._first_seconds = None if hasattr(error, "response") else self._first_seconds
+                self._first_seconds = None if is_answer(error) else self._first_seconds
                 if not is_transient(error):
-                    raise plain_error(error, method, kwargs, attempts) from error
+                    raise plain_error(error, method, kwargs, attempts, self._address()) from error
                 wait = min(0.1 * 1.7**attempts, 5.0) * random.uniform(0.5, 1.0)
                 if not self._worth_waiting(start, wait):
                     address = f"s3://{kwargs.get('Bucket', '')} at {self._address()}"
@@ -78,6 +85,13 @@ class RetryingS3(s3fs.S3FileSystem):
             await asyncio.sleep(wait)
 
     call_s3 = sync_wrapper(_call_s3)
+
+    async def _client(self, bucket: str | None) -> Any:
+        try:
+            await self.set_session()
+            return await self.get_s3(bucket)
+        except (TypeError, ValueError) as error:  # of a library that is given an option which it does not take
+            raise UserError(f"s3://{bucket} cannot be reached with these options of storage: {error}") from error
 
     def _worth_waiting(self, start: float, wait: float) -> bool:
         now = time.monotonic()

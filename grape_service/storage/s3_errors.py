@@ -76,11 +76,21 @@ def condition_failed(error: BaseException) -> bool:
     return code in ("PreconditionFailed", "ConditionalRequestConflict") or status in (409, 412)
 
 
-def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts: int) -> Exception:
+def is_answer(error: Exception) -> bool:
+    """Whether an S3 server has answered with this error, and not something before it or in its place."""
+    code, status = error_code(error)
+    return status != 0 and (status < 500 or not code.isdigit())
+
+
+def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts: int, endpoint: str) -> Exception:
     """A user error as one sentence; anything else as the OSError it stands for."""
     code, status = error_code(error)
     bucket = kwargs.get("Bucket", "")
     address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
+    has_body = not method.startswith("head_")  # in which an S3 server says what is wrong, with a code of its own
+    if code.isdigit() and has_body and status not in (403, 409, 412, 416) and (method, status) != ("get_object", 404):
+        begin = f"{address} at {endpoint}: what answers there, with HTTP status {status},"
+        return UserError(f"{begin} is no S3 server: correct the address")
     if code == "NoSuchBucket" or (method == "head_bucket" and status == 404):
         return UserError(f"the bucket of {address} does not exist: create '{bucket}' or correct the address")
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
@@ -90,8 +100,10 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
         return UserError(f"these credentials may not {doing} {address}: allow it or use other credentials")
     if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
         return UserError(f"no credentials for {address}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
-    if isinstance(error, boto_errors.ProfileNotFound | boto_errors.ParamValidationError):
+    if isinstance(error, boto_errors.BotoCoreError):
         return UserError(f"{address} cannot be used: {' '.join(str(error).split())}")
+    if (400 <= status < 500 or status == 501) and status not in (404, 409, 412, 416):
+        return UserError(f"{address} at {endpoint} cannot be used: {' '.join(str(error).split())}")
     translated: Exception = translate_boto_error(error, set_cause=False)
     translated.attempts = attempts  # type: ignore[attr-defined]
     return translated

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -22,10 +21,9 @@ import pyarrow.fs as pafs
 
 from grape_service.errors import StageError, UserError
 from grape_service.storage.local import FileInfo, FileInfos, LocalFiles, Names
+from grape_service.storage.options import check_options
 
-__all__ = ["FileInfo", "Storage", "check_writable", "json_bytes", "normal_url", "refuse_secrets"]
-
-_SECRET_OPTION = re.compile(r"key|secret|token|username|password|aws_.*|.*(secret|token|password|customerkey).*", re.I)
+__all__ = ["FileInfo", "Storage", "check_writable", "json_bytes", "normal_url"]
 
 
 class Storage:
@@ -34,8 +32,8 @@ class Storage:
     def __init__(self, root: str, options: dict[str, Any] | None = None):
         """`options`: those of s3fs, and `retry_seconds`.
 
-        Raises UserError where conditional writes do not exist or `options` hold a secret."""
-        refuse_secrets(options)
+        Raises UserError where conditional writes do not exist, and for `options` that hold a secret or are none."""
+        check_options(options)
         self.options = dict(options or {})
         self.root = normal_url(root)
         self.is_s3 = self.root.startswith("s3://")
@@ -200,9 +198,11 @@ def check_writable(storage: Storage) -> None:
     """
     probe, data = f".grape-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
     try:
-        storage.create_if_absent(probe, data)
+        is_made = storage.create_if_absent(probe, data)
     except UserError as error:
         raise UserError(str(error).replace(f"/{probe}", "")) from error
+    if not is_made:
+        raise UserError(f"what answers for {storage.root} is no S3 server: a file of a new name is there already")
     try:
         if storage.create_if_absent(probe, data + b"again"):
             raise UserError(
@@ -234,14 +234,3 @@ def normal_url(root: str) -> str:
     if not root or "\0" in root:
         raise UserError(f"{root!r} is not a folder: name a local folder or s3://bucket/folder")
     return os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
-
-
-def refuse_secrets(options: dict[str, Any] | None) -> None:
-    """Raises UserError when storage options hold a secret, at any depth: those come from the environment."""
-    for name, value in (options or {}).items():
-        if _SECRET_OPTION.fullmatch(name):
-            raise UserError(f"storage.{name} is a secret: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
-        if isinstance(value, str) and re.match(r"\w+://[^/]*@", value):
-            raise UserError(f"storage.{name} holds a password: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
-        if isinstance(value, dict):
-            refuse_secrets(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 
 from grape_service.errors import StageError, UserError
 from grape_service.storage import s3
-from grape_service.storage.storage import Storage, check_writable, refuse_secrets
+from grape_service.storage.options import check_options
+from grape_service.storage.storage import Storage, check_writable
 from tests.seaweed import BUCKET, SeaweedServer
 
 
@@ -230,9 +232,32 @@ def test_places_without_conditional_writes_are_refused(root: str) -> None:
 )
 def test_secrets_in_the_options_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY") as refused:
-        refuse_secrets(options)
+        check_options(options)
     assert "pass@" not in str(refused.value)
-    refuse_secrets({"endpoint_url": "http://host:9000", "profile": "team", "client_kwargs": {"region_name": "x"}})
+    check_options({"endpoint_url": "http://host:9000", "profile": "team", "client_kwargs": {"region_name": "x"}})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"endpoint": "http://host:9000"}, "unknown key 'storage.endpoint'; did you mean 'endpoint_url'?"),
+        ({"endpoint_url": "localhost:9000"}, "the endpoint 'localhost:9000' is not the address of an S3 server"),
+        ({"endpoint_url": "http://host:99999"}, "is not the address of an S3 server"),
+        ({"endpoint_url": "http://[::1"}, "is not the address of an S3 server"),
+        ({"client_kwargs": {"endpoint_url": "host:9000"}}, "is not the address of an S3 server"),
+        ({"anon": "yes"}, "'storage.anon' is true or false, and not 'yes'"),
+        ({"retry_seconds": True}, "'storage.retry_seconds' is a number"),
+        ({"client_kwargs": "us-east-1"}, "'storage.client_kwargs' is a mapping"),
+    ],
+)
+def test_options_that_are_none_are_refused(options: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        Storage("s3://bucket/folder", options)
+
+
+def test_an_option_that_a_library_does_not_take_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"s3://bucket cannot be reached with these options of storage: .*colour"):
+        Storage("s3://bucket/folder", {"config_kwargs": {"colour": "red"}}).list()
 
 
 def test_the_endpoint_may_come_from_the_options(
