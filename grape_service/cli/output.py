@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grape_service.addresses import is_http_address
 from grape_service.cli.completion import complete_reference
 from grape_service.display import visible
 from grape_service.errors import UserError
@@ -135,7 +136,13 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def quiet_prefect() -> None:
-    """Settings under which a flow in this process needs no server set up and prints nothing of its own."""
+    """Settings under which a flow in this process needs no server set up and prints nothing of its own.
+
+    Raises UserError where PREFECT_API_URL is no address, or leads to another server.
+    """
+    address = os.environ.get("PREFECT_API_URL")
+    if address and not is_http_address(address):
+        raise UserError(f"PREFECT_API_URL is '{address}', which is no address: write http://host:4200/api")
     defaults = {
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -149,6 +156,9 @@ def quiet_prefect() -> None:
         os.environ.setdefault(name, value)
     for worker in ("EventsWorker", "APILogWorker"):  # they warn of what a run that ends leaves untold to its server
         logging.getLogger(worker).setLevel(logging.ERROR)
+    from flows.server import refuse_other_server
+
+    refuse_other_server()
 
 
 def user_name() -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from grape_service.addresses import is_http_address
 from grape_service.config.base import Model
 from grape_service.config.checks import ChecksConfig
 from grape_service.config.methods import (
@@ -205,13 +205,12 @@ class WorkersConfig(Model):
 
 def jobs_address(address: str) -> str:
     """The address of a Ray head's Jobs API, as it is. Raises ValueError, without the address where it may be secret."""
-    parts = urlsplit(address.strip())
-    if "@" in parts.netloc:
+    if "@" in address:
         raise ValueError("an address of Ray holds no user or password: the token is in the file RAY_AUTH_TOKEN_PATH")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        shown = address if "://" not in address or not parts.query else f"{parts.scheme}://{parts.netloc}"
+    if not is_http_address(address) or "?" in address or "#" in address:
         raise ValueError(
-            f"'{shown}' is no address of Ray's Jobs API: write http://head:8265, or auto for a private Ray"
+            f"'{address.partition('?')[0]}' is no address of Ray's Jobs API: write http://head:8265, or auto for a "
+            "private Ray"
         )
     return address.strip().rstrip("/")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from typing import Any
-from urllib.parse import urlsplit
 
+from grape_service.addresses import is_http_address
 from grape_service.errors import UserError
 
 OPTIONS: dict[str, tuple[type, ...]] = {
@@ -46,20 +46,11 @@ def check_options(options: dict[str, Any] | None) -> None:
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             raise UserError(f"'storage.{name}' is {_WORDS[kinds[0]]}, and not {value!r}")
     for place in (options, options.get("client_kwargs") or {}):
-        if place.get("endpoint_url") is not None:
-            _check_address(place["endpoint_url"])
-
-
-def _check_address(url: Any) -> None:
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except (AttributeError, TypeError, ValueError):
-        is_address = False
-    if not is_address:
-        raise UserError(
-            f"the endpoint '{url}' is not the address of an S3 server: write http://host:port or https://host"
-        )
+        url = place.get("endpoint_url")
+        if url is not None and not is_http_address(url):
+            raise UserError(
+                f"the endpoint '{url}' is not the address of an S3 server: write http://host:port or https://host"
+            )
 
 
 def refuse_secrets(options: dict[str, Any] | None) -> None:

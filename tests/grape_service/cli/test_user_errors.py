@@ -18,6 +18,7 @@ from grape_service.cli import main
 from grape_service.cli.output import write_file
 from grape_service.errors import StageError, UserError
 from tests.jobs import Job
+from tests.website import PAGE, website
 
 BASE: dict[str, Any] = {
     "name": "x",
@@ -195,6 +196,49 @@ def test_nothing_but_grape_shows_the_commands(
     assert status == 2
     assert "datasets" in out + err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("page", [PAGE, b'{"ok": true}'])
+def test_another_server_than_rays_or_prefects(page: bytes, tmp_path: Path) -> None:
+    """In processes of their own: Ray and Prefect keep what they are told once."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    with website(page=page) as address:
+        for arguments, server in (
+            (["jobs", "list", "--address", address], "no Jobs API of Ray's"),
+            (["submit", str(path), "--address", address], "no Jobs API of Ray's"),
+            (["run", str(path)], "no Prefect server"),
+            (["deploy", str(path), "--pool", "grape"], "no Prefect server"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "grape_service.cli", *arguments],
+                env={**os.environ, "PREFECT_API_URL": f"{address}/api", "PREFECT_HOME": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith(f"error: what answers at {address}")
+            assert server in done.stderr
+            assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["localhost:8265", "nonsense", "http://[::1", "http://head:99999", "ftp://head"])
+def test_addresses_that_are_none(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    monkeypatch.setenv("PREFECT_API_URL", address)
+    for arguments, sentence in (
+        (["jobs", "list", "--address", address], f"'{address}' is no address of Ray's Jobs API"),
+        (["run", str(path), "--set", f"workers.ray_address={address}"], "is no address of Ray's Jobs API"),
+        (["run", str(path)], f"PREFECT_API_URL is '{address}', which is no address"),
+        (["datasets", "list", "s3://bucket/x", "--endpoint", address], f"the endpoint '{address}' is not the address"),
+    ):
+        status, _, err = grape(monkeypatch, capsys, *arguments)
+        assert (status, err.count("\n")) == (2, 1), err
+        assert sentence in err
 
 
 def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from grape_service.pool.listing import list_files
 from grape_service.release.load import load
 from grape_service.storage import patience, s3
 from grape_service.storage.storage import Storage, check_writable
+from tests.website import website
 
 
 class Moody(http.server.BaseHTTPRequestHandler):
@@ -194,38 +195,12 @@ def test_a_server_that_never_answered_is_told_at_once(is_silent: bool, monkeypat
     assert time.monotonic() - began < 10
 
 
-class Website(http.server.BaseHTTPRequestHandler):
-    """Answers everything with a page, as whatever else than an S3 server may listen at an address."""
-
-    protocol_version = "HTTP/1.1"
-    status = 200
-
-    def do_GET(self) -> None:
-        page = b"<!doctype html><html><body>Welcome<br></body></html>"
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.send_response(self.status)
-        self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(page)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(page)
-
-    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 405, 501, 502])
 def test_what_is_no_s3_server_is_told_in_one_sentence(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "_seconds", 0.5)
-    monkeypatch.setattr(Website, "status", status)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Website) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with website(status) as address:
         storage = Storage("s3://bucket/folder", {"endpoint_url": address})
         asks: list[Callable[[], object]] = [
             partial(check_writable, storage),
@@ -240,8 +215,6 @@ def test_what_is_no_s3_server_is_told_in_one_sentence(status: int, monkeypatch: 
                 ask()
             assert address in str(refused.value)
             assert "\n" not in str(refused.value)
-        server.shutdown()
-    thread.join()
 
 
 def test_a_server_that_answered_once_is_waited_for(monkeypatch: pytest.MonkeyPatch, moody_address: str) -> None:
