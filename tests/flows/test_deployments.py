@@ -34,6 +34,8 @@ class Service:
 
     def __init__(self, job: Job):
         self.job = job
+        temporary = job.folder / "tmp"  # Prefect's runners share a folder in it, which may be another user's
+        temporary.mkdir()
         port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
         job.environment |= {
@@ -41,6 +43,7 @@ class Service:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "GRAPE_HOME": str(ROOT),
+            "TMPDIR": str(temporary),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_RUNNER_POLL_FREQUENCY": "2",
         }
