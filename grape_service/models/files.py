@@ -26,6 +26,7 @@ from grape_service.errors import UserError
 from grape_service.models.headers import is_pickle, weight_file_names
 from grape_service.models.weights import quantization_of, refuse_architecture
 from grape_service.storage.storage import Storage
+from grape_service.storage.temporary import temporary_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -127,12 +128,7 @@ def cache_folder() -> Path:
     nearest = next(path for path in (place, *place.parents) if path.exists())
     if home.is_absolute() and nearest != Path("/") and os.access(nearest, os.W_OK):
         return place
-    folder = Path(tempfile.gettempdir()) / f"grape-cache-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to another user: set GRAPE_CACHE to a folder of your own")
-    return folder
+    return temporary_folder("grape-cache", variable="GRAPE_CACHE")
 
 
 # Places

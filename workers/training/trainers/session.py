@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from grape_service.errors import UserError
 from grape_service.models.files import resolve_model
 from grape_service.storage.patience import be_patient
 from grape_service.storage.storage import Storage
+from grape_service.storage.temporary import temporary_folder
 from workers.training.trainers import checkpoints
 from workers.training.trainers.checkpoints import PROGRESS_FILE
 
@@ -41,10 +41,10 @@ class Output:
         self.storage = Storage(url, options)
         if self.storage.is_s3:
             name = hashlib.sha256(self.storage.root.encode()).hexdigest()[:16]
-            self.folder = Path(tempfile.gettempdir()) / f"grape-train-{name}"
+            self.folder = temporary_folder(f"grape-train-{name}")
         else:
             self.folder = Path(self.storage.root)
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self, name: str) -> None:
         """Copy a whole folder or a file of the local folder to where the output is."""
