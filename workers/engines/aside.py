@@ -7,10 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from grape_service.errors import StageError, UserError
@@ -39,17 +42,9 @@ class ModelsAside:
 
     def __init__(self) -> None:
         self._loaded: Loaded = {}
-        self._beside: tuple[Any, Connection] | None = None
+        is_safe = sys.platform == "linux" and not {"torch", "transformers"} & set(sys.modules)
+        self._beside = _Beside() if is_safe else None
         self._scores_beside = False
-        self._num_asked = 0
-        self._answers: list[Any] = []  # of the process beside, in the order of the questions
-        if sys.platform == "linux" and not {"torch", "transformers"} & set(sys.modules):
-            context = multiprocessing.get_context("fork")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, ours), daemon=True)
-            process.start()
-            theirs.close()
-            self._beside = process, ours
 
     def begin(self, config: Config) -> None:
         """Import transformers, and have the process beside look at local models and load engines that it will need."""
@@ -84,32 +79,58 @@ class ModelsAside:
         for engine in self._loaded.values():
             engine.close()
         if self._beside is not None:
-            self._beside[0].kill()
+            self._beside.process.kill()
 
     def _ask(self, function: Callable[..., Any], policy: PolicyConfig, *arguments: Any) -> Callable[[], Any]:
         if self._beside is None:
             return partial(_called, function, self._loaded, policy, *arguments)
-        with contextlib.suppress(OSError):  # it has ended, which its answer shows
-            self._beside[1].send((function, policy, arguments))
-        self._num_asked += 1
-        return partial(self._answer, self._num_asked, policy)
+        return self._beside.ask(function, policy, *arguments).result
 
-    def _answer(self, number: int, policy: PolicyConfig) -> Any:
-        """The answer to a question; those to earlier ones come first and are kept."""
-        assert self._beside is not None
-        process, connection = self._beside
+
+class _Beside:
+    """The process beside. A thread takes its answers, which come in the order of the questions: without it a long
+    answer and a long question would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._connection, other_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other_end, self._connection), daemon=True)
+        self.process.start()
+        other_end.close()
+        self._waiting: deque[tuple[str, Future[Any]]] = deque()
+        self._receiver = Thread(target=self._receive, daemon=True)
+        self._receiver.start()
+
+    def ask(self, function: Callable[..., Any], policy: PolicyConfig, *arguments: Any) -> Future[Any]:
+        """`function(loaded, policy, *arguments)` of the process; StageError where that has ended."""
+        answer: Future[Any] = Future()
+        self._waiting.append((policy.model, answer))
         try:
-            while len(self._answers) < number:
-                self._answers.append(connection.recv())
-        except (EOFError, OSError):
-            process.join(timeout=5)
-            raise StageError(
-                f"the process with {policy.model} ended with status {process.exitcode}: its memory may not suffice"
-            ) from None
-        answer = self._answers[number - 1]
-        if isinstance(answer, Exception):
-            raise answer
+            self._connection.send((function, policy, arguments))
+        except OSError:  # it has ended
+            self._receiver.join()
+            self._refuse_waiting()
         return answer
+
+    def _receive(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                found = self._connection.recv()
+                _, answer = self._waiting.popleft()
+                answer.set_exception(found) if isinstance(found, Exception) else answer.set_result(found)
+        self.process.join(timeout=5)
+        self._refuse_waiting()
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            model, answer = self._waiting.popleft()
+            answer.set_exception(
+                StageError(
+                    f"the process that loads {model} ended with status {self.process.exitcode}: "
+                    "it may have run out of memory"
+                )
+            )
 
 
 def _called(function: Callable[..., Any], loaded: Loaded, policy: PolicyConfig, *arguments: Any) -> Any:

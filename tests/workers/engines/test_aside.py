@@ -18,6 +18,9 @@ if sys.argv[2] == "here":
 from grape_service.errors import StageError, UserError
 from workers.engines.aside import ModelsAside
 
+def echo(loaded, policy, text):
+    return text
+
 models = ModelsAside()
 
 from grape_service.config.loading import read_config
@@ -42,12 +45,16 @@ def error(ask):
     except (UserError, StageError) as error:
         return str(error)
 
+long = "x" * 4_000_000  # more than a pipe holds, both ways
+echoed = [models._ask(echo, policy, long) for _ in range(3)]
+assert [answer() for answer in echoed] == [long] * 3
+
 bad = policy.model_copy(update={"adapter": "/none"})
 errors = [error(lambda: models.scores(bad, folder, batch, 1.0)), error(lambda: models.weights(policy, "/none"))]
 has_torch = "torch" in sys.modules
 if models._beside is not None:
-    os.kill(models._beside[0].pid, signal.SIGKILL)
-    errors.append(error(lambda: models.scores(policy, folder, batch, 0.5)))
+    os.kill(models._beside.process.pid, signal.SIGKILL)
+    errors += [error(lambda: models.scores(policy, folder, batch, 0.5)) for _ in range(2)]
 models.close()
 print(json.dumps({"rows": weights().embedding_rows, "scores": [warmer, colder], "torch": has_torch, "errors": errors}))
 """
@@ -74,8 +81,9 @@ def test_models_beside_are_as_those_here(tmp_path: Path) -> None:
     assert beside["rows"] == here["rows"] > 0
     assert beside["scores"] == here["scores"]
     assert beside["scores"][0] != beside["scores"][1]
-    bad_adapter, no_folder, killed = beside["errors"]
+    bad_adapter, no_folder, killed, after = beside["errors"]
     assert "/none" in bad_adapter
     assert "/none" in no_folder
     assert here["errors"] == [bad_adapter, no_folder]
-    assert killed == f"the process with {folder} ended with status -9: its memory may not suffice"
+    assert killed == f"the process that loads {folder} ended with status -9: it may have run out of memory"
+    assert after == killed
