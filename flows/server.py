@@ -7,11 +7,11 @@ from prefect.settings import PREFECT_API_URL
 
 from grape_service.errors import UserError
 
-SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 
 
 def refuse_other_server() -> None:
-    """Raises UserError where PREFECT_API_URL leads to something that answers, and is no Prefect server.
+    """Raises UserError where what answers at PREFECT_API_URL is not a Prefect server.
 
     One that does not answer, or asks who we are, is left to Prefect's own client, which tries again.
     """
@@ -19,11 +19,11 @@ def refuse_other_server() -> None:
     if not api:
         return
     try:
-        answer = httpx.get(f"{api.rstrip('/')}/admin/version", timeout=SECONDS)
+        answer = httpx.get(f"{api.rstrip('/')}/admin/version", timeout=TIMEOUT_SECONDS)
         is_other = answer.is_success and not isinstance(answer.json(), str)
     except (httpx.HTTPError, httpx.InvalidURL):
         return
     except ValueError:  # no JSON
         is_other = True
     if is_other:
-        raise UserError(f"what answers at {api} is no Prefect server: PREFECT_API_URL is such as http://host:4200/api")
+        raise UserError(f"{api} is not a Prefect server: set PREFECT_API_URL to one, such as http://host:4200/api")

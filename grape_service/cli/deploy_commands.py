@@ -13,9 +13,9 @@ from grape_service.cli.output import (
     SetOption,
     config_of,
     print_json,
-    quiet_prefect,
     say,
     stdout_to_stderr,
+    use_prefect,
 )
 
 
@@ -36,7 +36,7 @@ def deploy(
 ) -> None:
     """Register the whole job of a config as a deployment of Prefect's, on a schedule."""
     settings = config_of(config, overrides)
-    quiet_prefect()
+    use_prefect()
     with stdout_to_stderr():
         from flows.deploy import deploy as register_deployment
 

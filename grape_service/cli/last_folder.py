@@ -31,8 +31,9 @@ def remember(path: str) -> None:
     with contextlib.suppress(OSError, UserError):  # it is a convenience
         from grape_service.storage.storage import normal_url
 
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        _file().write_text(normal_url(path), encoding="utf-8")
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(normal_url(path), encoding="utf-8")
 
 
 def _last() -> str | None:

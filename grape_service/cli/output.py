@@ -135,14 +135,14 @@ def _toml(path: Path) -> dict[str, Any]:
         return {}
 
 
-def quiet_prefect() -> None:
-    """Settings under which a flow in this process needs no server set up and prints nothing of its own.
+def use_prefect() -> None:
+    """Before Prefect is imported: a flow in this process needs no server set up and prints nothing of its own.
 
-    Raises UserError where PREFECT_API_URL is no address, or leads to another server.
+    Raises UserError where PREFECT_API_URL is not a valid address, or not that of a Prefect server.
     """
     address = os.environ.get("PREFECT_API_URL")
     if address and not is_http_address(address):
-        raise UserError(f"PREFECT_API_URL is '{address}', which is no address: write http://host:4200/api")
+        raise UserError(f"PREFECT_API_URL '{address}' is not a valid address: write http://host:4200/api")
     defaults = {
         "PREFECT_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

@@ -49,7 +49,7 @@ def plan(
     unit = "CPU" if made.policies and all(p.device == "cpu" for p in made.policies) else "GPU"
     print_table("to score", ["policy", "model", "rows", "tokens", "tokens/s a replica", f"{unit} hours"], rows)
     if any(p.role == "behavior" for p in made.policies):
-        say("rows of a behavior: of those that select is expected to keep, the share that its sources have of the pool")
+        say("behavior rows: those that select is expected to keep, times the share of their sources in the pool")
     for origin in sorted({f"{p.device}: {p.origin}" for p in made.policies}):
         say(f"tokens/s on {origin}")
     say(f"{unit} time   {made.gpu_hours:,.3g} hours")

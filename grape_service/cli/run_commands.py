@@ -24,9 +24,9 @@ from grape_service.cli.output import (
     prefect_is_configured,
     print_json,
     print_table,
-    quiet_prefect,
     say,
     stdout_to_stderr,
+    use_prefect,
 )
 from grape_service.cli.train_commands import show_training
 from grape_service.errors import StageError, UserError
@@ -181,7 +181,7 @@ def prefect_or_direct() -> Iterator[bool]:
 
     with_prefect = prefect_is_configured()
     if with_prefect:
-        quiet_prefect()
+        use_prefect()
     on_ray_ended[:] = [end_without_ray]
     try:
         with stdout_to_stderr(), shown():

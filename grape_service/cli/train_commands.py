@@ -14,8 +14,8 @@ from grape_service.cli.output import (
     SetOption,
     config_of,
     print_json,
-    quiet_prefect,
     say,
+    use_prefect,
     write_error_line,
 )
 from grape_service.errors import UserError
@@ -65,7 +65,7 @@ def deployments_for(config: TrainConfig) -> Any:
     """What starts the Prefect deployments among the jobs; None without any."""
     if all(job.kind != "deployment" for job in config.jobs.values()):
         return None
-    quiet_prefect()
+    use_prefect()
     from flows.deployments import PrefectDeployments
 
     return PrefectDeployments()

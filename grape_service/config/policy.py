@@ -129,8 +129,7 @@ class BehaviorConfig(Model):
     @property
     def has_recorded(self) -> bool:
         """Whether the log-probabilities of some rows are taken as recorded."""
-        sources = (self.sources or {}).values()
-        return self.column is not None or any(isinstance(one, RecordedBehavior) for one in sources)
+        return self.column is not None or bool(self.recorded_sources)
 
     def policies(self) -> list[PolicyConfig]:
         """Every distinct policy that has to be run, in the order of the config."""

@@ -209,8 +209,8 @@ def jobs_address(address: str) -> str:
         raise ValueError("an address of Ray holds no user or password: the token is in the file RAY_AUTH_TOKEN_PATH")
     if not is_http_address(address) or "?" in address or "#" in address:
         raise ValueError(
-            f"'{address.partition('?')[0]}' is no address of Ray's Jobs API: write http://head:8265, or auto for a "
-            "private Ray"
+            f"'{address.partition('?')[0]}' is not an address of Ray's Jobs API: write http://head:8265, or auto for "
+            "a private Ray"
         )
     return address.strip().rstrip("/")
 

@@ -181,7 +181,7 @@ def _survey_of(prepared: Prepared) -> Survey:
 
 
 def _share_of(policy: PolicyConfig, behavior: BehaviorConfig, survey: Survey) -> float:
-    """Of all rows, those whose behavior is this policy: the same of the kept ones is the best guess before a run."""
+    """The share of the pool's rows whose behavior is this policy; kept rows are taken to have the same."""
     if behavior.sources is None:
         return 1.0
     rows = sum(survey.sources.get(source, 0.0) for source, one in behavior.sources.items() if one == policy)

@@ -95,7 +95,7 @@ def _check_weights(folder: str, policy: PolicyConfig) -> Weights:
         config = _model_config(folder, policy)
         model = _empty_model(config, policy)
     except (ValueError, OSError, KeyError, ImportError) as error:  # vLLM may have it
-        read_headers(Path(folder), policy)
+        read_headers(Path(folder), policy)  # refuses damaged files
         return Weights(unchecked=f"transformers has no such model ({_first_line(error)})")
     except Exception as error:  # whatever a model's class raises where its config is not sensible
         raise UserError(f"model '{policy.model}': its config.json makes no model: {_first_line(error)}") from error
@@ -346,7 +346,7 @@ def _empty_model(config: Any, policy: PolicyConfig) -> Any:
 def _embedding_rows(model: Any) -> int | None:
     try:
         return int(model.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError):  # what transformers raises for a model that has none
         return None
 
 

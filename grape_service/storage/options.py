@@ -34,7 +34,7 @@ _SECRET_OPTION = re.compile(r"key|secret|token|username|password|aws_.*|.*(secre
 
 
 def check_options(options: dict[str, Any] | None) -> None:
-    """Raises UserError for a secret, an option that there is not, one of another type, and an address that is none."""
+    """Raises UserError for a secret, an unknown option, a value of another type, and an invalid address."""
     options = options or {}
     refuse_secrets(options)
     for name, value in options.items():
@@ -44,13 +44,11 @@ def check_options(options: dict[str, Any] | None) -> None:
             raise UserError(f"unknown key 'storage.{name}'; {hint}")
         kinds = OPTIONS[name]
         if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise UserError(f"'storage.{name}' is {_WORDS[kinds[0]]}, and not {value!r}")
+            raise UserError(f"'storage.{name}' must be {_WORDS[kinds[0]]}, not {value!r}")
     for place in (options, options.get("client_kwargs") or {}):
         url = place.get("endpoint_url")
         if url is not None and not is_http_address(url):
-            raise UserError(
-                f"the endpoint '{url}' is not the address of an S3 server: write http://host:port or https://host"
-            )
+            raise UserError(f"the endpoint '{url}' is not a valid address: write http://host:port or https://host")
 
 
 def refuse_secrets(options: dict[str, Any] | None) -> None:

@@ -68,8 +68,8 @@ class RetryingS3(s3fs.S3FileSystem):
                 answering = call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
                 answer = await asyncio.wait_for(answering, self._first_seconds)
                 if method in HAVE_ETAG and "ETag" not in answer:
-                    address = f"s3://{kwargs['Bucket']}/{kwargs['Key']} at {self._address()}"
-                    raise UserError(f"{address}: what answers there is no S3 server: correct the address")
+                    address = f"s3://{kwargs['Bucket']}/{kwargs['Key']}"
+                    raise UserError(f"{address}: {self._address()} is not an S3 server: correct the address")
                 self._outage, self._first_seconds = (0.0, 0.0), None
                 return answer
             except UserError:
@@ -91,7 +91,7 @@ class RetryingS3(s3fs.S3FileSystem):
             await self.set_session()
             return await self.get_s3(bucket)
         except (TypeError, ValueError) as error:  # of a library that is given an option which it does not take
-            raise UserError(f"s3://{bucket} cannot be reached with these options of storage: {error}") from error
+            raise UserError(f"the storage options for s3://{bucket} are not valid: {error}") from error
 
     def _worth_waiting(self, start: float, wait: float) -> bool:
         now = time.monotonic()

@@ -89,8 +89,9 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
     address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
     has_body = not method.startswith("head_")  # in which an S3 server says what is wrong, with a code of its own
     if code.isdigit() and has_body and status not in (403, 409, 412, 416) and (method, status) != ("get_object", 404):
-        begin = f"{address} at {endpoint}: what answers there, with HTTP status {status},"
-        return UserError(f"{begin} is no S3 server: correct the address")
+        return UserError(
+            f"{address}: {endpoint} answers with HTTP status {status} and is not an S3 server: correct the address"
+        )
     if code == "NoSuchBucket" or (method == "head_bucket" and status == 404):
         return UserError(f"the bucket of {address} does not exist: create '{bucket}' or correct the address")
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):

@@ -202,7 +202,7 @@ def check_writable(storage: Storage) -> None:
     except UserError as error:
         raise UserError(str(error).replace(f"/{probe}", "")) from error
     if not is_made:
-        raise UserError(f"what answers for {storage.root} is no S3 server: a file of a new name is there already")
+        raise UserError(f"the server of {storage.root} is not an S3 server: it says that a new file exists already")
     try:
         if storage.create_if_absent(probe, data + b"again"):
             raise UserError(

@@ -131,7 +131,7 @@ class Service:
         body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "limit": 100}
         found = self.client.post("/artifacts/filter", json=body).json()
         newest = {one["key"]: one for one in sorted(found, key=lambda one: one["created"])}
-        # A run that was tried again has told some things twice.
+        # Prefect may hold one thing twice: after a request that was sent again, or a run that was tried again.
         assert all(one["type"] == newest[one["key"]]["type"] for one in found), "one key for two things"
         return newest
 

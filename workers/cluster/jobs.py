@@ -222,9 +222,9 @@ def _client(address: str) -> Any:
                 f"{address} refuses the token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token file"
             ) from error
         raise UserError(f"no Ray answers at {address}: {_last_line(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:  # of an answer that is none of its own
+    except (ValueError, KeyError, TypeError) as error:  # of an answer that is not Ray's
         raise UserError(
-            f"what answers at {address} is no Jobs API of Ray's: give the address of a head's dashboard, http://head:8265"
+            f"{address} is not a Ray head: give the address of its dashboard, such as http://head:8265"
         ) from error
 
 

@@ -61,7 +61,7 @@ def test_references_are_completed(datasets: Path) -> None:
     assert complete_reference("http://nothing/here") == []
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_a_tag(datasets: Path, tmp_path: Path) -> None:
     """With the script that --install-completion installs, and bash's own way of cutting words at ':' and '@'."""
     grape = tmp_path / "grape"

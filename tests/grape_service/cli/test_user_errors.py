@@ -205,10 +205,10 @@ def test_another_server_than_rays_or_prefects(page: bytes, tmp_path: Path) -> No
     path.write_text(yaml.safe_dump(BASE))
     with website(page=page) as address:
         for arguments, server in (
-            (["jobs", "list", "--address", address], "no Jobs API of Ray's"),
-            (["submit", str(path), "--address", address], "no Jobs API of Ray's"),
-            (["run", str(path)], "no Prefect server"),
-            (["deploy", str(path), "--pool", "grape"], "no Prefect server"),
+            (["jobs", "list", "--address", address], "is not a Ray head"),
+            (["submit", str(path), "--address", address], "is not a Ray head"),
+            (["run", str(path)], "is not a Prefect server"),
+            (["deploy", str(path), "--pool", "grape"], "is not a Prefect server"),
         ):
             done = subprocess.run(
                 [sys.executable, "-m", "grape_service.cli", *arguments],
@@ -218,23 +218,26 @@ def test_another_server_than_rays_or_prefects(page: bytes, tmp_path: Path) -> No
                 timeout=60,
             )
             assert done.returncode == 2, done.stderr
-            assert done.stderr.startswith(f"error: what answers at {address}")
+            assert done.stderr.startswith(f"error: {address}")
             assert server in done.stderr
             assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("address", ["localhost:8265", "nonsense", "http://[::1", "http://head:99999", "ftp://head"])
-def test_addresses_that_are_none(
+def test_invalid_addresses(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(BASE))
     monkeypatch.setenv("PREFECT_API_URL", address)
     for arguments, sentence in (
-        (["jobs", "list", "--address", address], f"'{address}' is no address of Ray's Jobs API"),
-        (["run", str(path), "--set", f"workers.ray_address={address}"], "is no address of Ray's Jobs API"),
-        (["run", str(path)], f"PREFECT_API_URL is '{address}', which is no address"),
-        (["datasets", "list", "s3://bucket/x", "--endpoint", address], f"the endpoint '{address}' is not the address"),
+        (["jobs", "list", "--address", address], f"'{address}' is not an address of Ray's Jobs API"),
+        (["run", str(path), "--set", f"workers.ray_address={address}"], "is not an address of Ray's Jobs API"),
+        (["run", str(path)], f"PREFECT_API_URL '{address}' is not a valid address"),
+        (
+            ["datasets", "list", "s3://bucket/x", "--endpoint", address],
+            f"the endpoint '{address}' is not a valid address",
+        ),
     ):
         status, _, err = grape(monkeypatch, capsys, *arguments)
         assert (status, err.count("\n")) == (2, 1), err

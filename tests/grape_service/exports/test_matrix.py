@@ -156,5 +156,5 @@ def gradients_of(trainer: str, model: str, folder: Path) -> dict[str, np.ndarray
     module, packages = TRAINERS[trainer]
     place = Path(sys.prefix) / "trainers" / packages if packages else None
     if place and not place.exists():
-        pytest.skip(f"{trainer} is not in {place}: run make install-test")
+        pytest.skip(f"the packages of {trainer} are not installed: run make install-test")
     return run_trainer(module, place, model, folder)

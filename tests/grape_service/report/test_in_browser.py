@@ -12,7 +12,7 @@ from grape_service.report.page import render_comparison, render_page
 from tests.chromium import BINARY, CONTRASTS, SIZES, Browser, running_browser
 from tests.grape_service.report.made_report import HOSTILE, examples, facts
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = pytest.mark.skipif(BINARY is None, reason="Chromium is not installed: run apt-get install chromium")
 
 SHOTS = os.environ.get("GRAPE_SCREENSHOTS")
 DRAWN = ".cartesianlayer .trace, .cartesianlayer image"

@@ -196,7 +196,7 @@ def test_a_server_that_never_answered_is_told_at_once(is_silent: bool, monkeypat
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 405, 501, 502])
-def test_what_is_no_s3_server_is_told_in_one_sentence(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_server_than_s3_is_told_in_one_sentence(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "_seconds", 0.5)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
@@ -211,7 +211,7 @@ def test_what_is_no_s3_server_is_told_in_one_sentence(status: int, monkeypatch: 
             partial(load, "s3://bucket/folder/name@latest", storage.options),
         ]
         for ask in asks:
-            with pytest.raises(UserError, match=r"is no S3 server|gave no answer|cannot be used") as refused:
+            with pytest.raises(UserError, match=r"is not an S3 server|gave no answer|cannot be used") as refused:
                 ask()
             assert address in str(refused.value)
             assert "\n" not in str(refused.value)

@@ -241,22 +241,22 @@ def test_secrets_in_the_options_are_refused(options: dict) -> None:
     ("options", "sentence"),
     [
         ({"endpoint": "http://host:9000"}, "unknown key 'storage.endpoint'; did you mean 'endpoint_url'?"),
-        ({"endpoint_url": "localhost:9000"}, "the endpoint 'localhost:9000' is not the address of an S3 server"),
-        ({"endpoint_url": "http://host:99999"}, "is not the address of an S3 server"),
-        ({"endpoint_url": "http://[::1"}, "is not the address of an S3 server"),
-        ({"client_kwargs": {"endpoint_url": "host:9000"}}, "is not the address of an S3 server"),
-        ({"anon": "yes"}, "'storage.anon' is true or false, and not 'yes'"),
-        ({"retry_seconds": True}, "'storage.retry_seconds' is a number"),
-        ({"client_kwargs": "us-east-1"}, "'storage.client_kwargs' is a mapping"),
+        ({"endpoint_url": "localhost:9000"}, "the endpoint 'localhost:9000' is not a valid address"),
+        ({"endpoint_url": "http://host:99999"}, "is not a valid address"),
+        ({"endpoint_url": "http://[::1"}, "is not a valid address"),
+        ({"client_kwargs": {"endpoint_url": "host:9000"}}, "is not a valid address"),
+        ({"anon": "yes"}, "'storage.anon' must be true or false, not 'yes'"),
+        ({"retry_seconds": True}, "'storage.retry_seconds' must be a number"),
+        ({"client_kwargs": "us-east-1"}, "'storage.client_kwargs' must be a mapping"),
     ],
 )
-def test_options_that_are_none_are_refused(options: dict, sentence: str) -> None:
+def test_invalid_options_are_refused(options: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=re.escape(sentence)):
         Storage("s3://bucket/folder", options)
 
 
 def test_an_option_that_a_library_does_not_take_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"s3://bucket cannot be reached with these options of storage: .*colour"):
+    with pytest.raises(UserError, match=r"the storage options for s3://bucket are not valid: .*colour"):
         Storage("s3://bucket/folder", {"config_kwargs": {"colour": "red"}}).list()
 
 

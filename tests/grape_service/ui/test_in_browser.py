@@ -17,7 +17,7 @@ from grape_service.ui.folder import Folder
 from tests.chromium import BINARY, CONTRASTS, SIZES, Browser, running_browser
 from tests.grape_service.ui.made_folder import HOSTILE, make_folder
 
-pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = pytest.mark.skipif(BINARY is None, reason="Chromium is not installed: run apt-get install chromium")
 
 SHOTS = os.environ.get("GRAPE_SCREENSHOTS")
 PAGES = {

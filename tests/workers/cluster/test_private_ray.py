@@ -98,7 +98,7 @@ def test_token_and_sockets_are_for_the_owner(folder: str) -> None:
     assert stat.S_IMODE(os.stat(f"{folder}/token").st_mode) == 0o600
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
 def test_another_user_reads_nothing_and_is_not_answered(folder: str) -> None:
     address = ray.get_runtime_context().gcs_address
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}

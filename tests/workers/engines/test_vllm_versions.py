@@ -34,7 +34,7 @@ def site_packages() -> Path | None:
 def test_an_installed_version_has_every_name() -> None:
     place = site_packages()
     if place is None:
-        pytest.skip("no vLLM is installed: make install-vllm")
+        pytest.skip("vLLM is not installed: run make install-vllm")
     assert of_folder(place) == []
 
 
