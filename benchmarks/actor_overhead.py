@@ -33,9 +33,9 @@ from workers.cluster.ray import ray_for
 from workers.engines.base import Engine
 from workers.engines.choose import load_engine
 from workers.run import new_run
-from workers.scoring.actor import prompt_slices, read_rows, token_batch
 from workers.scoring.engines import engines_of
-from workers.stages.score import score_shards
+from workers.scoring.rows import prompt_slices, read_rows, token_batch
+from workers.stages.score import Scoring, score_shards
 
 CANDIDATES, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 60, 60
 COLUMNS = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "prompt_len")
@@ -69,11 +69,11 @@ def main() -> None:
     shards = make_shards(storage, max(4, round(arguments.seconds / arguments.rounds / seconds)), "work")
     rounds = []
     with ray_for(config.workers), new_run(config) as run, engines_of(run) as engines:
-        score_shards(run, engines, config.target, [trial], "warm up", store_id="trial")
+        score_shards(run, engines, Scoring(config.target, "warm up", store_id="trial"), [trial])
         for number in range(arguments.rounds):
             alone = bare(engine, storage, shards)
             started = time.monotonic()
-            totals = score_shards(run, engines, config.target, [shards], "score", store_id=f"round-{number}")
+            totals = score_shards(run, engines, Scoring(config.target, "score", store_id=f"round-{number}"), [shards])
             assert totals.rows == shards.rows
             rounds.append((alone, time.monotonic() - started))
     engine.close()

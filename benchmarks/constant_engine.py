@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from grape_service.config.policy import PolicyConfig
-from grape_service.rows.ragged import TokenBatch
+from grape_service.rows.ragged import Int64s, TokenBatch
+from grape_service.rows.statistics import ENTROPY, LOGPROB, RANK, TOP20_ENTROPY, ordered
 from workers.engines.base import EngineDescription
 
 
@@ -35,6 +38,23 @@ class ConstantEngine:
         previous = np.roll(batch.input_ids, 1)
         mixed = (batch.input_ids.astype(np.int64) * 2654435761 + previous * 40503) % 4096
         return (-mixed / np.float32(1024.0 * temperature)).astype(np.float32)[batch.mask]
+
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Statistics that fit their log-probabilities: ranks from 1, entropies from 0."""
+        logprobs = self.score(batch, temperature)
+        made = {
+            LOGPROB: logprobs,
+            RANK: np.floor(1 - 16 * logprobs),
+            ENTROPY: -logprobs / 2,
+            TOP20_ENTROPY: -logprobs / 4,
+        }
+        return {name: made[name].astype(np.float32) for name in ordered(names)}
+
+    def divides(self, lengths: Int64s) -> npt.NDArray[np.bool_]:
+        """All rows."""
+        return np.ones(len(lengths), dtype=bool)
 
     def stats(self) -> dict[str, float]:
         return {"tokens": float(self.tokens), "cached_tokens": 0.0, "seconds": 0.0}

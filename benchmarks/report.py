@@ -24,16 +24,17 @@ sys.path.insert(0, str(ROOT))
 
 
 from benchmarks.stages import make_partition
-from grape_service.checks.run import check_partition
+from grape_service.checks.run import CheckContext, CheckPartition, check_partition
 from grape_service.checks.texts import evaluation_grams
 from grape_service.config.checks import ChecksConfig
 from grape_service.config.schema import Config
 from grape_service.report.page import render_page
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.score.store import ScoreStore
-from grape_service.select.partition import select_partition
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
 from grape_service.storage.storage import Storage
-from grape_service.weigh.partition import weigh_partition
+from grape_service.weigh.lookup import Stores
+from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
 
 REPEATS = 5
 NAMES = [f"source-{number}" for number in range(5)]
@@ -94,11 +95,13 @@ def made_partition(rows: int, tokens: int) -> Iterator[Made]:
 
         def select(watched: bool) -> None:
             observer = observed["select"] = SelectStatistics.empty(NAMES) if watched else None
-            select_partition(storage, "b", shards, store, config, None, "kept.parquet", observer)
+            context = SelectContext(storage, config, store, frozenset())
+            select_partition(context, SelectPartition("b", shards, "kept.parquet"), observer=observer)
 
         def weigh(watched: bool) -> None:
             observer = observed["weights"] = WeighStatistics.empty(NAMES) if watched else None
-            weigh_partition(storage, "b", "kept.parquet", None, [], config, "weighed.parquet", observer=observer)
+            partition = WeighPartition("b", "kept.parquet", [], "weighed.parquet")
+            weigh_partition(WeighContext(storage, config, Stores()), partition, observer=observer)
 
         (plain_select, select_too), (plain_weigh, weigh_too) = (
             [seconds(partial(stage, watched), REPEATS) for watched in (False, True)] for stage in (select, weigh)
@@ -129,8 +132,9 @@ def main() -> None:
             if scope.endswith("rows"):
                 settings = {"files": ["x"]} if name == "contamination" else {}
                 checks = ChecksConfig.model_validate({name: {"action": "warn", **settings}}).enabled()
-                out = "kept.parquet", checks, grams, "findings.parquet", "digests.parquet"
-                took = seconds(partial(check_partition, made.storage, made.shards, *out))
+                context = CheckContext(made.storage, checks, grams)
+                partition = CheckPartition(made.shards, "kept.parquet", "findings.parquet", "digests.parquet")
+                took = seconds(partial(check_partition, context, partition))
                 looked_at = arguments.rows if scope == "all rows" else made.num_kept
                 print(f"check {name} ({scope}): {looked_at / took:,.0f} rows/s")
         print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

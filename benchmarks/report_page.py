@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from grape_service.config.methods import SelectConfig
-from grape_service.report.examples import MAX_CANDIDATES, MAX_TOKENS
+from grape_service.report.examples import EXAMPLE_KINDS, MAX_CANDIDATES, MAX_TOKENS
+from grape_service.report.facts import SelectReport, WeightsReport
 from grape_service.report.page import render_page
-from grape_service.report.statistics import EXAMPLE_KINDS, SelectStatistics, WeighStatistics
+from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.report.sums import EXAMPLES_EACH, MAX_SOURCES
 from grape_service.rows.ragged import offsets_from_lengths
 from grape_service.select.choose import Candidates, Detail, choose
@@ -37,7 +38,7 @@ NAMES = [f"source-{number:02}" for number in range(MAX_SOURCES)]
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
-def select_statistics(rows: int) -> dict[str, Any]:
+def select_statistics(rows: int) -> SelectReport:
     random = np.random.default_rng(0)
     prompts = np.arange(rows // EACH)
     count = len(prompts) * EACH
@@ -59,7 +60,7 @@ def select_statistics(rows: int) -> dict[str, Any]:
     return made.to_json()
 
 
-def weigh_statistics(rows: int) -> dict[str, Any]:
+def weigh_statistics(rows: int) -> WeightsReport:
     random = np.random.default_rng(1)
     lengths = random.integers(10, 100, rows)
     offsets = offsets_from_lengths(lengths)

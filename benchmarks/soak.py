@@ -1,6 +1,7 @@
 """Small runs over and over on S3 while actors, workers, the Prefect server and the S3 server are killed at random.
 
     python benchmarks/soak.py --minutes 20
+    python benchmarks/soak.py --minutes 20 --select rsr
     python benchmarks/soak.py --single-kills 30     # one kill in each run, see single_kills.py
 
 Each round lets the pool grow, runs `grape run` until it succeeds (a killed run resumes from its scores), verifies
@@ -169,7 +170,7 @@ class Killer:
         return self.kills
 
 
-def soak(minutes: float, pause: float, seed: int, out: Path, scratch: Path) -> Tally:
+def soak(minutes: float, pause: float, seed: int, select: str, out: Path, scratch: Path) -> Tally:
     """Rounds until the time is over, then the run that the last release is compared with."""
     tally, draw = Tally(), random.Random(seed)
     model = str(tiny_models.make_model(out / "model", arch="llama"))
@@ -179,7 +180,7 @@ def soak(minutes: float, pause: float, seed: int, out: Path, scratch: Path) -> T
         prefect = PrefectServer(out / "prefect-server")
         try:
             paths = {"output": {"path": f"s3://{BUCKET}/datasets"}, "workspace": f"s3://{BUCKET}/workspace"}
-            with tiny_job(out, model, **paths) as job:
+            with tiny_job(out, model, **paths, select={"method": select}) as job:
                 job.environment |= {
                     "PREFECT_API_URL": f"http://127.0.0.1:{prefect.port}/api",
                     "GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine",
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=10, help="seconds between kills, about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--single-kills", type=int, default=0, help="instead: so many runs, one kill in each")
+    parser.add_argument("--select", default="grape", help="the select method, such as rsr")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left behind
     with (
@@ -314,7 +316,7 @@ def main() -> None:
             found = single_kills(arguments.single_kills, arguments.seed, Path(out), Path(scratch))
             print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode(), flush=True)
             sys.exit(1 if found["problems"] else 0)
-        tally = soak(arguments.minutes, arguments.pause, arguments.seed, Path(out), Path(scratch))
+        tally = soak(arguments.minutes, arguments.pause, arguments.seed, arguments.select, Path(out), Path(scratch))
     summary = {"rounds": tally.rounds, "attempts": tally.attempts, "rows_verified": tally.rows, "kills": tally.kills}
     summary |= {"first": tally.samples[0], "last": tally.samples[-1], "problems": tally.problems}
     print(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())

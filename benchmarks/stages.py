@@ -20,10 +20,11 @@ from grape_service.release.rows import final_batches
 from grape_service.rows.columns import LOSS_TURN_END, SHARD, release_schema
 from grape_service.rows.ragged import list_array, offsets_from_lengths
 from grape_service.score.store import ScoreStore
-from grape_service.select.partition import select_partition
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.partition import weigh_partition
+from grape_service.weigh.lookup import Stores
+from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
 
 CANDIDATES_A_PROMPT = 8
 SHARD_ROWS = 440
@@ -106,13 +107,16 @@ def main() -> None:
             )
 
         def select(out: str, **choice: object) -> Callable[[], object]:
-            return lambda: select_partition(storage, "b", shards, store, config(**choice), None, out)
+            context = SelectContext(storage, config(**choice), store, frozenset())
+            return lambda: select_partition(context, SelectPartition("b", shards, out))
 
         timed("select, grape", select("best.parquet"))
         timed("select, max_source_share", select("share.parquet", max_source_share=0.21))
         timed("select, random", select("random.parquet", method="random"))
         timed("select, all rows kept", select("kept.parquet", keep=CANDIDATES_A_PROMPT))
-        timed("weigh", lambda: weigh_partition(storage, "b", "kept.parquet", store, [], config(), "weighed.parquet"))
+        context = WeighContext(storage, config(), Stores(store))
+        partition = WeighPartition("b", "kept.parquet", [], "weighed.parquet")
+        timed("weigh", lambda: weigh_partition(context, partition))
         rows = final_batches(storage, "weighed.parquet", [], [])
         timed("rows of a release", lambda: write_parquet(storage, "part-00000.parquet", schema, rows))
 

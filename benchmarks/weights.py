@@ -16,9 +16,9 @@ from grape_service.weigh.pear import pear_weights
 
 SETTINGS: list[tuple[str, WeightsConfig]] = [
     ("token", WeightsConfig()),
-    ("token, center and normalize", WeightsConfig(center="sequence", normalize="sequence")),
-    ("block of 4", WeightsConfig(level="block")),
-    ("sequence", WeightsConfig(level="sequence")),
+    ("token, center and normalize", WeightsConfig.model_validate({"center": "sequence", "normalize": "sequence"})),
+    ("block of 4", WeightsConfig.model_validate({"level": "block"})),
+    ("sequence", WeightsConfig.model_validate({"level": "sequence"})),
 ]
 
 

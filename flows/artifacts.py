@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 from grape_service.config.schema import Config
 from grape_service.display import visible
 from grape_service.errors import best_effort
-from grape_service.progress.reporter import Ahead, RunClock, Silent, duration, reporter, set_reporter
+from grape_service.progress.reporter import RunClock, Silent, Upcoming, duration, reporter, set_reporter
 from grape_service.release.manifest import without_secrets
 from workers.outcome import Outcome
 
@@ -44,8 +44,8 @@ class PrefectProgress:
     def started(self, run_id: str) -> None:
         self.run_id = run_id
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
-        self.run.expect(ahead, token_rate)
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None:
+        self.run.expect(upcoming, token_rate)
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         self.stage = stage
@@ -54,9 +54,9 @@ class PrefectProgress:
         self.event(f"{total:,} {unit} to do")
         with best_effort("show an artifact in Prefect"):
             description = f"{stage}: 0 of {total:,} {unit}"
-            made = create_progress_artifact(progress=0.0, key=key(self.name, stage), description=description)
-            assert isinstance(made, UUID)
-            self.artifacts[stage] = made
+            created = create_progress_artifact(progress=0.0, key=key(self.name, stage), description=description)
+            assert isinstance(created, UUID)
+            self.artifacts[stage] = created
 
     def advance(self, stage: str, amount: int) -> None:
         self.run.stages[stage].done += amount

@@ -18,11 +18,13 @@ from prefect.schedules import Cron, Schedule
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from pydantic import ValidationError
 
+from flows import automations
 from flows.curate import curate
 from flows.secrets import VARIABLE, hidden, secrets_of
+from flows.server import OPEN, is_open
+from grape_service.config.local_paths import with_absolute_paths
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
-from workers.cluster.submit import with_absolute_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES = {"PREFECT_FLOWS_DEFAULT_RETRIES": "2", "PREFECT_FLOWS_DEFAULT_RETRY_DELAY_SECONDS": "60"}
@@ -39,13 +41,14 @@ class Deployed:
     id: str
     url: str  # its page in Prefect
     secret_block: str | None  # which holds what the config hides
+    warnings: tuple[str, ...] = ()
 
 
 def deploy(config: Config, pool: str, cron: str | None = None, timezone: str = "UTC") -> Deployed:
     """Register the whole job of `config` for the work pool `pool`, on a schedule where `cron` is given; a deployment of
     that dataset that is there already is replaced. Secrets of the config go into a secret block.
 
-    Raises UserError for a pool or schedule that is none, StageError where Prefect does not answer.
+    Raises UserError for a pool or schedule that is not valid, StageError where Prefect does not answer.
     """
     api = PREFECT_API_URL.value()
     if not api:
@@ -58,6 +61,7 @@ def deploy(config: Config, pool: str, cron: str | None = None, timezone: str = "
                 raise UserError(
                     f"there is no work pool '{pool}' at {api}: `prefect work-pool create {pool} --type process`"
                 ) from None
+            automations.ensure(client)
         return _deploy(config, pool, cron, timezone, api)
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
         raise StageError(f"Prefect at {api} did not take the deployment: {error}") from error
@@ -88,7 +92,8 @@ def _deploy(config: Config, pool: str, cron: str | None, timezone: str, api: str
     )
     root = PREFECT_UI_URL.value() or f"{urlsplit(api).scheme}://{urlsplit(api).netloc}"
     name = f"{curate.name}/{config.name}"
-    return Deployed(name, str(deployment_id), f"{root}/deployments/deployment/{deployment_id}", block)
+    warnings = (OPEN.format(api),) if is_open(api) else ()
+    return Deployed(name, str(deployment_id), f"{root}/deployments/deployment/{deployment_id}", block, warnings)
 
 
 def _schedule(cron: str | None, timezone: str) -> Schedule | None:

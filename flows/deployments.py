@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
 
 from grape_service.errors import StageError, UserError
+from grape_service.json_types import JsonObject
 
 _ENDS = {StateType.COMPLETED: "succeeded", StateType.CANCELLED: "cancelled"}
 
@@ -23,7 +24,7 @@ _ENDS = {StateType.COMPLETED: "succeeded", StateType.CANCELLED: "cancelled"}
 class PrefectDeployments:
     """Starts, follows and cancels runs at PREFECT_API_URL; see workers.training.runs.Deployments."""
 
-    def start(self, name: str, parameters: dict[str, Any], key: str) -> str:
+    def start(self, name: str, parameters: JsonObject, key: str) -> str:
         """Id of the deployment's one run for `key`. Raises UserError where there is no such deployment."""
         with _server(f"start the deployment {name}"):
             try:
@@ -39,7 +40,10 @@ class PrefectDeployments:
     def state(self, run_id: str) -> tuple[str, str]:
         """(running, succeeded, failed or cancelled; the same in Prefect's words)."""
         with _server(f"follow the flow run {run_id}") as client:
-            state = client.read_flow_run(UUID(run_id)).state
+            try:
+                state = client.read_flow_run(UUID(run_id)).state
+            except ObjectNotFound:
+                return "failed", "a flow run that Prefect does not know any more: it was deleted"
         if state is None or not state.is_final():
             return "running", state.name or "" if state else ""
         words = f"{state.name}: {state.message}" if state.message else state.name or state.type.value

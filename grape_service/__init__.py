@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from grape_service.version import __version__
+
 if TYPE_CHECKING:
     from grape_service.config.schema import Config
     from grape_service.release.load import Release
-
-__version__ = "0.1.0"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,7 +36,9 @@ def uses(
     return declare
 
 
-def load(reference: str, storage: dict[str, Any] | None = None, check_files: bool = False) -> Release:
+def load(
+    reference: str | os.PathLike[str], storage: dict[str, Any] | None = None, check_files: bool = False
+) -> Release:
     """Open a dataset version, e.g. ``load("s3://team/datasets/math-sft@latest")``.
 
     `storage` holds s3fs options; secrets come from the environment. `check_files` reads every data file once and
@@ -53,16 +56,9 @@ def run(config: dict[str, Any] | str | Path | Config, force: bool = False, overr
     "select.keep=2". The same config gives the same version again unless `force`. Progress is shown in a terminal and
     in Jupyter. Raises UserError with one plain sentence for a user error, StageError for a stage that failed.
     """
-    from grape_service.config.loading import read_config
-    from grape_service.progress.bars import shown
+    from grape_service.cli.from_python import run_config
 
-    settings = read_config(config, overrides)
-    from workers.pipeline import run_pipeline
-
-    with shown():
-        outcome = run_pipeline(settings, force=force)
-    assert outcome.reference is not None
-    return load(outcome.reference, settings.storage)
+    return run_config(config, force, overrides)
 
 
-__all__ = ["load", "run"]
+__all__ = ["__version__", "load", "run", "uses"]

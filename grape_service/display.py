@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _UNSEEN = re.compile(
     "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -48,6 +49,35 @@ def short(text: str, most: int = 40) -> str:
 def counted(number: int, noun: str) -> str:
     """'1 row', '1,000 rows'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+STAGES = (
+    "check",
+    "gather",
+    "prepare",
+    "engine start",
+    "score",
+    "score windows",
+    "select",
+    "load kept rows",
+    "score behavior",
+    "weigh",
+    "release",
+    "report",
+)
+
+
+def in_order(stage_seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of stages in the order in which a run has them; JSON files have them by their names."""
+    return dict(sorted(stage_seconds.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else 99))
+
+
+def nearest(name: str, known: Sequence[str], what: str = "there are", most: int = 1) -> str:
+    """What was meant by a name that does not exist: the nearest that do, or all where none is near."""
+    near = difflib.get_close_matches(name, known, n=most, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(one) for one in near)}?"
+    return f"{what}: {', '.join(known)}"
 
 
 def plot_labels(texts: Sequence[str], most: int = 24) -> list[str]:

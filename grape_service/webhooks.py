@@ -21,6 +21,7 @@ import orjson
 
 from grape_service.config.schema import Config, NotifyConfig
 from grape_service.errors import StageError, UserError
+from grape_service.json_types import JsonObject
 from grape_service.progress.reporter import reporter
 
 SECRET = "GRAPE_WEBHOOK_SECRET"
@@ -48,7 +49,7 @@ def request_json(
     key: str | None = None,
     pause: float = FIRST_PAUSE_SECONDS,
     timeout: float = TIMEOUT_SECONDS,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Send `body` as JSON; the answer's JSON object, {} if it holds none. Raises WebhookError and nothing else.
 
     Answers of 5xx, 408 and 429 and connections that fail are tried again with growing pauses, others are final, and
@@ -76,7 +77,7 @@ def request_json(
         raise WebhookError(host, "has an address that is not http:// or https://", transient=False)
     use_proxies = not (host == "localhost" or host.startswith("127.") or host == "::1")
 
-    def call() -> tuple[int, dict[str, Any]]:
+    def call() -> tuple[int, JsonObject]:
         with httpx.stream(
             method, address, content=content, headers=headers, timeout=timeout, trust_env=use_proxies
         ) as answer:
@@ -100,10 +101,10 @@ def request_json(
     raise WebhookError(host, problem, transient)
 
 
-def _within(seconds: float, call: Callable[[], tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+def _within(seconds: float, call: Callable[[], tuple[int, JsonObject]]) -> tuple[int, JsonObject]:
     """What `call` gives, in a thread of its own: an answer that trickles, or a name that does not resolve, is left
     alone after `seconds`. Raises what it raises, and TimeoutError."""
-    ended: list[tuple[int, dict[str, Any]] | Exception] = []
+    ended: list[tuple[int, JsonObject] | Exception] = []
 
     def work() -> None:
         try:
@@ -128,7 +129,7 @@ def _json(body: Any) -> bytes:
         return json.dumps(body, default=str, sort_keys=True).encode()
 
 
-def _object_in(answer: Any) -> dict[str, Any]:
+def _object_in(answer: Any) -> JsonObject:
     text = b""
     for piece in answer.iter_raw():
         text += piece
@@ -153,7 +154,7 @@ def signature(secret: str, data: bytes) -> str:
 # How a run ended
 
 
-def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIRST_PAUSE_SECONDS) -> bool:
+def notify(config: NotifyConfig | None, body: JsonObject, pause: float = FIRST_PAUSE_SECONDS) -> bool:
     """POST `body` to the webhook; whether it was taken. Reports a failure as an event, and raises nothing."""
     if config is None:
         return False
@@ -169,12 +170,12 @@ def notify(config: NotifyConfig | None, body: dict[str, Any], pause: float = FIR
     return True
 
 
-def completed(outcome: dict[str, Any], run_name: str) -> dict[str, Any]:
+def completed(outcome: JsonObject, run_name: str) -> JsonObject:
     """The body for a run that completed."""
     return {"event": "completed", "name": run_name, **outcome}
 
 
-def failed(error: BaseException, run_name: str, seconds: float) -> dict[str, Any]:
+def failed(error: BaseException, run_name: str, seconds: float) -> JsonObject:
     """The body for a run that did not; the error's type and, where it is one of ours, its sentence."""
     ours = isinstance(error, StageError | UserError)
     message = str(error) if ours else f"{type(error).__name__}; see the run's log"
@@ -196,7 +197,7 @@ def failures_may_be_tried_again(is_tried_again: TriedAgain) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[dict[str, Any]]]:
+def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[JsonObject]]:
     """Notifies config.notify at the end of the block: the block appends its outcome; an exception is a failure.
 
     `name`: of the dataset, where it is not the config's. A run that was stopped by a person or by Prefect notifies
@@ -204,7 +205,7 @@ def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[d
     """
     started = time.monotonic()
     name = name or config.name
-    outcomes: list[dict[str, Any]] = []
+    outcomes: list[JsonObject] = []
     try:
         yield outcomes
     except Exception as error:
@@ -218,7 +219,7 @@ def notify_when_done(config: Config, name: str | None = None) -> Iterator[list[d
 # Trainers behind a webhook
 
 
-def post_job(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
+def post_job(url: str, body: JsonObject, key: str) -> JsonObject:
     """Ask `url` to train; the answer's JSON, {} if it has none. The same `key` asks for the same job.
 
     Raises UserError when the address refuses it, StageError when it does not answer.
@@ -229,15 +230,40 @@ def post_job(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
         raise _as_ours(error) from None
 
 
-def get_status(url: str) -> dict[str, Any]:
-    """{"state": running | succeeded | failed, "checkpoint": ..., "error": ..., "metrics": ...} from `url`."""
+STATE_WORDS = {
+    "running": "running queued pending waiting scheduled submitted created accepted starting initializing started "
+    "in_progress processing training",
+    "succeeded": "succeeded success successful completed complete finished done",
+    "failed": "failed failure error errored crashed timeout timed_out expired",
+    "cancelled": "cancelled canceled cancelling canceling stopped aborted terminated",
+}
+"""The words in which services tell a job's state, by what they mean; case, spaces and hyphens do not matter."""
+_STATES = {word: state for state, words in STATE_WORDS.items() for word in words.split()}
+
+
+class UnknownState(StageError):
+    """A webhook's job tells its state in a word that is not one of STATE_WORDS, or not at all."""
+
+
+def get_status(url: str) -> JsonObject:
+    """{"state": running | succeeded | failed | cancelled, "word": the state as `url` words it, "checkpoint": ...,
+    "error": ..., "metrics": ...} from `url`.
+
+    Raises UnknownState for a word that is not in STATE_WORDS; UserError and StageError where there is no answer.
+    """
     try:
         status = request_json("GET", url)
     except WebhookError as error:
-        raise _as_ours(error) from None
-    if status.get("state") not in ("running", "succeeded", "failed"):
-        raise StageError("the status of a webhook's job gives no state: it should be running, succeeded or failed")
-    return status
+        raise (StageError if error.transient else UserError)(str(error)) from None
+    word = status.get("state")
+    state = _STATES.get(word.strip().lower().replace("-", "_").replace(" ", "_")) if isinstance(word, str) else None
+    if state is None:
+        given = f"is {word!r}" if word is not None else "is not given"
+        raise UnknownState(
+            f"the state of the webhook's job {given}: known are {', '.join(STATE_WORDS)} and words like queued, "
+            "pending, completed (docs/training.md)"
+        )
+    return {**status, "state": state, "word": word}
 
 
 def _as_ours(error: WebhookError) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from grape_service.storage.storage import Storage
+from tests.file_marks import left_out
 from tests.seaweed import BUCKET, SeaweedServer, running_server
 
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -35,6 +37,18 @@ _numbers = itertools.count()
 # A busy machine is no failure.
 settings.register_profile("repository", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repository")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file that `-m quick` and the like leave out is not imported."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and left_out(collection_path, config.option.markexpr) else None
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Ray in a process that files share would give the next of them its authentication mode."""
+    if "ray" in sys.modules and not item.get_closest_marker("alone") and not item.get_closest_marker("vllm"):
+        assert not sys.modules["ray"].is_initialized(), f"{item.path.name} starts Ray: mark it pytest.mark.alone"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from workers.engines.transformers.engine import TransformersEngine
 class SlowEngine(TransformersEngine):
     """Takes DRILL_SECONDS longer for each call, which its statistics count."""
 
-    def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
         seconds = float(os.environ["DRILL_SECONDS"])
         time.sleep(seconds)
         self._stats["seconds"] += seconds
-        return super().score(batch, temperature)
+        return super().score_statistics(batch, names, temperature)
 
 
 class TogetherEngine(SlowEngine):
@@ -36,22 +39,25 @@ class TogetherEngine(SlowEngine):
 
     is_canary = True
 
-    def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
         folder = Path(os.environ["DRILL_FOLDER"])
         if not self.is_canary:
             (folder / str(os.getpid())).touch()
             while len(list(folder.iterdir())) < int(os.environ["DRILL_ENGINES"]):
                 time.sleep(0.1)
         self.is_canary = False
-        return super().score(batch, temperature)
+        return super().score_statistics(batch, names, temperature)
 
 
 class DrillEngine(ConstantEngine):
-    """Does what the JSON file DRILL_FILE says at each call; scores are those of the constant engine.
+    """Does what the JSON file DRILL_FILE says at each call, with statistics or without; values are those of the
+    constant engine.
 
     Keys: seconds (a call takes), slow_factor (of the first engine that was started), fail_token (a batch with this
-    token id raises), oom_above (tokens: a larger batch runs out of memory), die_once (the process ends in a call,
-    once for each value), hang_token (the first batch with this
+    token id raises), fail_once (a call raises, once for each value), oom_above (tokens: a larger batch runs out of
+    memory), die_once (the process ends in a call, once for each value), hang_token (the first batch with this
     token id takes an hour), missing_token (rows with this token id get no score).
     """
 
@@ -82,6 +88,8 @@ class DrillEngine(ConstantEngine):
             os._exit(1)
         if drill.get("hang_token") in batch.input_ids.tolist() and self._once(f"hung-{drill['name']}"):
             time.sleep(3600)
+        if "fail_once" in drill and self._once(f"failed-{drill['fail_once']}"):
+            raise RuntimeError("this call failed")
         if drill.get("fail_token") in batch.input_ids.tolist():
             raise RuntimeError("this batch always fails")
         if "oom_above" in drill and self.budget > drill["oom_above"]:

@@ -97,6 +97,19 @@ class Job:
         assert done.returncode == 0, done.stderr[-4000:]
         return orjson.loads(done.stdout)
 
+    def run_or_kill(self, seconds: float | None, *arguments: str) -> bool:
+        """`grape ARGUMENTS`, SIGKILL to all its processes if it has not ended after some seconds; whether it was
+        killed. One that ends by itself must succeed."""
+        process = self.start(*arguments)
+        try:
+            _, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            process.communicate()
+            return True
+        assert process.returncode == 0, f"it was not killed, and ended with {process.returncode}:\n{errors[-3000:]}"
+        return False
+
     def processes(self) -> dict[int, str]:
         """Pids and command lines of every living process of this job."""
         found = {}
@@ -167,6 +180,13 @@ class Terminal:
                     return True
                 self.output += found
         return False
+
+    def read_until(self, words: bytes, seconds: float = 60) -> None:
+        """Take what is shown until it holds `words`."""
+        deadline = time.monotonic() + seconds
+        while words not in self.output:
+            assert time.monotonic() < deadline, self.output
+            self.read(0.05)
 
     def wait(self, seconds: float) -> tuple[int, str]:
         """Exit status and all that was shown; SIGKILL after some seconds."""

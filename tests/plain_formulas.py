@@ -2,8 +2,8 @@
 
     python tests/plain_formulas.py MODEL < rows.jsonl
 
-Each line has input_ids, loss_mask (0 or 1) and counted (0 or 1: the response's own tokens); each line of the answer has
-the numbers of every method.
+Each line has input_ids, loss_mask (0 or 1), counted (0 or 1: the response's own tokens) and, for `steps`, starts (0 or
+1: the first token of a step); each line of the answer has the numbers of every method.
 """
 
 import json
@@ -23,7 +23,7 @@ def entropy(values: list[float]) -> float:
 def methods(model: torch.nn.Module, row: dict[str, list[int]]) -> dict[str, object]:
     with torch.no_grad():
         logits = model(torch.tensor([row["input_ids"]])).logits[0].double().tolist()
-    log_p, ranks, entropies, tops, counts = [], [], [], [], []
+    log_p, ranks, entropies, tops, counts, goes_on = [], [], [], [], [], []
     for place in range(1, len(row["input_ids"])):
         if not row["loss_mask"][place]:
             continue
@@ -34,7 +34,9 @@ def methods(model: torch.nn.Module, row: dict[str, list[int]]) -> dict[str, obje
         entropies.append(entropy(before))
         tops.append(entropy(sorted(before)[-20:]))
         counts.append(row["counted"][place])
+        goes_on.append(row["counted"][place] and not row.get("starts", row["counted"])[place])
     own = [place for place, counted in enumerate(counts) if counted]
+    later = [value for value, goes in zip(log_p, goes_on, strict=True) if goes]
     return {
         "logprob": log_p,
         "rank": ranks,
@@ -46,6 +48,8 @@ def methods(model: torch.nn.Module, row: dict[str, list[int]]) -> dict[str, obje
         "rsr": sum(min(ranks[place], 100) for place in own) / sum(-log_p[place] for place in own),
         # 2602.12222: surprisal less its expectation, the largest
         "surprise": sum(log_p[place] + entropies[place] for place in own) / len(own),
+        # 2604.06834: length-normalised log-likelihood without the first token of each step, the largest
+        "steps": sum(later) / len(later) if later else None,
         # 2606.09396: the probability of the token
         "probability": [math.exp(max(-10.0, min(5.0, value))) for value in log_p],
         # 2601.02151: the entropy of the 20 most probable, over the scale 3

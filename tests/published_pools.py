@@ -30,6 +30,8 @@ class Published:
     """A filter that the fixture's lists make possible."""
     left: int | None = None
     """Candidates that `where` leaves."""
+    sampling: dict[str, Any] | None = None
+    """Of a trainer's rollouts: how its candidates say that they were sampled."""
 
     def write(self, folder: Path) -> Path:
         """The pool as a folder with one .jsonl file."""
@@ -369,7 +371,25 @@ ALPACA = Published(
     says="prompt in 'instruction' and 'input', response in 'output'",
 )
 
-PUBLISHED: dict[str, Published] = {
+SAID = {"role": "assistant", "content": "No idea."}
+ANSWERS = Published(
+    rows=[
+        {
+            "question": "Hi?",
+            "answers": [{"text": "Hello.", "model": "m", "votes": 3}, {"text": "Hm", "stop_reason": "max_tokens"}],
+        }
+    ],
+    expected=[("Hi?", "Hello.", "m", {"votes": 3})],
+    says="prompt in 'question', a list of responses in 'answers'; source in 'model'",
+    truncated=1,
+)
+CANDIDATE_MESSAGES = Published(
+    rows=[{"messages": [USER], "candidates": [{**ANSWER, "model": "m", "reward": 0.5}, {**SAID, "model": "n"}]}],
+    expected=[("Hi?", "Hello.", "m", {"reward": 0.5}), ("Hi?", "No idea.", "n", {"reward": None})],
+    says="prompt in 'messages', a list of responses in 'candidates'; source in 'model'",
+)
+
+POOLS: dict[str, Published] = {
     "sharegpt": SHAREGPT,
     "tulu": TULU,
     "tools": TOOLS,
@@ -386,4 +406,6 @@ PUBLISHED: dict[str, Published] = {
     "verl": VERL,
     "messages-as-text": MESSAGES_AS_TEXT,
     "alpaca": ALPACA,
+    "answers": ANSWERS,
+    "candidate-messages": CANDIDATE_MESSAGES,
 }

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 BUCKET = "tests"
+OPEN_BUCKET = "open"
+"""Requests without a signature may do everything in it: a proxy in front may change them. Tests create it."""
 KEY, SECRET = "test-writer", "test-writer-secret"
 READER_KEY, READER_SECRET = "test-reader", "test-reader-secret"
 REGION = "us-east-1"
@@ -172,6 +174,7 @@ def _identities() -> dict[str, Any]:
         "identities": [
             identity("writer", KEY, SECRET, ["Admin", "Read", "Write", "List", "Tagging"]),
             identity("reader", READER_KEY, READER_SECRET, ["Read", "List"]),
+            {"name": "anonymous", "actions": [f"{action}:{OPEN_BUCKET}" for action in ("Read", "Write", "List")]},
         ]
     }
 

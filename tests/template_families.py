@@ -170,9 +170,13 @@ FAMILIES: dict[str, Family] = {
 @lru_cache(maxsize=32)
 def make(family: str, vocab: int = 600) -> Any:
     """The fast tokenizer of a family, with its template."""
+    return make_family(family, FAMILIES[family], vocab)
+
+
+def make_family(family: str, spec: Family, vocab: int = 600) -> Any:
+    """The fast tokenizer of any family that is described, under its name."""
     from transformers import PreTrainedTokenizerFast
 
-    spec = FAMILIES[family]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_backend(spec, vocab),
         bos_token=spec.bos,

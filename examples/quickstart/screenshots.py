@@ -1,7 +1,8 @@
-"""Makes the pictures of the README from the quickstart: `make screenshots`, after `make quickstart`.
+"""Makes the pictures of the README and of examples/gather: `make screenshots`, after `make quickstart`.
 
-Two more datasets are made of the scores that are there, so that the catalogue has something to list; then Chromium
-opens the catalogue, a row and the report. Needs the packages of the tests, and Chromium.
+Two more datasets are made of the scores that are there, so that the catalogue has something to list, and what
+examples/gather makes; then Chromium opens the catalogue, a row and the reports. Needs the packages of the tests, and
+Chromium.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.chromium import Browser, running_browser  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 CONFIG = "examples/quickstart/grape.yaml"
+GATHER = ROOT / "examples" / "gather"
 DATASETS = "examples/quickstart/out/datasets"
 MAX_BYTES = 150_000
 VARIANTS = (
@@ -53,7 +55,7 @@ def application() -> Iterator[str]:
             thread.join()
 
 
-def picture(browser: Browser, name: str, address: Path | str, width: int, height: int, top: str = "") -> None:
+def picture(browser: Browser, path: Path, address: Path | str, width: int, height: int, top: str = "") -> None:
     """A PNG of what a window of this size shows, from the element `top` on. Where the repository lies is left out."""
     browser.open(address, width, height, dark=False)
     browser.call("Emulation.setScrollbarsHidden", hidden=True)
@@ -62,10 +64,10 @@ def picture(browser: Browser, name: str, address: Path | str, width: int, height
         browser.run(f"document.querySelector({top!r}).scrollIntoView()")
     browser.run("new Promise((done) => setTimeout(done, 800))")
     data = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
-    assert len(data) < MAX_BYTES, f"{name} has {len(data):,} bytes"
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    (IMAGES / f"{name}.png").write_bytes(data)
-    print(f"docs/images/{name}.png {len(data):,} bytes")
+    assert len(data) < MAX_BYTES, f"{path.name} has {len(data):,} bytes"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    print(f"{path.relative_to(ROOT)} {len(data):,} bytes")
 
 
 def main() -> None:
@@ -74,15 +76,24 @@ def main() -> None:
     for overrides in VARIANTS:
         grape_service.run(CONFIG, overrides=overrides)
     take_pictures(release)
+    picture_of_gather(grape_service.run(str(GATHER / "grape.yaml")))
+
+
+def picture_of_gather(release: Release) -> None:
+    """The report of what examples/gather made."""
+    with tempfile.TemporaryDirectory() as folder, running_browser(Path(folder)) as browser:
+        picture(browser, GATHER / "report.png", Path(release.path) / "report.html", 1120, 760, "#scores")
 
 
 def take_pictures(release: Release) -> None:
     """The catalogue, a row and the report."""
     report = Path(release.path) / "report.html"
     with tempfile.TemporaryDirectory() as folder, running_browser(Path(folder)) as browser, application() as address:
-        picture(browser, "catalogue", f"{address}/", 1120, 400)
-        picture(browser, "row", f"{address}/datasets/quickstart/{release.version}/rows/1", 1120, 720, ".modes")
-        picture(browser, "report", report, 1120, 760, "#scores")
+        picture(browser, IMAGES / "catalogue.png", f"{address}/", 1120, 400)
+        picture(
+            browser, IMAGES / "row.png", f"{address}/datasets/quickstart/{release.version}/rows/1", 1120, 720, ".modes"
+        )
+        picture(browser, IMAGES / "report.png", report, 1120, 760, "#scores")
 
 
 if __name__ == "__main__":

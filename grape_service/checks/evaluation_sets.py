@@ -9,10 +9,11 @@ import orjson
 import pyarrow.parquet as pq
 
 from grape_service.errors import UserError
+from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage
 
 
-def evaluation_items(files: list[str], options: dict[str, Any]) -> Iterator[str]:
+def evaluation_items(files: list[str], options: StorageOptions) -> Iterator[str]:
     """Every text in .jsonl, .json and .parquet rows, every line of .txt. Raises UserError naming a bad file."""
     for address in files:
         folder, _, name = str(address).rpartition("/")

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import pyarrow as pa
 
 from grape_service.config.checks import Check
+from grape_service.rows.columns import FINDING
 from grape_service.rows.counts import Counts
-
-FINDING = pa.schema(
-    [
-        pa.field("check", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string()),  # null where a whole source is flagged
-        pa.field("candidate_id", pa.string()),
-        pa.field("reason", pa.string(), nullable=False),  # a short phrase, counted by
-        pa.field("detail", pa.string()),  # what exactly, for a person
-    ]
-)
 
 
 @dataclass
@@ -55,8 +46,23 @@ class Flagged:
         return CheckCounts(rows, len(set(self.rows)), seconds, dict(sorted(reasons.items())))
 
 
-def result_of(check: Check, counts: CheckCounts, table: str | None) -> dict[str, Any]:
-    """A check's line in the manifest and the report; `warning` is None where its share is small enough."""
+class CheckResult(TypedDict):
+    """A check's line in the manifest and the report."""
+
+    name: str
+    action: str
+    scope: str
+    rows: int  # that were looked at
+    found: int  # of them, flagged
+    reasons: dict[str, int]
+    rows_per_second: int | None
+    warning: str | None  # None where the share that is flagged is small enough
+    change: str  # what to do about it
+    table: NotRequired[str]  # the folder of the flagged rows
+
+
+def result_of(check: Check, counts: CheckCounts) -> CheckResult:
+    """What a check found."""
     share = counts.found / counts.rows if counts.rows else 0.0
     warning = None
     if share > check.max_share:
@@ -76,5 +82,4 @@ def result_of(check: Check, counts: CheckCounts, table: str | None) -> dict[str,
         "rows_per_second": round(counts.rows / counts.seconds) if counts.seconds else None,
         "warning": warning,
         "change": check.advice,
-        "table": table,
     }

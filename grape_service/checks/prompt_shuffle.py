@@ -32,13 +32,13 @@ def shuffled(table: pa.Table) -> pa.Table:
         new_lens.append(int(prompt_lens[other]))
     new_offsets = offsets_from_lengths([len(values) for values in new_ids])
     flat_ids, flat_mask = np.concatenate(new_ids), np.concatenate(new_mask)
-    made = {
+    shuffled = {
         "row_key": row_keys(flat_ids, flat_mask, new_offsets),
         "input_ids": list_array(new_offsets, flat_ids, pa.int32()),
         "loss_mask": list_array(new_offsets, flat_mask, pa.uint8()),
         "prompt_len": pa.array(new_lens, pa.int32()),
     }
-    columns = [made.get(name, table[name]) for name in SHARD.names]
+    columns = [shuffled.get(name, table[name]) for name in SHARD.names]
     return pa.table(columns, schema=SHARD)
 
 

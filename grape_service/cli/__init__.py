@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import signal
@@ -11,14 +12,14 @@ import threading
 from types import FrameType
 from typing import Any
 
-from grape_service.loopback import ask_loopback_directly
-from grape_service.models.lean import collect_rarely
+from grape_service.addresses import ask_loopback_directly
+from grape_service.cli.failing import fail, interrupt_sentence
+from grape_service.models.imports import collect_rarely
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 END_SECONDS = 4.0
 """How long a command that was stopped may take to end what it started, before that is ended for it."""
-STOPPED = "stopped; run the same command again to resume"
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
         if not _interruptions:
             raise
     if _interruptions:
-        _leave(fail(STOPPED, INTERRUPTED))
+        _tell()
+        _leave(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -45,6 +47,7 @@ def _run() -> Any:
 
     from grape_service.cli.app import app
     from grape_service.cli.completion import rejoin_words
+    from grape_service.cli.packages import missing_package
     from grape_service.errors import StageError, UserError
 
     # A mistake in the command line. Newer typers bring a click of their own, older ones import it.
@@ -59,11 +62,17 @@ def _run() -> Any:
         if _interruptions:
             return INTERRUPTED
         return fail(str(error), 2 if isinstance(error, UserError) else 1)
+    except ModuleNotFoundError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        return fail(str(missing), 2)
     except click_exception as error:
         return _usage(error)
 
 
 _interruptions: list[int] = []
+_is_told = threading.Event()
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
@@ -74,6 +83,7 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     # Where it meets a callback of an import, or Ray's own code, that would be told, and the command go on.
     sys.unraisablehook = lambda told: None
     sys.excepthook = lambda kind, error, trace: None
+    ctypes.CDLL(None).signal(signal.SIGABRT, _when_aborted)
     timer = threading.Timer(END_SECONDS, _end_at_once)
     timer.daemon = True
     timer.start()
@@ -88,8 +98,21 @@ def _end_at_once() -> None:
     bars = sys.modules.get("grape_service.progress.bars")
     if bars is not None:
         bars.stop_shown()  # or one more bar would follow the sentence, and the cursor stay hidden
-    fail(STOPPED, INTERRUPTED)
+    _tell()
     os._exit(INTERRUPTED)
+
+
+def _tell() -> None:
+    """Say once that the command was stopped."""
+    if not _is_told.is_set():
+        _is_told.set()
+        fail(interrupt_sentence(), INTERRUPTED)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _when_aborted(number: int) -> None:
+    """Ray aborts a process whose Ray ends while it connects to it: that is the end that was asked for."""
+    _end_at_once()
 
 
 def _leave(status: int) -> None:
@@ -107,16 +130,3 @@ def _usage(error: Any) -> int:
         return 2
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "grape"
     return fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
-
-
-_said: set[str] = set()
-
-
-def fail(sentence: str, status: int) -> int:
-    """Say what is wrong on standard error, once, whoever says it first; the status."""
-    if sentence not in _said:
-        _said.add(sentence)
-        from grape_service.display import visible
-
-        print(f"error: {visible(sentence)}", file=sys.stderr, flush=True)
-    return status

@@ -6,20 +6,22 @@ from typing import Annotated
 
 import typer
 
-import grape_service
 from grape_service.cli import (
     check_commands,
     cluster_commands,
     dataset_commands,
     deploy_commands,
+    lineage_commands,
     plan_commands,
     pool_commands,
     report_commands,
     run_commands,
+    runs_commands,
     schema_commands,
     train_commands,
     ui_commands,
 )
+from grape_service.version import __version__
 
 app = typer.Typer(
     name="grape",
@@ -33,7 +35,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(grape_service.__version__)
+        print(__version__)
         raise typer.Exit
 
 
@@ -50,10 +52,12 @@ pool_commands.register(app)
 run_commands.register(app)
 check_commands.register(app)
 dataset_commands.register(app)
+lineage_commands.register(app)
 plan_commands.register(app)
 cluster_commands.register(app)
 train_commands.register(app)
 deploy_commands.register(app)
 report_commands.register(app)
+runs_commands.register(app)
 schema_commands.register(app)
 ui_commands.register(app)

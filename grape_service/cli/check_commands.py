@@ -11,7 +11,16 @@ from urllib.parse import urlsplit
 
 import typer
 
-from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table
+from grape_service.cli.output import (
+    ConfigArgument,
+    JsonOption,
+    SetOption,
+    config_of,
+    events_told,
+    print_json,
+    print_table,
+)
+from grape_service.cli.packages import need_run
 from grape_service.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,17 +37,19 @@ def register(app: typer.Typer) -> None:
 
 def check(config: ConfigArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
     """Look at storage, pool, models and tokens, and score a sample of recorded log-probabilities again."""
-    from workers.engines.aside import ModelsAside
+    need_run()
+    from workers.engines.side_process import ModelsInSideProcess
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engines have it, see workers/scoring/replicas.py
-    models = ModelsAside()
+    models = ModelsInSideProcess()
     try:
         settings = config_of(config, sets)
         models.begin(settings)
         from grape_service.estimate.finding import Finding, Table
         from grape_service.estimate.preflight import check as findings_of
 
-        found = list(findings_of(settings, models, probes_of(settings)))
+        with events_told():
+            found = list(findings_of(settings, models, probes_of(settings)))
     finally:
         models.close()
     findings = [one for one in found if isinstance(one, Finding)]
@@ -62,7 +73,7 @@ def probes_of(config: Config) -> dict[str, Callable[[], tuple[str, str]]]:
     """What lies outside this package: engines, the cluster and webhook that are named, what training needs."""
     probes: dict[str, Callable[[], tuple[str, str]]] = {"engines": partial(_engines, config)}
     if config.workers.ray_address != "auto":
-        probes["workers.ray_address"] = partial(_answers, config.workers.ray_address)
+        probes["workers.ray_address"] = partial(_cluster, config.workers.ray_address)
     if config.notify is not None and config.notify.webhook:
         probes["notify.webhook"] = partial(_answers, config.notify.webhook)
     if config.train is not None:
@@ -88,8 +99,30 @@ def _answers(address: str) -> tuple[str, str]:
     return "ok", f"{parts.hostname} answers"
 
 
+def _cluster(address: str) -> tuple[str, str]:
+    """Whether a Ray cluster answers there and takes our token, and nobody else can write to its folders here."""
+    from workers.cluster.jobs import job_server
+
+    _answers(address)
+    with job_server(address) as server:
+        nodes, seen = server.refuse_open_folders()
+    there = f"{urlsplit(address).hostname} answers, {nodes} node{'' if nodes == 1 else 's'}"
+    if seen:
+        return "ok", f"{there}; no other user of this machine can write to Ray's folders"
+    return "ok", f"{there}; whether other users can write to Ray's folders there, the job sees"
+
+
 def _training(config: Config) -> tuple[str, str]:
-    from workers.stages.train import checked_jobs
+    from grape_service.config.schema import gate_verifier
+    from grape_service.gather.verdicts import judge_of
+    from workers.stages.train import check_cluster, check_prompts, checked_jobs
 
     assert config.train is not None
-    return "ok", ", ".join(checked_jobs(config.train, config.workers.ray_address))
+    jobs = checked_jobs(config.train, config.workers.ray_address, config.storage)
+    check_prompts(config.train, [group.path for group in config.pool.groups], config.storage)
+    check_cluster(config.train, config.workers.ray_address)
+    verify = gate_verifier(config) if config.train.gate is not None and config.train.gate.pass_at else None
+    if verify is not None and not verify.asks_model:
+        judge_of(verify)
+    rounds = config.train.rounds
+    return "ok", ", ".join([*jobs, *([f"{rounds} rounds"] if rounds > 1 else [])])

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from grape_service.cli.failing import at_interrupt
 from grape_service.cli.output import ConfigArgument, JsonOption, SetOption, config_of, print_json, print_table, say
 from grape_service.errors import UserError
 from grape_service.progress.reporter import duration
@@ -57,6 +58,7 @@ def submit(
         if detach:
             print_json({"job": job.job_id, "address": address}) if as_json else say(job.job_id)
             return
+        at_interrupt(_goes_on(job.job_id))
         submit.write_error(f"job {job.job_id}; Ctrl-C leaves it running, `grape jobs stop {job.job_id}` ends it\n")
         status = submit.follow(server, job.job_id, submit.write_error)
         if as_json and status == 0:
@@ -92,6 +94,7 @@ def logs(
         if server.state(job) is None:
             raise UserError(f"{address} knows no job '{job}': see `grape jobs list`")
         if follow:
+            at_interrupt(_goes_on(job))
             raise typer.Exit(submit.follow(server, job, write_out))
         write_out(server.log(job))
 
@@ -106,6 +109,11 @@ def stop(job: JobArgument, address: AddressOption) -> None:
             raise UserError(f"{address} knows no job '{job}': see `grape jobs list`")
         server.stop(job)
         say(f"{job} {server.state(job)}")
+
+
+def _goes_on(job: str) -> str:
+    """What Ctrl-C says to whoever only looks on."""
+    return f"no longer followed: the job {job} goes on; `grape jobs logs {job} --follow` follows it again"
 
 
 def write_out(text: str) -> None:

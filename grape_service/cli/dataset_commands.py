@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,7 @@ PathArgument = Annotated[
     str, typer.Argument(help="The output.path of configs, or <output.path>/<name> for one dataset.", metavar="PATH")
 ]
 
-datasets = typer.Typer(help="Dataset versions: list, show, compare, tag, verify, clean up.", no_args_is_help=True)
+datasets = typer.Typer(help="Dataset versions: list, show, diff, tag, verify, gc.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +50,7 @@ def list_versions(
 ) -> None:
     """Every version of every dataset in a folder, with its tags."""
     from grape_service.release.catalog import list_datasets, read_catalog
-    from grape_service.release.tags import list_tags
+    from grape_service.release.tags import readable_tags
     from grape_service.storage.storage import Storage
 
     storage = Storage(folder_or_last(path, "grape datasets list"), storage_options(endpoint))
@@ -60,25 +61,36 @@ def list_versions(
     if not names:
         raise UserError(f"there is no dataset in {storage.root}: give the output.path of your configs")
     found: list[dict[str, Any]] = []
+    problems: list[str] = []
     for name in names:
         tags: dict[str, list[str]] = {}
-        for tag in list_tags(storage, name):
+        readable, broken = readable_tags(storage, name)
+        problems += broken
+        for tag in readable:
             tags.setdefault(tag.version, []).append(tag.name)
-        for entry in read_catalog(storage, name):
+        try:
+            entries = read_catalog(storage, name)
+        except UserError as error:  # one dataset that is damaged does not hide the others
+            problems.append(str(error))
+            continue
+        for before, entry in zip([None, *entries], entries, strict=False):
             found.append(
                 {
                     "name": name,
                     "version": entry.version,
+                    "kind": entry.kind,
                     "tags": tags.get(entry.version, []),
                     "rows": entry.rows,
                     "tokens": entry.tokens,
                     "bytes": entry.num_bytes,
+                    **asdict(entry.made_by),
+                    "since": entry.since(before),
                     "created": entry.created,
                     "reference": f"{storage.root}/{name}@{entry.version}",
                 }
             )
     if as_json:
-        print_json({"path": storage.root, "versions": found})
+        print_json({"path": storage.root, "versions": found, "problems": problems})
         return
     rows = [
         [
@@ -87,12 +99,18 @@ def list_versions(
             ", ".join(e["tags"]),
             f"{e['rows']:,}",
             f"{e['tokens']:,}",
-            filesize.decimal(e["bytes"]),
+            e["kind"] if e["kind"] != "training" else e["method"] + (f", keep {e['keep']}" if e["keep"] else ""),
+            e["target"].rstrip("/").rpartition("/")[2],
+            e["pool"],
+            e["since"],
             e["created"][:16].replace("T", " "),
         ]
         for e in found
     ]
-    print_table(storage.root, ["dataset", "version", "tags", "rows", "tokens", "size", "created (UTC)"], rows)
+    columns = ["dataset", "version", "tags", "rows", "tokens", "method", "target", "pool", "since the one before"]
+    print_table(storage.root, [*columns, "created (UTC)"], rows)
+    for problem in problems:
+        write_error_line(f"warning: {problem}")
 
 
 @datasets.command(epilog="Example: grape datasets show s3://team/datasets/math-sft@v0003 --lineage")
@@ -103,6 +121,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """What a version holds, and with --lineage what it was made from."""
+    from grape_service.release.changes import since_of
     from grape_service.release.load import load
 
     release = load(reference, storage_options(endpoint))
@@ -118,10 +137,10 @@ def show(
         )
         return
     say(f"{release.reference}  {', '.join(release.tags())}")
-    say(
-        f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; "
-        f"created {manifest.created}"
-    )
+    say(f"{manifest.content}; created {manifest.created}")
+    since = since_of(manifest.counts)
+    if since is not None:
+        say(f"since {since.version}: {since.sentence}")
     print_table("columns", ["column", "type"], [[column.name, column.type] for column in manifest.columns])
     print_table(
         "files",
@@ -186,10 +205,11 @@ def gc(
     """Find what nobody needs: unfinished and old untagged versions, unused scores, leftovers. A dry run by default."""
     from grape_service.release.gc import collect, render_text
     from grape_service.storage.storage import Storage
+    from grape_service.storage.workspace import open_workspace
 
     options = storage_options(endpoint)
     output = Storage(path, options)
-    place = Storage(workspace or f"{output.root}/.grape", options)
+    place = open_workspace(workspace or f"{output.root}/.grape", options)
     found = collect(output, place, keep_days, keep_versions, dry_run=not delete, say=write_error_line)
     if as_json:
         print_json({"dry_run": not delete, "garbage": [item.to_json() for item in found]})

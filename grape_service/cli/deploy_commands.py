@@ -40,12 +40,14 @@ def deploy(
     with stdout_to_stderr():
         from flows.deploy import deploy as register_deployment
 
-        made = register_deployment(settings, pool, cron, timezone)
+        deployed = register_deployment(settings, pool, cron, timezone)
     if as_json:
-        print_json(asdict(made))
+        print_json(asdict(deployed))
         return
-    say(f"deployed  {made.name}, {f'{cron} {timezone}' if cron else 'without a schedule'}")
-    if made.secret_block:
-        say(f"secrets   in Prefect's secret block {made.secret_block}, not among its parameters")
-    say(f"look at   {made.url}")
-    say(f"run it    prefect deployment run '{made.name}'")
+    say(f"deployed  {deployed.name}, {f'{cron} {timezone}' if cron else 'without a schedule'}")
+    if deployed.secret_block:
+        say(f"secrets   in Prefect's secret block {deployed.secret_block}, not among its parameters")
+    for warning in deployed.warnings:
+        say(f"warning   {warning}")
+    say(f"look at   {deployed.url}")
+    say(f"run it    prefect deployment run '{deployed.name}'")

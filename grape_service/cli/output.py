@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from grape_service.addresses import is_http_address
+from grape_service.cli import tables
 from grape_service.cli.completion import complete_reference
 from grape_service.display import visible
 from grape_service.errors import UserError
+from grape_service.progress.log_lines import PROGRESS
+from grape_service.progress.reporter import Silent, set_reporter
 
 if TYPE_CHECKING:
     from grape_service.config.schema import Config
@@ -42,9 +44,41 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _quiet(wanted: bool) -> bool:
+    if wanted:
+        os.environ[PROGRESS] = "none"
+    return wanted
+
+
+def _verbose(wanted: bool) -> bool:
+    if wanted and is_quiet():
+        raise UserError("--quiet and --verbose exclude one another: leave one away")
+    if wanted:
+        os.environ[DEBUG] = "1"
+    return wanted
+
+
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return os.environ.get(PROGRESS) == "none"
+
+
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_quiet, is_eager=True, help="No progress; the result in one line.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_verbose, help="Show what tasks and engines print.")
+]
 EndpointOption = Annotated[
     str | None, typer.Option("--endpoint", help="Endpoint of the S3 server, where it is not Amazon's.", metavar="URL")
 ]
+
+
+DEBUG = "GRAPE_DEBUG"
+LABEL = 10
+"""Characters before what a label is of."""
 
 
 def console() -> Console:
@@ -73,13 +107,8 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; cells are shown as text, whatever they hold, control characters written out."""
-    table = Table(title=Text(visible(title)) if title else None, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(Text(visible(column)), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else visible(str(cell))) for cell in row))
-    console().print(table)
+    """A table on standard output; cells are shown as text, whatever they hold."""
+    tables.print_table(console(), title, columns, rows)
 
 
 def say(text: str) -> None:
@@ -87,9 +116,35 @@ def say(text: str) -> None:
     console().print(Text(visible(text)), soft_wrap=True)
 
 
+def tell(label: str, text: str) -> None:
+    """A sentence after a label, its lines broken between words where a terminal shows it."""
+    screen = console()
+    if not screen.is_terminal:
+        say(f"{label:<{LABEL}}{text}")
+        return
+    lines = tables.wrapped(visible(text), max(screen.width - LABEL - 1, 20)).split("\n")
+    for place, line in enumerate(lines):
+        screen.print(Text(f"{'' if place else label:<{LABEL}}{line}"), soft_wrap=True)
+
+
 def write_error_line(line: str) -> None:
     """A line on standard error."""
     print(visible(line), file=sys.stderr)
+
+
+class _Told(Silent):
+    def event(self, text: str) -> None:
+        write_error_line(text)
+
+
+@contextlib.contextmanager
+def events_told() -> Iterator[None]:
+    """Inside the block, what is worth telling of work without a progress bar goes to standard error, a line each."""
+    set_reporter(_Told())
+    try:
+        yield
+    finally:
+        set_reporter(Silent())
 
 
 def write_file(path: Path, text: str) -> Path:

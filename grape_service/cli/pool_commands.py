@@ -14,6 +14,7 @@ from grape_service.cli.output import (
     ReferenceArgument,
     SetOption,
     config_of,
+    events_told,
     print_json,
     print_table,
     say,
@@ -34,15 +35,22 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    pool: Annotated[str, typer.Argument(help="A file, folder or glob of candidates.", metavar="POOL")],
+    pool: Annotated[str, typer.Argument(help="A file, folder or glob of candidates, or prompts.", metavar="POOL")],
     model: Annotated[str, typer.Option("--model", help="The model to be trained: hub id or folder.", metavar="M")],
     name: Annotated[str | None, typer.Option("--name", help="The dataset's name; default: the pool's.")] = None,
+    gather: Annotated[
+        list[str] | None,
+        typer.Option("--gather", help="The pool is prompts: a model that samples their candidates; may be repeated."),
+    ] = None,
+    sets: SetOption = None,
     endpoint: EndpointOption = None,
 ) -> None:
-    """Look at a pool and print a commented config that fits it and runs as it is."""
+    """Look at a pool and print a commented config that fits it. It runs as it is, unless a question in it is open."""
     from grape_service.estimate.proposal import proposed_config
 
-    sys.stdout.write(proposed_config(pool, model, name, storage_options(endpoint)))
+    with events_told():
+        text = proposed_config(pool, model, name, storage_options(endpoint), sets, gather)
+    sys.stdout.write(text)
 
 
 def rejects(
@@ -89,10 +97,10 @@ def rows(
     as_json: JsonOption = False,
 ) -> None:
     """Show rows of a release: ids, source, score, and how prompt and response begin."""
-    from grape_service.release.load import load
+    from grape_service.release.load import load_training_set
     from grape_service.release.some_rows import some_rows
 
-    found = some_rows(load(reference, storage_options(endpoint)), source, prompt, limit)
+    found = some_rows(load_training_set(reference, storage_options(endpoint)), source, prompt, limit)
     if as_json:
         print_json(found)
         return

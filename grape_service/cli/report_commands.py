@@ -46,10 +46,10 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a version's report to a file: the one that it was published with, or a new one."""
-    from grape_service.release.load import load
+    from grape_service.release.load import load_training_set
     from grape_service.report.page import report_page
 
-    release = load(reference, storage_options(endpoint))
+    release = load_training_set(reference, storage_options(endpoint))
     path = out or Path(f"{release.name}-{release.version}-report.html")
     path = write_file(path, report_page(release, regenerate))
     print_json({"reference": release.reference, "report": str(path)}) if as_json else say(str(path))
@@ -66,10 +66,10 @@ def compare(
 ) -> None:
     """Two versions side by side: rows, choices, scores and weights that differ, rankings, where they differ most."""
     from grape_service.release.compare import compare as compare_releases
-    from grape_service.release.load import load
+    from grape_service.release.load import load_training_set
 
     options = storage_options(endpoint)
-    found = compare_releases(load(first, options), load(second, options))
+    found = compare_releases(load_training_set(first, options), load_training_set(second, options))
     if out is not None:
         from grape_service.report.page import render_comparison
 
@@ -96,6 +96,8 @@ def compare(
         if rows:
             print_table("where they differ most", columns, rows)
             say("lost: what both lose together, in score, if each took the first choice of the other")
+    if found["turnover"] is not None:
+        show_turnover(found["turnover"])
     print_table("kept rows by source", ["source", "A", "B"], [[s, *counts] for s, counts in found["sources"].items()])
     if found["settings"]:
         rows = [
@@ -104,6 +106,15 @@ def compare(
         print_table("settings that differ", ["key", "A", "B"], rows)
     else:
         say("no setting differs, and no policy")
+
+
+def show_turnover(moved: dict[str, Any]) -> None:
+    """How much of the rows turned over in each version, and the prompts that keep changing their winner."""
+    pairs = zip(reversed(moved["versions"]), reversed(moved["churn"]), strict=True)
+    say(f"turnover: {', '.join(f'{churn:.0%} of the rows new or gone in {version}' for version, churn in pairs)}")
+    if moved["most"]:
+        rows = [[one["prompt_id"], f"{one['times']:,} of {len(moved['versions']):,}"] for one in moved["most"]]
+        print_table("prompts that keep changing their winner", ["prompt", "versions"], rows)
 
 
 def _who(choice: dict[str, Any]) -> str:
@@ -121,10 +132,10 @@ def explain(
 ) -> None:
     """Every candidate of a prompt with score, length, source and why it was kept or not; its tokens in colour."""
     from grape_service.display import cut, visible
-    from grape_service.release.load import load
+    from grape_service.release.load import load_training_set
     from grape_service.report.explain import explain as explain_prompt
 
-    found = explain_prompt(load(reference, storage_options(endpoint)), prompt)
+    found = explain_prompt(load_training_set(reference, storage_options(endpoint)), prompt)
     if as_json:
         print_json(found)
         return

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from grape_service.addresses import moving_checkpoint
+from grape_service.cli.failing import at_interrupt
 from grape_service.cli.output import (
     EndpointOption,
     JsonOption,
+    QuietOption,
     ReferenceArgument,
     SetOption,
+    VerboseOption,
     config_of,
     print_json,
     say,
@@ -19,9 +23,16 @@ from grape_service.cli.output import (
     write_error_line,
 )
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 
 if TYPE_CHECKING:
     from grape_service.config.training import TrainConfig
+    from workers.training.records import Record
+
+GOES_ON = (
+    "no longer followed: a job that runs elsewhere goes on; the same command follows it, and ends it with --cancel"
+)
+"""What Ctrl-C says of jobs that do not end with this process."""
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +51,8 @@ def train(
     cancel: Annotated[bool, typer.Option("--cancel", help="End the run, which another process follows.")] = False,
     sets: SetOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Start the SFT job on a release, then the RL job on its checkpoint; the run is recorded beside the release."""
     from workers.stages import train as runs
@@ -47,17 +60,33 @@ def train(
     settings = config_of(config, sets)
     if settings.train is None:
         raise UserError(f"{config} has no train section: add train: {{sft: {{...}}}}")
-    ray_address, options = settings.workers.ray_address, settings.storage
-    if status:
-        record = runs.read(reference, settings.train, options, again)
-    elif cancel:
-        record = runs.cancel(reference, settings.train, ray_address, options, again)
-    else:
-        deployments = deployments_for(settings.train)
-        target = None if settings.target.adapter else settings.target.model
-        record = runs.train(
-            reference, settings.train, ray_address, options, again, write_error_line, deployments, target
+    if settings.train.rounds > 1:
+        raise UserError(
+            f"train.rounds is {settings.train.rounds}, and each round makes a release, which `grape run` does: train "
+            "on this one with --set train.rounds=1"
         )
+    ray_address, options = settings.workers.ray_address, settings.storage
+    # An adapter is no whole model, and the newest checkpoint is another by now: the release says what is trained.
+    asked = settings.target
+    is_of_release = asked.adapter is not None or moving_checkpoint(asked.model) is not None
+    target = (None, None) if is_of_release else (asked.model, asked.revision)
+    if status:
+        record = runs.read(reference, settings.train, options, again, *target)
+    elif cancel:
+        record = runs.cancel(reference, settings.train, ray_address, options, again, *target)
+    else:
+        from workers.gate import train_gated
+        from workers.pipeline import gather_alone
+
+        deployments = deployments_for(settings.train)
+        if ray_address != "auto" or {job.kind for job in settings.train.jobs.values()} & {"webhook", "deployment"}:
+            at_interrupt(GOES_ON)
+        tell = (lambda line: None) if quiet else write_error_line
+
+        def start(reference: str, jobs: TrainConfig, ray_address: str, options: JsonObject) -> Record:
+            return runs.train(reference, jobs, ray_address, options, again, tell, deployments, *target)
+
+        record = train_gated(settings, settings.train, reference, start, gather_alone)
     print_json(record) if as_json else show_training(record)
 
 
@@ -71,25 +100,29 @@ def deployments_for(config: TrainConfig) -> Any:
     return PrefectDeployments()
 
 
-def show_training(record: dict[str, Any]) -> None:
+def show_training(record: Record) -> None:
     """Each stage's state, checkpoint and log."""
     for stage, state in record["stages"].items():
         error = (state.get("error") or "").partition("\n")[0]
         say(f"{stage:<9} {state['state']}  {state.get('checkpoint') or error}".rstrip())
+        for note in state.get("notes") or []:
+            say(f"  note    {note}")
         if state.get("log"):
             say(f"  log     {state['log']}")
+        for name, figure in (state.get("gate") or {}).items():
+            say(f"  gate    {name} {figure:.4g}")
     say(f"training  {record['id']}, {record['state']}")
 
 
 def export(
     reference: ReferenceArgument,
-    folder: Annotated[str, typer.Argument(help="Where the files go.", metavar="DIR")],
+    folder: Annotated[str, typer.Argument(help="Where the files go; of hub a repository, owner/name.", metavar="DIR")],
     to: Annotated[
         str,
         typer.Option(
             "--to",
-            help="trl, verl, ms-swift, llamafactory, llamafactory-v1, megatron-bridge, tinker, axolotl, openrlhf "
-            "or jsonl.",
+            help="trl, verl, ms-swift, llamafactory, llamafactory-v1, megatron-bridge, tinker, axolotl, openrlhf, "
+            "jsonl or hub.",
         ),
     ],
     drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Export without the loss weights.")] = False,
@@ -99,12 +132,24 @@ def export(
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a release in the form that a trainer reads."""
+    """Write a release in the form that a trainer reads, or upload it to the Hugging Face Hub."""
     from grape_service.exports import export as write
-    from grape_service.release.load import load
+    from grape_service.release.load import load, load_training_set
 
     options = {"endpoint_url": endpoint} if endpoint else {}
-    summary = write(load(reference, options), to, folder, drop_weights, eval_share, write_error_line)
+    if to == "hub":
+        from grape_service.exports.hub import export_to_hub
+
+        if drop_weights or eval_share:
+            raise UserError("--to hub uploads a version as it is: leave --drop-weights and --eval-share out")
+        uploaded = export_to_hub(load(reference, options), folder, write_error_line)
+        if as_json:
+            print_json(asdict(uploaded))
+            return
+        for line in uploaded.lines:
+            say(line)
+        return
+    summary = write(load_training_set(reference, options), to, folder, drop_weights, eval_share, write_error_line)
     if as_json:
         print_json(asdict(summary))
         return

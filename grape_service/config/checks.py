@@ -9,6 +9,8 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 from grape_service.config.base import Model
+from grape_service.install import install_command
+from grape_service.json_types import JsonObject
 
 Scope = Literal["all rows", "kept rows", "sources", "a sample"]
 Action = Literal["off", "warn", "fail"]
@@ -35,7 +37,7 @@ class Check(Model):
         return {"action": value} if isinstance(value, str) else value
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         reference = handler(core)
         schema = handler.resolve_ref_schema(reference)
         keys = dict(schema)
@@ -74,7 +76,7 @@ class NearDuplicates(Check):
     @model_validator(mode="after")
     def _package_there(self) -> NearDuplicates:
         if self.action != "off" and importlib.util.find_spec("datasketch") is None:
-            raise ValueError("near_duplicates needs the datasketch package: pip install grape-service[checks]")
+            raise ValueError(f"near_duplicates needs the package 'datasketch': {install_command('checks')}")
         return self
 
 

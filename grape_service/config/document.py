@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from grape_service.config.schema import Config
+from grape_service.json_types import JsonObject
 
 _HEAD = """# Config
 
@@ -19,16 +20,20 @@ line of a config completes and checks its keys:
 # yaml-language-server: $schema=grape.schema.json
 ```
 
-where `grape schema > grape.schema.json` writes that file. Secrets never stand in a config: credentials of S3 come from
+where `grape schema > grape.schema.json` writes that file. `${NAME}` in a value is what the environment has under that
+name; where it is not set it stays as it is, and a path refuses it (programs and patterns, as in `command`, keep it).
+Keys of the top level that begin with `x-` are for anchors: `x-model: &m {dtype: bfloat16}`, then
+`target: {<<: *m, model: ...}`. Secrets never stand in a config: credentials of S3 come from
 `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` or a profile.
 
 This page is made from the models by `make docs`; a test holds it fresh.
 """
 
 
-def config_schema() -> dict[str, Any]:
+def config_schema() -> JsonObject:
     """The JSON schema of a config."""
     schema = Config.model_json_schema()
+    schema["patternProperties"] = {"^x-": {}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "grape-service config"}
 
 
@@ -43,7 +48,7 @@ def config_page() -> str:
 class _Page:
     """Sections in the order in which the config has them; a model that comes again is referred to."""
 
-    def __init__(self, models: dict[str, Any]):
+    def __init__(self, models: JsonObject):
         self.models = models
         self.sections: list[str] = []
         self.first: dict[str, str] = {}  # where each model is described
@@ -51,7 +56,7 @@ class _Page:
     def text(self) -> str:
         return "\n".join(self.sections)
 
-    def section(self, path: str, model: dict[str, Any]) -> None:
+    def section(self, path: str, model: JsonObject) -> None:
         """A table of the model's keys, then the sections below it."""
         required = set(model.get("required", []))
         title = f"## `{path}`" if path else "## Top level"
@@ -69,14 +74,16 @@ class _Page:
         for name in below:
             self.section(self.first[name], _object_of(self.models[name]))
 
-    def kind(self, value: dict[str, Any], place: str) -> str:
+    def kind(self, value: JsonObject, place: str) -> str:
         """A value's type in words."""
         if "$ref" in value:
             return self.link(value["$ref"].rpartition("/")[2], place)
         if "oneOf" in value:
             value = {"anyOf": value["oneOf"]}
         if "anyOf" in value:
-            return " or ".join(self.kind(part, place) for part in value["anyOf"] if part.get("type") != "null") + (
+            kinds = [self.kind(part, place) for part in value["anyOf"] if part.get("type") != "null"]
+            kinds = [kind for kind in kinds if kind != _WORDS["integer"] or _WORDS["number"] not in kinds]
+            return " or ".join(kinds) + (
                 " or null" if any(part.get("type") == "null" for part in value["anyOf"]) else ""
             )
         if "enum" in value or "const" in value:
@@ -99,7 +106,7 @@ class _Page:
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true \\| false"}
 
 
-def _models_in(value: dict[str, Any]) -> list[str]:
+def _models_in(value: JsonObject) -> list[str]:
     found = [value["$ref"].rpartition("/")[2]] if "$ref" in value else []
     parts = [*value.get("anyOf", []), *value.get("oneOf", []), value.get("items"), value.get("additionalProperties")]
     for part in parts:
@@ -107,12 +114,12 @@ def _models_in(value: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _object_of(model: dict[str, Any]) -> dict[str, Any]:
+def _object_of(model: JsonObject) -> JsonObject:
     """The form with keys of a model that may also be written as one word."""
     return model if "properties" in model else next(part for part in model["anyOf"] if "properties" in part)
 
 
-def _default(value: dict[str, Any]) -> str:
+def _default(value: JsonObject) -> str:
     if "default" not in value or ("$ref" in value and isinstance(value["default"], dict)):
         return ""
     return f"`{_cell(_yaml(value['default']))}`"

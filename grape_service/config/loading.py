@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 import types
 import typing
@@ -17,13 +16,16 @@ from pydantic import BaseModel, ValidationError
 from grape_service.config.limits import MAX_BYTES, MAX_DEPTH, check_size
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
+from grape_service.config.variables import filled, without_anchors
+from grape_service.display import nearest
 from grape_service.errors import UserError, without_url_secrets
+from grape_service.json_types import JsonObject
 
 SECRET_SECTIONS = ("notify", "storage")
 """Of their values no sentence repeats one."""
 
 
-def read_config(config: dict[str, Any] | str | Path | Config, overrides: Sequence[str] = ()) -> Config:
+def read_config(config: JsonObject | str | Path | Config, overrides: Sequence[str] = ()) -> Config:
     """A config from a dict, the path of a YAML file or a Config, with `overrides` put over it. Raises UserError."""
     if isinstance(config, str | Path):
         return load_config(config, overrides)
@@ -48,8 +50,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"there is no config file '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the config file '{path}' cannot be read: {error}") from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder: give a config file (.yaml), such as `grape init` writes") from None
+    except OSError as error:
+        raise UserError(f"the config file '{path}' cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"'{path}' is no text: give a config file (.yaml), such as `grape init` writes") from None
+    if str(path).endswith((".jsonl", ".ndjson", ".csv")):
+        raise UserError(f"'{path}' is a pool: `grape init {path} --model M > config.yaml` writes a config for it")
     if len(text) > MAX_BYTES:
         raise UserError(f"{path} is larger than {MAX_BYTES // 2**20} MiB: give a config file")
     try:
@@ -64,6 +72,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is nested deeper than {MAX_DEPTH} levels, which no config is") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no config: it should start with 'name:'")
+    check_size(values, str(path))
+    values = filled(without_anchors(values))
     for override in overrides:
         apply_override(values, override)
     keys = [override.partition("=")[0].strip() for override in overrides]  # a value may be a secret
@@ -74,7 +84,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 _KEY = re.compile(r"[\w.-]*")
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: JsonObject, override: str) -> None:
     """Put 'key=value' into the values of a config: dots lead into sections, numbers into lists, the value is YAML.
 
     Raises UserError for what is no such pair, or leads nowhere."""
@@ -125,7 +135,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def parse_config(values: dict[str, Any], where: str = "the config") -> Config:
+def parse_config(values: JsonObject, where: str = "the config") -> Config:
     """Values -> Config. Raises UserError for the first thing that is wrong."""
     check_size(values, where)
     try:
@@ -144,17 +154,50 @@ def explain(error: ValidationError, model: type[BaseModel] = Config) -> str:
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], model)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys here: {', '.join(known)}"
-        return f"unknown key '{key}'; {hint}"
+        return f"unknown key '{key}'; {nearest(str(location[-1]), list(known), 'known keys here')}"
     if first["type"] == "missing":
         return f"the key '{key}' is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = in_our_words(first)
     if not key:
         return message
     is_silent = first["type"] == "value_error" or location[0] in SECRET_SECTIONS
     given = "" if is_silent else f" (it is {shortened(first['input'])})"
     return f"'{key}': {message[0].lower() + message[1:]}{given}"
+
+
+def in_our_words(error: Any) -> str:
+    """What a pydantic error says, without the names of its types and of our classes."""
+    kind, context = error["type"], error.get("ctx") or {}
+    if kind in ("model_type", "dict_type", "model_attributes_type", "dataclass_type"):
+        return "should be a section with keys of its own"
+    if kind == "list_type":
+        return "should be a list, such as [a, b]"
+    if kind == "tuple_type":
+        return "should be a list of two, [lower, upper]"
+    if kind in ("int_type", "int_parsing", "int_from_float"):
+        return "should be a whole number"
+    if kind in ("float_type", "float_parsing"):
+        return "should be a number"
+    if kind in ("bool_type", "bool_parsing"):
+        return "should be true or false"
+    if kind == "string_type":
+        return "should be a text"
+    if kind == "literal_error":
+        return f"should be {context['expected']}"
+    bounds = {
+        "greater_than": ("gt", "above"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "below"),
+        "less_than_equal": ("le", "at most"),
+    }
+    if kind in bounds:
+        name, words = bounds[kind]
+        return f"should be {words} {context[name]:g}"
+    if kind == "finite_number":
+        return "should be a finite number"
+    if kind in ("too_short", "string_too_short"):
+        return "should not be empty"
+    return str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "should be")
 
 
 def shortened(value: Any) -> str:

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import itertools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -100,7 +101,7 @@ class OwnMethod:
         try:
             values = np.asarray(found, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise _BadAnswer(f"gave a {type(found).__name__} that is no array of numbers") from error
+            raise _BadAnswer(f"gave a {type(found).__name__}, not an array of numbers") from error
         if values.shape != (num,):
             shape = f"an array of shape {values.shape}" if values.ndim else f"the single number {values}"
             raise _BadAnswer(f"gave {shape} for {num} {of}")
@@ -126,7 +127,7 @@ class _BadAnswer(Exception):
 
 
 def is_own_method(kind: Kind, name: str) -> bool:
-    """Whether a name that is no method of ours is an import path or an installed entry point."""
+    """Whether a name that is not a method of ours is an import path or an installed entry point."""
     return IMPORT_PATH.fullmatch(name) is not None or _entry_point(kind, name) is not None
 
 
@@ -139,14 +140,11 @@ def _entry_point(kind: Kind, name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=GROUPS[kind], name=name)), None)
 
 
-@cache
-def own_method(kind: Kind, name: str) -> OwnMethod:
-    """The user's method of that name. Raises UserError where it cannot be loaded or says something impossible."""
-    who = f"{kind}.method {name}"
-    entry = _entry_point(kind, name)
-    path = entry.value if entry is not None else name
-    if not IMPORT_PATH.fullmatch(path):
-        raise UserError(f"{who} is no method of ours, no installed entry point and no package.module:function")
+def function_at(path: str, who: str) -> Callable[..., Any]:
+    """The user's function at module:name, which is imported. `who` names the key of the config, in errors.
+
+    Raises UserError where its module raises, and where there is no such function.
+    """
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -160,6 +158,18 @@ def own_method(kind: Kind, name: str) -> OwnMethod:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"{who}: {module_name} has no function '{attribute}'")
+    return function  # type: ignore[no-any-return]
+
+
+@cache
+def own_method(kind: Kind, name: str) -> OwnMethod:
+    """The user's method of that name. Raises UserError where it cannot be loaded or says something impossible."""
+    who = f"{kind}.method {name}"
+    entry = _entry_point(kind, name)
+    path = entry.value if entry is not None else name
+    if not IMPORT_PATH.fullmatch(path):
+        raise UserError(f"{who} is no method of ours, no installed entry point and no package.module:function")
+    function = function_at(path, who)
     _refuse_signature(who, function)
     statistics = _names(who, function, "statistics", (LOGPROB,))
     for unknown in sorted(set(statistics) - set(STATISTICS)):
@@ -175,7 +185,7 @@ def own_method(kind: Kind, name: str) -> OwnMethod:
         tuple(known for known in STATISTICS if known in statistics),
         _names(who, function, "columns", ()),
         better,
-        _source_digest(module),
+        source_digest(sys.modules[path.partition(":")[0]]),
     )
 
 
@@ -203,6 +213,7 @@ def _package_of(path: str) -> tuple[str | None, str | None]:
         return names[0], None
 
 
-def _source_digest(module: Any) -> str:
+def source_digest(module: Any) -> str:
+    """sha256 of a module's source file as it is now; of nothing where it has none."""
     file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import CoreSchema
 
 from grape_service.config.base import Model
+from grape_service.json_types import JsonObject
 
 
 class PolicyConfig(Model):
     """A language model as a policy: weights, prompt and the engine that scores with it."""
 
     model: str
-    """Hub id, local folder or s3:// folder."""
+    """Hub id, local folder or s3:// folder; folder/@latest and folder/@step-1000 are the newest whole checkpoint of a
+    training's folder and that of a step."""
     revision: str | None = None
     """The hub revision; null: the newest, recorded in the manifest."""
     adapter: str | None = None
-    """A LoRA folder."""
+    """A LoRA folder; @latest and @step-1000 as for `model`."""
     system_prompt: str | None = None
     """Put before the prompt when it has no system message of its own."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
@@ -33,8 +36,35 @@ class PolicyConfig(Model):
     """Run code that comes with the model. Only for models you trust."""
     allow_pickle: bool = False
     """Read weights from pickle files (.bin), which can run code. Only for models you trust."""
-    engine_args: dict[str, Any] = {}
-    """Passed to the engine as they are."""
+    engine_args: JsonObject = {}
+    """Passed to the engine as they are. What they quantise counts as quantised, as `quantization` does."""
+
+    @property
+    def quantised_by(self) -> str | None:
+        """The key that has scores made in fewer bits than `dtype`: quantization, or one of engine_args; else None."""
+        if self.quantization is not None:
+            return "quantization"
+        return next((f"engine_args.{key}" for key, value in self.engine_args.items() if _quantises(key, value)), None)
+
+
+_FULL: tuple[Any, ...] = (None, False, "", "none", "auto", "half", "float", "bfloat16", "float16", "float32", {}, [])
+"""Values with which a key that could quantise does not."""
+_FEWER_BITS = re.compile(
+    r"(?<![a-z0-9])(fp[468]|[iu]?int[2348]|nf4|mxfp\d|nvfp4|w\d+a\d+|awq|gptq|bitsandbytes|bnb|gguf|hqq|torchao)(?![a-z])"
+)
+
+
+def _quantises(key: str, value: Any) -> bool:
+    """Whether an engine's setting, or one inside of it, says that weights, activations or the cache have fewer bits."""
+    if value in _FULL:
+        return False
+    if "quant" in key or key == "kv_cache_dtype":
+        return True
+    if isinstance(value, dict):
+        return any(_quantises(str(name), one) for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return any(_quantises(key, one) for one in value)
+    return isinstance(value, str) and "/" not in value and _FEWER_BITS.search(value.lower()) is not None
 
 
 Recorded = Literal["raw", "processed"]
@@ -53,6 +83,7 @@ class RecordedBehavior(Model):
 
 
 Missing = Literal["error", "uniform", "drop"]
+NoPolicy = Literal["none"]
 
 
 class BehaviorConfig(Model):
@@ -65,12 +96,19 @@ class BehaviorConfig(Model):
     """Recorded at sampling time, one float per response token."""
     policy: PolicyConfig | None = None
     """The one policy that wrote all responses; its keys are given directly."""
-    sources: dict[str, PolicyConfig | RecordedBehavior] | None = None
-    """By the row's source: a policy or a recorded column."""
+    sources: dict[str, PolicyConfig | RecordedBehavior | NoPolicy] | None = None
+    """By the row's source: a policy, a recorded column, or none for a source without a policy, such as people: its rows
+    get weight 1, or are left out where missing is drop."""
     recorded: Recorded | None = None
     """Of a recorded column: raw or processed, that is taken before or after the temperature."""
     missing: Missing = "error"
     """Rows without a behavior policy: stop the run, give them weight 1, or leave them out."""
+    align: Literal["ids", "bytes"] = "ids"
+    """How policies with other tokenizers than the target's are compared: ids refuses them where an id used means other
+    text there; bytes compares spans of the response's text that both cover exactly."""
+    min_coverage: float = Field(0.5, ge=0, le=1)
+    """With align: bytes, rows of which a smaller share of the target's tokens is in spans of one token each count as
+    without a behavior policy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +117,9 @@ class BehaviorConfig(Model):
             return values
         if "policy" in values:
             raise ValueError("unknown key 'policy'; give the policy's keys directly: model, dtype, ...")
+        if isinstance(values.get("sources"), dict):
+            sources = {name: "none" if one is None else one for name, one in values["sources"].items()}
+            values = {**values, "sources": sources}
         own = {key: value for key, value in values.items() if key not in PolicyConfig.model_fields}
         policy = {key: value for key, value in values.items() if key in PolicyConfig.model_fields}
         if not policy:
@@ -94,6 +135,8 @@ class BehaviorConfig(Model):
         given = [key for key in ("column", "policy", "sources") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError("behavior needs exactly one of: column, model, sources")
+        if self.align == "ids" and self.min_coverage != type(self).model_fields["min_coverage"].default:
+            raise ValueError("behavior.min_coverage belongs to align: bytes")
         if self.recorded is not None and self.column is None:
             raise ValueError("behavior.recorded belongs to a behavior with a column: give it beside that column")
         return self
@@ -104,12 +147,12 @@ class BehaviorConfig(Model):
         return {name: one for name, one in (self.sources or {}).items() if isinstance(one, RecordedBehavior)}
 
     @model_serializer(mode="wrap")
-    def _as_in_yaml(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
+    def _as_in_yaml(self, handler: SerializerFunctionWrapHandler) -> JsonObject:
+        values: JsonObject = handler(self)
         return {**(values.pop("policy", None) or {}), **values}
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         schema = handler.resolve_ref_schema(handler(core))
         properties = schema.get("properties", {})
         if properties.pop("policy", None) is not None:
@@ -124,7 +167,12 @@ class BehaviorConfig(Model):
         if self.policy is not None:
             return self.policy
         assert self.sources is not None
-        return self.sources.get(source) if source is not None else None
+        found = self.sources.get(source) if source is not None else None
+        return None if found == "none" else found
+
+    def has_no_policy(self, source: str | None) -> bool:
+        """Whether the config says that a source has no policy."""
+        return source is not None and (self.sources or {}).get(source) == "none"
 
     @property
     def has_recorded(self) -> bool:
@@ -136,7 +184,7 @@ class BehaviorConfig(Model):
         if self.sources is None:
             candidates = [self.of_source(None)]
         else:
-            candidates = [self.sources[source] for source in sorted(self.sources)]
+            candidates = [self.of_source(source) for source in sorted(self.sources)]
         distinct: list[PolicyConfig] = []
         for candidate in candidates:
             if isinstance(candidate, PolicyConfig) and candidate not in distinct:

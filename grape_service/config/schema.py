@@ -7,151 +7,26 @@ names the nearest known key. Importing this module imports neither torch nor Ray
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grape_service.addresses import is_http_address
 from grape_service.config.base import Model
 from grape_service.config.checks import ChecksConfig
-from grape_service.config.methods import (
-    SELECT_STATISTICS,
-    WEIGHTS_STATISTICS,
-    ScoreConfig,
-    SelectConfig,
-    WeightsConfig,
-    refuse_unknown_methods,
-)
+from grape_service.config.gather import GatherConfig, VerifyConfig
+from grape_service.config.methods import ScoreConfig, SelectConfig, WeightsConfig, refuse_race, refuse_unknown_methods
 from grape_service.config.own_methods import OwnMethod
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
+from grape_service.config.pool import Path, PoolConfig
 from grape_service.config.training import TrainConfig
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
+from grape_service.methods import SELECT, WEIGHTS
 from grape_service.rows.statistics import beside_logprob
-from grape_service.storage.options import check_options
+from grape_service.storage.options import StorageOptions, check_options
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
-class Filter(Model):
-    """Keeps the rows whose column satisfies each condition that is given."""
-
-    column: str
-    """Name of the pool's column."""
-    equals: Any = None
-    """Keep rows whose value equals this."""
-    not_equals: Any = None
-    """Keep rows whose value differs from this."""
-    one_of: list[Any] | None = None
-    """Keep rows whose value is one of these."""
-    at_least: float | None = None
-    """Keep rows whose number is this or more."""
-    at_most: float | None = None
-    """Keep rows whose number is this or less."""
-
-    @model_validator(mode="after")
-    def _one_condition(self) -> Filter:
-        if not self.model_fields_set - {"column"}:
-            raise ValueError(
-                f"the filter on '{self.column}' needs a condition: equals, not_equals, one_of, at_least or at_most"
-            )
-        return self
-
-
-Shape = Literal["auto", "response", "responses", "columns", "messages"]
-Columns = dict[str, str | list[str]]
-
-
-def _known_columns(columns: Columns) -> Columns:
-    unknown = sorted(set(columns) - set(POOL_COLUMNS))
-    if unknown:
-        raise ValueError(f"'{unknown[0]}' is not one of our columns; they are {', '.join(POOL_COLUMNS)}")
-    for ours, theirs in columns.items():
-        if isinstance(theirs, list) and (ours != "responses" or len(theirs) < 1):
-            raise ValueError(f"'{ours}' is one column's name; a list of names is for responses that have a column each")
-    return columns
-
-
-class PoolGroup(Model):
-    """Files of a pool that are read alike."""
-
-    path: str
-    """File, folder or glob: local, s3://, or anything that fsspec opens."""
-    columns: Columns = {}
-    """Our column names to these files'; goes over pool.columns."""
-    source: str | None = None
-    """The source of every row of these files."""
-    where: list[Filter] = []
-    """Filters for these files, after those of pool.where."""
-    shape: Shape = "auto"
-    """What a row of these files is; auto: what pool.shape says."""
-
-    _columns = field_validator("columns")(_known_columns)
-
-
-def _one_or_groups(path: Any) -> str:
-    return "list[PoolGroup]" if isinstance(path, list) else "str"
-
-
-class PoolConfig(Model):
-    """Where the candidates are and which of them are looked at."""
-
-    path: Annotated[
-        Annotated[str, Tag("str")] | Annotated[Annotated[list[PoolGroup], Field(min_length=1)], Tag("list[PoolGroup]")],
-        Discriminator(_one_or_groups),
-    ]
-    """File, folder or glob: local, s3://, or anything that fsspec opens; or a list of groups of files that differ, each
-    with its path, columns, source and where."""
-    columns: Columns = {}
-    """Our column names to the pool's, only where they differ; a.b reaches into objects."""
-    shape: Shape = "auto"
-    """What a row is: a prompt with a response, with a list of responses, with responses in several columns, or messages
-    that end with the response; auto finds it and `grape check` says which."""
-    where: list[Filter] = []
-    """Filters before scoring; ranks, margins and num_candidates count what is left."""
-    max_reject_share: float = Field(0.1, ge=0, le=1)
-    """The run stops when more than this share of the pool's rows is damaged or unusable; duplicates, truncated and too
-    long rows are counted apart."""
-    truncated: Literal["reject", "keep"] = "reject"
-    """What happens to responses with finish_reason 'length'."""
-
-    _columns = field_validator("columns")(_known_columns)
-
-    @property
-    def groups(self) -> list[PoolGroup]:
-        """The groups of files, each with what holds for all of them filled in."""
-        given = [PoolGroup(path=self.path)] if isinstance(self.path, str) else self.path
-        return [
-            group.model_copy(
-                update={
-                    "columns": {**self.columns, **group.columns},
-                    "where": [*self.where, *group.where],
-                    "shape": self.shape if group.shape == "auto" else group.shape,
-                }
-            )
-            for group in given
-        ]
-
-    @property
-    def address(self) -> str:
-        """The pool in a sentence: its path, or those of its groups."""
-        return self.path if isinstance(self.path, str) else ", ".join(group.path for group in self.path)
-
-
-POOL_COLUMNS = (
-    "prompt",
-    "response",
-    "responses",
-    "source",
-    "prompt_id",
-    "candidate_id",
-    "response_ids",
-    "behavior_logprobs",
-    "sampling",
-    "finish_reason",
-    "tools",
-    "system_prompt",
-)
-"""The pool columns that have a meaning to us; every other column is carried along."""
 
 
 class RenderConfig(Model):
@@ -163,8 +38,11 @@ class RenderConfig(Model):
     """Text between prompt and response in plain mode."""
     chat_template: str | None = None
     """A Jinja chat template instead of the model's own."""
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: JsonObject = {}
     """Extra variables for the template, such as enable_thinking."""
+    reasoning: Literal["template", "tags", "drop"] = "template"
+    """What becomes of a message's reasoning_content where the template has no place for it: template rejects the row,
+    tags puts it before the words as <think>…</think>, drop leaves it out."""
     max_tokens: int | None = Field(None, ge=2)
     """Longer rows (prompt and response) are rejected; null: the model's own limit."""
 
@@ -172,7 +50,7 @@ class RenderConfig(Model):
 class OutputConfig(Model):
     """Where the release goes."""
 
-    path: str
+    path: Path
     """Folder of datasets, local or s3://."""
     tags: list[str] = ["latest"]
     """Tags that are moved to the new version."""
@@ -186,7 +64,8 @@ class WorkersConfig(Model):
     ray_address: str = "auto"
     """auto starts a private Ray; http://head:8265 submits there as one job."""
     max_failed_share: float = Field(0.0, ge=0, le=1)
-    """A version is published only if no larger share of the rows failed to be scored."""
+    """A version is published only if no larger share of the rows failed to be scored; sampling ends with an error where
+    a larger share of the prompts failed."""
     shard_tokens: int = Field(65_536, ge=1)
     """Tokens per shard, about: the unit of work, retry and progress."""
     partition_bytes: int = Field(64 * 2**20, ge=1)
@@ -215,6 +94,14 @@ def jobs_address(address: str) -> str:
     return address.strip().rstrip("/")
 
 
+def gate_verifier(config: Config) -> VerifyConfig | None:
+    """What says which samples of the gate are right."""
+    gate = config.train.gate if config.train is not None else None
+    if gate is not None and gate.verify is not None:
+        return gate.verify
+    return config.gather.verify if config.gather is not None else None
+
+
 class NotifyConfig(Model):
     """Where a notification goes when a run ends."""
 
@@ -236,10 +123,12 @@ class Config(Model):
     """The policy to be trained."""
     behavior: BehaviorConfig | None = None
     """Who wrote the responses; needed for PEAR."""
+    gather: GatherConfig | None = None
+    """Candidates that are sampled for the pool's prompts before anything else; null: the pool brings them."""
     select: SelectConfig = SelectConfig()
     """GRAPE, or another method."""
     score: ScoreConfig = ScoreConfig()
-    """What is scored beside log-probabilities."""
+    """What is scored beside log-probabilities, and how."""
     weights: WeightsConfig | None = None
     """PEAR or another method, or null."""
     output: OutputConfig
@@ -248,7 +137,7 @@ class Config(Model):
     """Shards and scores; null: .grape beside the output."""
     workers: WorkersConfig = WorkersConfig()
     """How the stages run."""
-    storage: dict[str, Any] = {}
+    storage: StorageOptions = {}
     """s3fs options such as endpoint_url; secrets come from the environment."""
     checks: ChecksConfig = ChecksConfig()
     """Data checks by name."""
@@ -275,27 +164,64 @@ class Config(Model):
 
     @field_validator("storage")
     @classmethod
-    def _check_options(cls, storage: dict[str, Any]) -> dict[str, Any]:
+    def _check_options(cls, storage: StorageOptions) -> dict[str, Any]:
         check_options(storage)
         return storage
+
+    @model_validator(mode="before")
+    @classmethod
+    def _behavior_of_gathered(cls, values: Any) -> Any:
+        """Whose behavior a gathered sample is needs no telling: what was recorded, or its policy where that was cut."""
+        if not isinstance(values, dict) or not values.get("gather"):
+            return values
+        behavior = values.get("behavior") or {}
+        if not isinstance(behavior, dict) or not set(behavior) <= {"sources", "missing", "align", "min_coverage"}:
+            return values
+        try:
+            gathered = GatherConfig.model_validate(values["gather"])
+        except ValidationError:  # the field says it, with the whole name of the key
+            return values
+        sources = {name: gathered.behavior_of(name).model_dump() for name in gathered.policies}
+        return {**values, "behavior": {**behavior, "sources": {**sources, **(behavior.get("sources") or {})}}}
+
+    @model_validator(mode="after")
+    def _gate_has_a_verifier(self) -> Config:
+        gate = self.train.gate if self.train is not None else None
+        if gate is None or not gate.pass_at:
+            return self
+        if (gate_verifier(self) or VerifyConfig()).method == "none":
+            raise ValueError("train.gate.pass_at needs to know what is right: give train.gate.verify, or gather.verify")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         refuse_unknown_methods(self.select, self.weights)
+        if self.score.race != "off":
+            refuse_race(self.select)
         if self.weights is not None and self.weights.needs_behavior and self.behavior is None:
-            raise ValueError("weights: pear needs a behavior: add a behavior section or set weights to null")
+            raise ValueError(
+                f"weights: {self.weights.method} needs a behavior: add a behavior section or set weights to null"
+            )
         if self.weights is not None:
             policies = [self.target, *(self.behavior.policies() if self.behavior else [])]
             for policy in policies:
-                if policy.quantization is not None:
-                    raise ValueError(
-                        f"weights are not made from quantised scores: remove 'quantization' from {policy.model}"
-                    )
+                if (key := policy.quantised_by) is not None:
+                    raise ValueError(f"weights are not made from quantised scores: remove '{key}' from {policy.model}")
+            refresh = self.train.refresh if self.train is not None and self.train.rounds > 1 else None
+            if refresh is not None and refresh.select == "again" and refresh.weights == "keep":
+                raise ValueError(
+                    "train.refresh: rows that a round chooses have no weights to keep: set select to keep, or weights "
+                    "to again"
+                )
         return self
 
     def policies(self) -> list[PolicyConfig]:
-        """The target and every policy whose behavior is scored."""
-        return [self.target, *(self.behavior.policies() if self.behavior is not None else [])]
+        """The target, every policy whose behavior is scored, and those that sample."""
+        behavior = self.behavior.policies() if self.behavior is not None else []
+        sampled = [self.gather.policy(name) for name in self.gather.policies] if self.gather is not None else []
+        if self.gather is not None and self.gather.verify.asks_model:
+            sampled.append(self.gather.verify.judge)
+        return [self.target, *behavior, *(policy for policy in sampled if policy not in (self.target, *behavior))]
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -322,6 +248,11 @@ class Config(Model):
             )
         return asked
 
+    def has_own_template(self, policy: PolicyConfig) -> bool:
+        """Whether a policy's prompts are rendered by its own model's template: `render.chat_template` is for that of
+        the target, whoever samples or writes with that."""
+        return policy.model != self.target.model
+
     @property
     def compared_behavior(self) -> BehaviorConfig | None:
         """Whose behavior the weights compare with; None where they compare with none."""
@@ -335,13 +266,27 @@ class Config(Model):
     @property
     def names_own_methods(self) -> bool:
         """Whether it names a function of the user's; loads nothing."""
-        select = not self.select.is_unscored and self.select.method not in SELECT_STATISTICS
-        return select or (self.weights is not None and self.weights.method not in WEIGHTS_STATISTICS)
+        select = not self.select.is_unscored and self.select.method not in SELECT
+        return select or (self.weights is not None and self.weights.method not in WEIGHTS)
+
+    @model_validator(mode="after")
+    def _candidates_have_a_name_of_their_own(self) -> Config:
+        if self.gather is not None and self.gather.release == self.name:
+            raise ValueError(
+                f"gather.release is '{self.name}', as the training set is: give the candidates another name"
+            )
+        return self
+
+    @property
+    def has_own_judge(self) -> bool:
+        """Whether a function of the user's says which samples are right; loads nothing."""
+        return self.gather is not None and self.gather.verify.is_own
 
     @property
     def runs_own_code(self) -> bool:
         """Whether code of the user's or of a model's repository is run, which may need whatever is installed."""
-        return self.names_own_methods or any(policy.trust_remote_code for policy in self.policies())
+        own = self.names_own_methods or self.has_own_judge
+        return own or any(policy.trust_remote_code for policy in self.policies())
 
     def check_methods(self) -> None:
         """Load the user's own methods, before anything is scored. Raises UserError: see `statistics`, `own_methods`."""

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from grape_service.addresses import moving_checkpoint
 from grape_service.config.base import Model
+from grape_service.config.gate import GateConfig
+from grape_service.config.jobs import JobSettings
 from grape_service.config.methods import WeightsConfig
+from grape_service.config.rounds import RefreshConfig
 from grape_service.errors import UserError
+from grape_service.install import TRAIN_PACKAGES, install_command
+from grape_service.json_types import JsonObject
+from grape_service.storage.options import StorageOptions
 
 
 class LoraSettings(Model):
@@ -72,6 +79,15 @@ class OptimizerSettings(Model):
     seed: int = 0
     """Order of the rows, initial adapter, sampling."""
 
+    @field_validator("model")
+    @classmethod
+    def _stays(cls, model: str | None) -> str | None:
+        if model is not None and moving_checkpoint(model) is not None:
+            raise ValueError(
+                f"'{model}' moves, and that belongs to target.model: SFT takes the target that the release was made for"
+            )
+        return model
+
 
 class SftSettings(OptimizerSettings):
     """Weighted SFT on a release."""
@@ -87,6 +103,9 @@ class SftSettings(OptimizerSettings):
     """Several rows in one sequence, each seeing only itself. The loss is the same; padding is saved."""
     max_length: int | None = Field(None, ge=2)
     """Tokens per sequence: longer rows are left out and counted; null: the longest row (packing needs a number)."""
+    max_left_out_share: float = Field(0.1, ge=0, le=1)
+    """Share of rows that may train nothing, because they are longer than max_length, have no token with loss or weights
+    that are all 0; with more the job is refused."""
     batch_size: int = Field(32, ge=1)
     """Rows (packed sequences with packing) per step, over all processes."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -143,6 +162,10 @@ class RewardSettings(Model):
             raise ValueError(f"'{self.function}' is not module:name, as in my_package.rewards:score")
         if self.pattern is not None and self.type != "exact":
             raise ValueError("pattern belongs to type: exact")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(f"pattern '{self.pattern}' is not a regular expression: {error}") from None
         return self
 
 
@@ -188,7 +211,7 @@ class RlSettings(OptimizerSettings):
     """Who writes the answers; auto: vLLM in the trainer's own process where there is a GPU and vLLM."""
     vllm_memory: float = Field(0.3, gt=0, lt=1)
     """Share of the GPU's memory for vLLM."""
-    extra: dict[str, Any] = {}
+    extra: JsonObject = {}
     """Further arguments of trl.GRPOConfig."""
 
 
@@ -203,7 +226,7 @@ class SftTask(Model):
     """Local or s3:// folder of this job: checkpoints, metrics, final model."""
     run: str | None = None
     """Name of the run record that started this job."""
-    storage: dict[str, Any] = {}
+    storage: StorageOptions = {}
     """s3fs options; secrets come from the environment."""
     settings: SftSettings = SftSettings()
     """Settings of the trainer."""
@@ -222,85 +245,10 @@ class RlTask(Model):
     """Local or s3:// folder of this job: checkpoints, metrics, final model."""
     run: str | None = None
     """Name of the run record that started this job."""
-    storage: dict[str, Any] = {}
+    storage: StorageOptions = {}
     """s3fs options; secrets come from the environment."""
     settings: RlSettings = RlSettings()
     """Settings of the trainer."""
-
-
-PLACEHOLDERS = ("dataset_path", "dataset_version", "checkpoint", "output")
-_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-
-
-class Resources(Model):
-    """What a job takes of the Ray cluster."""
-
-    cpus: float | None = Field(None, ge=0)
-    """CPU cores; null: one."""
-    gpus: int | None = Field(None, ge=0)
-    """GPUs of one node; the built-in trainers run a process on each. null: those of this machine on a private Ray;
-    on a cluster the number has to be said."""
-    memory_gb: float | None = Field(None, gt=0)
-    """Memory that Ray reserves."""
-    custom: dict[str, float] = {}
-    """Custom resources of the cluster, such as an accelerator's name."""
-
-
-class JobSettings(Model):
-    """Who trains, and where."""
-
-    trainer: Literal["builtin", "command", "webhook", "deployment"] | None = None
-    """builtin unless command, webhook or deployment is given."""
-    command: list[str] | None = None
-    """Run this as a Ray job. {dataset_path}, {dataset_version}, {checkpoint} and {output} are filled in, and are in
-    the environment as GRAPE_DATASET_PATH, GRAPE_DATASET_VERSION, GRAPE_CHECKPOINT and GRAPE_OUTPUT."""
-    webhook: str | None = None
-    """POST the same values as JSON to this URL. The answer may hold a status_url, which is then followed."""
-    deployment: str | None = None
-    """Run this Prefect deployment, flow/name, with the same values as parameters."""
-    parameters: dict[str, Any] = {}
-    """Further parameters for the deployment or keys for the webhook."""
-    resources: Resources = Resources()
-    """What the job takes of the cluster."""
-    environment: dict[str, str] = {}
-    """Environment variables of the job. Secrets belong into the cluster's own environment."""
-    pip: list[str] = []
-    """Requirements that Ray installs for the job."""
-    working_dir: str | None = None
-    """Folder or archive that Ray hands to the job as its working folder."""
-    output: str | None = None
-    """Folder of the job, local or s3://; null: runs/<id>/<stage> beside the release."""
-    attempts: int = Field(1, ge=1)
-    """How often the job is started before its stage fails; each resumes from the last checkpoint."""
-    timeout_seconds: float | None = Field(None, gt=0)
-    """A job that takes longer is stopped and has failed."""
-
-    @model_validator(mode="after")
-    def _one_trainer(self) -> JobSettings:
-        given = [name for name in ("command", "webhook", "deployment") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"there can be one of command, webhook and deployment, not {' and '.join(given)}")
-        if self.trainer not in (None, *given) and not (self.trainer == "builtin" and not given):
-            raise ValueError(f"trainer: {self.trainer} does not fit: give its own key, or leave trainer out")
-        for part in self.command or []:
-            unknown = [name for name in _PLACEHOLDER.findall(part) if name not in PLACEHOLDERS]
-            if unknown:
-                known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-                raise ValueError(f"command: '{{{unknown[0]}}}' is not filled in; known are {known}")
-        if self.parameters and not (self.webhook or self.deployment):
-            raise ValueError("parameters belong to a webhook or a deployment")
-        if self.deployment is not None and self.deployment.count("/") != 1:
-            raise ValueError(f"deployment: '{self.deployment}' is not flow/name")
-        return self
-
-    @property
-    def kind(self) -> Literal["builtin", "command", "webhook", "deployment"]:
-        """Who trains."""
-        if self.command:
-            return "command"
-        if self.webhook:
-            return "webhook"
-        return "deployment" if self.deployment else "builtin"
 
 
 class SftJob(SftSettings, JobSettings):
@@ -318,6 +266,9 @@ class SftJob(SftSettings, JobSettings):
 
 class RlJob(RlSettings, JobSettings):
     """`train.rl`: the job's keys and the RL trainer's."""
+
+    after: Literal["last", "each"] = "last"
+    """Of several rounds: RL on the checkpoint of the last, or of each, whose checkpoint the next round starts from."""
 
     @model_validator(mode="after")
     def _only_its_own(self) -> RlJob:
@@ -349,11 +300,40 @@ class TrainConfig(Model):
     """The SFT job."""
     rl: RlJob | None = None
     """The RL job, on the SFT job's checkpoint."""
+    rounds: int = Field(1, ge=1, le=1000)
+    """How often rows are selected, weighed, released and trained on: each time under the checkpoint of the round
+    before, which is trained further."""
+    refresh: RefreshConfig = RefreshConfig()
+    """What rounds after the first do again."""
+    gate: GateConfig | None = None
+    """What is measured of SFT's checkpoint, and when RL is not started on it."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> TrainConfig:
         if not self.jobs:
             raise ValueError("there is nothing to do: give it an sft or an rl section")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_has_what_it_measures(self) -> TrainConfig:
+        if self.gate is None:
+            return self
+        if self.sft is None:
+            raise ValueError("a gate stands after SFT: add an sft section")
+        if self.gate.held_out_loss and (self.sft.kind != "builtin" or not self.sft.eval_share):
+            raise ValueError("gate.held_out_loss is of prompts that our SFT keeps back: set sft.eval_share, as in 0.05")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_follow_each_other(self) -> TrainConfig:
+        if self.rounds == 1:
+            return self
+        if self.sft is None:
+            raise ValueError("rounds need an sft section: each starts from the checkpoint that SFT made")
+        if self.sft.model is not None:
+            raise ValueError("rounds train the target, and then the checkpoint of each round: remove sft.model")
+        if self.sft.lora is not None and not self.sft.lora.merge:
+            raise ValueError("rounds need whole models: set sft.lora.merge to true")
         return self
 
     @property
@@ -366,17 +346,9 @@ class TrainConfig(Model):
             jobs["rl"] = self.rl
         return jobs
 
-    def without_defaults(self) -> dict[str, Any]:
-        """The section without values that are the default: what names its run, however the config was written out."""
-        dumped = {stage: job.model_dump(mode="json", exclude_defaults=True) for stage, job in self.jobs.items()}
-        return {"sft": dumped.get("sft"), "rl": dumped.get("rl")}
-
-
-TRAIN_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft")
-
 
 def require_train_extra(*more: str) -> None:
     """Raises UserError that names what to install when a package of the train extra is missing."""
     for package in (*TRAIN_PACKAGES, *more):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"training needs the package '{package}': run pip install '.[train]'")
+            raise UserError(f"training needs the package '{package}': {install_command('train')}")

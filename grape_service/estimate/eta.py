@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from grape_service.config.policy import BehaviorConfig
 from grape_service.config.schema import Config
-from grape_service.progress.reporter import Ahead
+from grape_service.progress.reporter import Upcoming
 from grape_service.storage.storage import Storage
 
 CORE_SECONDS = {
@@ -26,28 +26,28 @@ CANDIDATES_PER_PROMPT = 8
 """What is supposed of a pool until it is counted."""
 
 
-def stages_ahead(config: Config, tokens: float, per_prompt: float, cores: int, done: bool) -> list[Ahead]:
+def upcoming_stages(config: Config, tokens: float, per_prompt: float, cores: int, done: bool) -> list[Upcoming]:
     """The stages of a run over `tokens` tokens of a pool with `per_prompt` candidates per prompt; `done`: prepared."""
     kept = tokens * (1.0 if config.select.method == "all" else min(1.0, config.select.usual_keep / per_prompt))
 
     def seconds(stage: str, amount: float) -> float:
         return CORE_SECONDS[stage] * amount / 1e6 / cores
 
-    ahead = [] if done else [Ahead(stage, seconds(stage, tokens)) for stage in ("prepare", "shard")]
+    upcoming = [] if done else [Upcoming(stage, seconds(stage, tokens)) for stage in ("prepare", "shard")]
     if config.select.needs_scores:
-        ahead.append(Ahead("score target", tokens=tokens))
-    ahead.append(Ahead("select", seconds("select", tokens)))
+        upcoming.append(Upcoming("score target", tokens=tokens))
+    upcoming.append(Upcoming("select", seconds("select", tokens)))
     if config.checks.enabled():
-        ahead.append(Ahead("check", seconds("check", tokens)))
+        upcoming.append(Upcoming("check", seconds("check", tokens)))
     behavior = config.compared_behavior
     if behavior is not None:
         policies = behavior.policies()
         part = kept / max(1, len(policies))  # sources are taken as equally large
         rendering = seconds("render behavior", part)
         stages = [winners_stage(behavior, place) for place in range(len(policies))]
-        ahead += [Ahead(stage, rendering, part) for stage in stages]
-        ahead.append(Ahead("weigh", seconds("weigh", kept)))
-    return [*ahead, Ahead("release", seconds("release", kept))]
+        upcoming += [Upcoming(stage, rendering, part) for stage in stages]
+        upcoming.append(Upcoming("weigh", seconds("weigh", kept)))
+    return [*upcoming, Upcoming("release", seconds("release", kept))]
 
 
 def rate_path(policy_id: str) -> str:

@@ -12,28 +12,37 @@ import pyarrow.compute as pc
 
 from grape_service.config.policy import BehaviorConfig, PolicyConfig
 from grape_service.config.schema import Config
-from grape_service.estimate.survey import Survey, survey_pool
+from grape_service.errors import UserError
+from grape_service.estimate.gathering import GatherEstimate, gather_estimates, gathered_survey, how
+from grape_service.estimate.racing import race_saving
+from grape_service.estimate.survey import Survey, survey_of_prepared, survey_pool
 from grape_service.estimate.throughput import Throughput, actual_figures, expected_throughput
+from grape_service.estimate.windows import windows_left
+from grape_service.json_types import JsonObject
 from grape_service.models.files import policy_id, resolve_model
+from grape_service.models.newest import resolved
 from grape_service.prepare.finish import load_prepared
-from grape_service.prepare.plan import plan_prepare
+from grape_service.prepare.plan import plan_prepare, rendering_of
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
+from grape_service.release.pools import with_released_candidates
 from grape_service.render.loading import load_renderer
+from grape_service.score.shards import shards_of_pool
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import read_tables
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import open_workspace
 
 
 @dataclass(frozen=True)
 class ScoringEstimate:
     """One policy's part of the work."""
 
-    role: str  # target | behavior
+    role: str  # gather <name> | target | target, steps in their windows | behavior
     model: str
     rows: float  # that have no score yet
     reused_rows: float
-    tokens: float
+    tokens: float  # to score; of gather, to sample
     tokens_per_second: float  # of one replica
     gpus: int  # of one replica
     device: str
@@ -61,6 +70,8 @@ class Plan:
     policies: list[ScoringEstimate]
     replicas: int
     price: float | None  # of a GPU hour
+    race: dict[str, Any] | None = None  # what score.race spares, by what is stored
+    checkpoints: list[str] = field(default_factory=list)  # what each address that moves stands for, in words
     made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
@@ -78,7 +89,7 @@ class Plan:
         """GPU hours times the price."""
         return None if self.price is None else self.gpu_hours * self.price
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The object that --json prints."""
         policies = [{**asdict(p), "engine_seconds": p.engine_seconds, "gpu_hours": p.gpu_hours} for p in self.policies]
         totals = {"gpu_hours": self.gpu_hours, "wall_seconds": self.wall_seconds, "cost": self.cost}
@@ -97,25 +108,44 @@ def make_plan(
 
     Raises UserError for what a run would refuse, and for a device of unknown throughput.
     """
-    workspace = Storage(config.workspace_path, config.storage)
+    config, found = resolved(config)
+    config, released = with_released_candidates(config)
+    workspace = open_workspace(config.workspace_path, config.storage)
     files = resolve_model(config.target, config.storage)
-    renderer = load_renderer(files.folder, config.target, config.render)
-    prepare_plan = plan_prepare(config, renderer.digest(), workspace)
-    prepared = load_prepared(prepare_plan, workspace)
-    survey = _survey_of(prepared) if prepared else survey_pool(prepare_plan.files, config, renderer, exact)
+    sampled = gather_estimates(config, workspace, exact) if config.gather is not None else []
+    prepared = None
+    if sampled:
+        if config.select.windows is not None:
+            raise UserError(
+                "plan does not know how many steps responses that are still to be sampled will have: leave out the "
+                "select method that scores steps in windows of their own, or plan on gathered candidates"
+            )
+        survey = gathered_survey(sampled)
+    else:
+        renderer = load_renderer(files.folder, config.target, config.render, storage_options=config.storage)
+        prepare_plan = plan_prepare(config, rendering_of(renderer, files), workspace)
+        prepared = load_prepared(prepare_plan, config, workspace)
+        survey = survey_of_prepared(prepared) if prepared else survey_pool(prepare_plan.files, config, renderer, exact)
 
     def throughput(policy: PolicyConfig) -> Throughput:
         if tokens_per_second is not None:
             return Throughput(tokens_per_second, device or "given", "--tokens-per-second")
         return expected_throughput(config, policy, device)
 
-    policies = []
+    policies = [_sampling(one, tokens_per_second) for one in sampled]
     if config.select.needs_scores:
         target_id = policy_id(config.target, files)
         left, rows = (
             _left_to_score(workspace, prepared, target_id, config) if prepared else (survey.tokens, survey.rows)
         )
         policies.append(_estimate("target", config.target, rows, survey.rows - rows, left, throughput(config.target)))
+    if config.select.windows is not None:
+        total, rows, left = survey.windows, survey.windows, survey.window_tokens
+        if prepared:
+            store = ScoreStore(workspace, policy_id(config.target, files)).with_folders()
+            total, rows, left = windows_left(prepared, store, renderer.vocabulary, config.select)
+        role = "target, steps in their windows"
+        policies.append(_estimate(role, config.target, rows, total - rows, left, throughput(config.target)))
     if config.compared_behavior is not None:
         share = min(1.0, config.select.usual_keep * survey.prompts / max(survey.rows, 1.0))
         if config.select.method == "all":
@@ -134,10 +164,28 @@ def make_plan(
         "rejected": survey.rejected,
         "filtered": survey.filtered,
     }
-    counted = "counted exactly: the pool is prepared" if prepared else survey.how()
-    plan = Plan(pool, counted, survey.exact, survey.token_error, policies, replicas, price)
+    counted = "counted exactly: the pool is prepared" if prepared else how(sampled) if sampled else survey.how()
+    checkpoints = [one.sentence(asked) for asked, one in found.items()]
+    checkpoints += [f"the pool {asked} is {version}" for asked, version in released.items()]
+    race = _race(config, prepared, ScoreStore(workspace, policy_id(config.target, files)))
+    plan = Plan(pool, counted, survey.exact, survey.token_error, policies, replicas, price, race, checkpoints)
     workspace.write_json(estimate_path(config), plan.to_json())
     return plan
+
+
+def _race(config: Config, prepared: Prepared | None, store: ScoreStore) -> dict[str, Any] | None:
+    """What score.race spares; None where the config does not race."""
+    saving = race_saving(config, shards_of_pool(prepared) if prepared is not None else [], store.with_folders())
+    return None if saving is None else {**asdict(saving), "share": saving.share, "sentence": saving.sentence()}
+
+
+def _sampling(one: GatherEstimate, given: float | None) -> ScoringEstimate:
+    rate, origin = one.rate(given) if one.samples else (given or 1.0, "nothing is left to sample")
+    device = one.known.device if one.known is not None else "given"
+    gpus = one.policy.tensor_parallel
+    return ScoringEstimate(
+        f"gather {one.name}", one.policy.model, one.samples, one.there, one.tokens, rate, gpus, device, origin
+    )
 
 
 def estimate_path(config: Config) -> str:
@@ -171,13 +219,6 @@ def _estimate(
     return ScoringEstimate(
         role, policy.model, rows, reused, tokens, rate.tokens_per_second, gpus, rate.device, rate.origin
     )
-
-
-def _survey_of(prepared: Prepared) -> Survey:
-    counts = (prepared.rows, prepared.prompts, prepared.tokens, prepared.loss_tokens)
-    rejected = prepared.rejects.total + prepared.left_out.total
-    sources = {source: float(rows) for source, rows in prepared.sources.items()}
-    return Survey(*counts, rejected, prepared.filtered, exact=True, sources=sources)
 
 
 def _share_of(policy: PolicyConfig, behavior: BehaviorConfig, survey: Survey) -> float:

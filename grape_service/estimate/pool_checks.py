@@ -17,7 +17,7 @@ from grape_service.prepare.groups import check_columns
 from grape_service.rows.candidate import Rejection, Rendered
 from grape_service.rows.columns import NO_SOURCE, OUR_COLUMNS
 from grape_service.select.limits import check_keep_column, keep_column, kept_of_prompts
-from grape_service.weigh.sources import missing_sources, refuse_missing_sources
+from grape_service.weigh.sources import missing_sources, refuse_missing_sources, refuse_unrecorded, unknown_sources
 
 SHOWN_SIZES = 8
 
@@ -33,26 +33,30 @@ def pool_findings(config: Config, found: PoolLook) -> Iterator[Finding | Table]:
     yield look("columns", lambda: _columns(config, found))
     yield look("prompts", lambda: _prompts(config, found))
     yield Table("sources", _source_rows(config, found))
+    if config.behavior is not None and config.behavior.has_recorded and config.weights is not None and found.candidates:
+        yield look("recorded", lambda: _recorded(config, found))
     if config.weights is not None and config.behavior is not None and config.behavior.sources is not None:
         yield look("sources", lambda: _sources(config, found))
 
 
 def dry_run(config: Config, found: PoolLook, rendered: list[Rendered | Rejection]) -> Finding:
-    """Why rows cannot be used: all that was read, and the first rows of each group rendered."""
-    first = [item for group in found.groups for item in group.first]
-    reasons: Counter[str] = sum((group.rejects for group in found.groups), Counter())
+    """Why rows cannot be used: of all that were read what cannot be a candidate, and of those that were rendered what
+    has no tokens. The share of rejects is estimated from both."""
+    chosen = [item for group in found.groups for item in group.chosen]
+    before: Counter[str] = sum((group.rejects for group in found.groups), Counter())
     examples = {reason: text for group in reversed(found.groups) for reason, text in group.examples.items()}
+    after: Counter[str] = Counter()
     usable = []
-    for item, result in zip(first, rendered, strict=True):
+    for item, result in zip(chosen, rendered, strict=True):
         if isinstance(result, Rejection):
-            reasons[result.reason] += 1
+            after[result.reason] += 1
             examples.setdefault(result.reason, result.detail or "")
         else:
             usable.append((item, result))
-    reasons += repeated(usable)
+    after += repeated(usable)
     rows = sum(group.counts.rows_in for group in found.groups)
-    damaged = sum(count for reason, count in reasons.items() if reason not in INTENDED)
-    what = f"of {rows:,} rows read, {len(first):,} of them rendered"
+    what = f"of {rows:,} rows read, {len(chosen):,} of them rendered"
+    reasons = before + after
     if not reasons:
         return Finding("rejects", "ok", f"none {what}")
     texts = [
@@ -60,18 +64,46 @@ def dry_run(config: Config, found: PoolLook, rendered: list[Rendered | Rejection
         for reason, count in reasons.most_common()
     ]
     detail = f"{'; '.join(texts)}; {what}"
-    if damaged > config.pool.max_reject_share * max(1, rows):
-        return Finding("rejects", "error", f"more than pool.max_reject_share cannot be used: {detail}")
+    is_known = found.is_whole and len(chosen) == found.candidates
+    share, least = _reject_share(_damaged(before), rows, _damaged(after), len(chosen), found.is_whole, is_known)
+    most = config.pool.max_reject_share
+    about = f"{'' if is_known else 'about '}{share:.1%} of the pool's rows"
+    if least > most:
+        return Finding(
+            "rejects", "error", f"{about} cannot be used, more than pool.max_reject_share {most:g}: {detail}"
+        )
+    if share > most:
+        detail = f"{about} may be unusable, and a run stops above pool.max_reject_share {most:g}: {detail}"
     return Finding("rejects", "warning", detail)
 
 
+def _damaged(reasons: Counter[str]) -> int:
+    return sum(count for reason, count in reasons.items() if reason not in INTENDED)
+
+
+def _reject_share(
+    before: int, rows: int, after: int, rendered: int, is_whole: bool, is_known: bool
+) -> tuple[float, float]:
+    """(estimated share of rejects, what it is at least): rejects before rendering are a share of the rows that were
+    read (all of them, where `is_whole`), those of rendering a share of the rows that were rendered (of all candidates,
+    where `is_known`)."""
+    early = before / max(1, rows)
+    late = after / max(1, rendered)
+    share = (before + after) / max(1, rows) if is_known else early + (1 - early) * late
+    sampled = [(early, rows)] * (not is_whole) + [(late, rendered)] * (not is_known)
+    error = sum(value * (1 - value) / max(1, number) for value, number in sampled) ** 0.5
+    return share, share - 2 * error
+
+
 def _extent(found: PoolLook) -> str:
-    return "all rows read" if found.is_whole else "the first rows read"
+    return "all rows read" if found.is_whole else "some rows of head, middle and end read"
 
 
 def _pool(found: PoolLook) -> tuple[str, str]:
     files = sum(group.files for group in found.groups)
     detail = f"{files:,} file{'s' * (files != 1)}, {found.candidates:,} candidates ({_extent(found)})"
+    looked = sum(group.files_read for group in found.groups)
+    detail += f", {looked:,} of the files looked into" if looked < files else ""
     if found.listing.passed_over:
         detail += f"; passed over: {passed_over_text(found.listing.passed_over)}"
     rows = sum(group.counts.rows_in for group in found.groups)
@@ -114,7 +146,7 @@ def _columns(config: Config, found: PoolLook) -> tuple[str, str]:
 
 def _check_keep(config: Config, found: PoolLook) -> None:
     name = keep_column(config.select)
-    first = [item.candidate for group in found.groups for item in group.first]
+    first = [item.candidate for group in found.groups for item in group.chosen]
     if name is None or not first:
         return
     theirs = {f"pool_{other}" if other in OUR_COLUMNS else other for group in found.groups for other in group.other}
@@ -148,6 +180,9 @@ def _prompts(config: Config, found: PoolLook) -> tuple[str, str]:
             f"{twins:,} prompts differ from another only in white space or in a system turn, and compete apart: "
             "make them equal, or give them one prompt_id"
         )
+    most = max(sizes, default=0)
+    if isinstance(config.select.keep, int) and sizes and config.select.keep > most:
+        warnings.append(f"select.keep {config.select.keep} is more than any prompt has, which is {most} at most")
     least = config.select.min_candidates
     if least is not None and found.is_whole and all(size < least for size in sizes):
         return "error", f"{detail}; select.min_candidates {least} leaves none of them"
@@ -167,15 +202,26 @@ def _source_rows(config: Config, found: PoolLook) -> list[dict[str, object]]:
     return rows
 
 
+def _recorded(config: Config, found: PoolLook) -> tuple[str, str]:
+    recorded = sum(group.recorded for group in found.groups)
+    columns = {column for group in found.groups for column in group.counts.columns}
+    try:
+        refuse_unrecorded(config, recorded, columns)
+    except UserError as error:
+        is_certain = found.is_whole or (config.behavior is not None and config.behavior.column not in columns)
+        return ("error" if is_certain else "warning"), str(error)
+    return "ok", f"{recorded:,} of {found.candidates:,} candidates bring log-probabilities"
+
+
 def _sources(config: Config, found: PoolLook) -> tuple[str, str]:
     sources = dict(found.sources)
     without = sources.pop(NO_SOURCE, 0)
     refuse_missing_sources(config, sources, without)
     behavior = config.behavior
     assert behavior is not None
-    unused = sorted(set(behavior.sources or {}) - set(sources))
-    if unused and found.is_whole:
-        return "warning", f"behavior.sources names {', '.join(unused)}, which no row of the pool has as its source"
+    unknown = unknown_sources(config, sources, without)
+    if unknown is not None and found.is_whole:
+        return "warning", unknown
     missing = missing_sources(config, sources, without)
     if missing:
         return "warning", f"without a behavior: {', '.join(missing)}; behavior.missing is {behavior.missing}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,24 +13,32 @@ import pyarrow as pa
 
 from grape_service.checks.evaluation_sets import evaluation_items
 from grape_service.config.checks import Contamination
+from grape_service.config.gather import VerifyConfig
 from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.estimate.finding import Finding, Table
 from grape_service.estimate.finding import look as _look
-from grape_service.estimate.look import PoolLook, first_candidates, look_into
+from grape_service.estimate.look import PoolLook, chosen_candidates, look_into
 from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.estimate.tokens import look_at_tokens
+from grape_service.gather.prompts import prompts_config
+from grape_service.gather.verdicts import judge_of, verifier_name
 from grape_service.models.files import resolve_model
-from grape_service.models.vocabulary import incompatible_ids
+from grape_service.models.newest import resolved
+from grape_service.models.vocabulary import incompatible_ids, refuse_unspelled
 from grape_service.models.weights import Weights, check_policy, check_values
 from grape_service.release.manifest import secret_places
+from grape_service.release.pools import with_released_candidates
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.ragged import TokenBatch
-from grape_service.storage.storage import Storage, check_writable
+from grape_service.storage.options import StorageOptions
+from grape_service.storage.probe import check_writable
+from grape_service.storage.storage import Storage
+from grape_service.weigh.align import align, one_to_one, written_of
 from grape_service.weigh.behavior import RECORDED, row_behaviors
 
 RESCORED_ROWS = 8
@@ -72,23 +80,40 @@ def check(config: Config, models: Models, probes: dict[str, Probe] | None = None
         yield _look("checks", partial(_checks, config))
     for name, probe in (probes or {}).items():
         yield _look(name, probe)
+    try:
+        config, checkpoints = resolved(config)
+    except UserError as error:
+        yield Finding("checkpoint", "error", str(error))
+        return
+    for asked, newest in checkpoints.items():
+        yield Finding("checkpoint", "ok", newest.sentence(asked))
+    try:
+        config, released = with_released_candidates(config)
+    except UserError as error:
+        yield Finding("pool", "error", str(error))
+        return
+    for asked, version in released.items():
+        yield Finding("pool", "ok", f"{asked} is {version}")
     found: PoolLook | None = None
     try:
-        found = look_into(config)
+        looked_at = config if config.gather is None else prompts_config(config, config.target)
+        found = look_into(looked_at)
     except UserError as error:
         yield Finding("pool", "error", str(error))
     if found is not None:
-        yield from pool_findings(config, found)
-    candidates = first_candidates(found) if found is not None else []
+        yield from pool_findings(looked_at, found)
+    candidates = chosen_candidates(found) if found is not None else []
     renderers: dict[str, Renderer] = {}
     try:
         folder = resolve_model(config.target, config.storage).folder
         target_weights = models.weights(config.target, folder)
-        target = load_renderer(folder, config.target, config.render)
+        target = load_renderer(folder, config.target, config.render, storage_options=config.storage)
     except UserError as error:
         yield Finding("target", "error", str(error))
         return
-    rendered = target.render(candidates)
+    if config.gather is not None:
+        yield from _gather(config, found, renderers, models)
+    rendered = target.render(candidates) if config.gather is None else target.render_prompts(candidates)
     good = [(c, r) for c, r in zip(candidates, rendered, strict=True) if isinstance(r, Rendered)]
     rescored = [
         (f"recorded log-probabilities of {source}", _Rescored(config, recorded, _rows_of(good, source), target, models))
@@ -99,7 +124,8 @@ def check(config: Config, models: Models, probes: dict[str, Probe] | None = None
     if rendered:
         assert found is not None, "there are candidates"
         about_tokens.append(dry_run(config, found, rendered))
-        about_tokens.append(_look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder)))
+        if config.gather is None:
+            about_tokens.append(_look("tokens", lambda: look_at_tokens(target, candidates, rendered, folder)))
     yield _look("target", lambda: _policy("target", config.target, config, renderers, target_weights))
     yield from about_tokens
     if not rendered:
@@ -109,6 +135,10 @@ def check(config: Config, models: Models, probes: dict[str, Probe] | None = None
         name = f"behavior {place}: {policy.model}"
         yield _look(name, partial(_behavior, name, policy, config, renderers, models))
         if used is not None and name in renderers:
+            if config.behavior is not None and config.behavior.align == "bytes":
+                compare = partial(_aligned, config, policy, target, renderers[name], good)
+                yield _look(f"{name}: tokens", compare)
+                continue
             bad = incompatible_ids(target.vocabulary, renderers[name].vocabulary, used)
             if len(bad):
                 yield Finding(name, "error", f"{len(bad)} token ids mean other text there: weights would be wrong")
@@ -120,7 +150,58 @@ def check(config: Config, models: Models, probes: dict[str, Probe] | None = None
         yield _look(name, one.look)
 
 
-def _writable(path: str, options: dict[str, Any]) -> tuple[str, str]:
+def _gather(
+    config: Config, found: PoolLook | None, renderers: dict[str, Renderer], models: Models
+) -> Iterator[Finding | Table]:
+    """Who samples, and what says that a sample is right."""
+    assert config.gather is not None
+    for name in config.gather.policies:
+        policy = config.gather.policy(name)
+        yield _look(f"gather {name}", partial(_behavior, f"gather {name}", policy, config, renderers, models))
+    verify = config.gather.verify
+    if verify.asks_model:
+        yield _look("judge", partial(_behavior, "judge", verify.judge, config, renderers, models))
+    if verify.method != "none":
+        yield _look("verify", partial(_verifier, verify, found))
+
+
+def _verifier(verify: VerifyConfig, found: PoolLook | None) -> tuple[str, str]:
+    if not verify.asks_model:
+        judge_of(verify)
+    detail = f"{verify.model} is asked" if verify.asks_model else verifier_name(verify)
+    seen = {} if found is None else {name: one.rows for group in found.groups for name, one in group.other.items()}
+    if verify.answer is None or found is None:
+        return "ok", detail
+    if verify.answer not in seen:
+        raise UserError(f"gather.verify.answer names '{verify.answer}', which no row has (columns: {', '.join(seen)})")
+    return "ok", f"{detail}; {seen[verify.answer]:,} prompts of the sample have an answer in '{verify.answer}'"
+
+
+def _aligned(
+    config: Config,
+    policy: PolicyConfig,
+    target: Renderer,
+    own: Renderer,
+    good: list[tuple[Candidate, Rendered]],
+) -> tuple[str, str]:
+    """How much of a sample's tokens is compared one with one with those of a behavior policy."""
+    if target.vocabulary.digest == own.vocabulary.digest:
+        return "ok", "its tokens are the target's"
+    refuse_unspelled({config.target.model: target.vocabulary, policy.model: own.vocabulary})
+    tokens = single = 0
+    for (_, ours), theirs in zip(good, own.render([candidate for candidate, _ in good]), strict=True):
+        found = None
+        if isinstance(theirs, Rendered):
+            found = align(written_of(ours, target.vocabulary), written_of(theirs, own.vocabulary))
+        if found is not None:
+            tokens, single = tokens + len(found[0]), single + int(one_to_one(*found)[0].sum())
+    assert config.behavior is not None, "it is compared with"
+    share, least = single / max(tokens, 1), config.behavior.min_coverage
+    detail = f"another tokenizer: {share:.0%} of the sample's tokens are compared one with one"
+    return ("ok", detail) if share >= least else ("warning", f"{detail}, and behavior.min_coverage is {least:g}")
+
+
+def _writable(path: str, options: StorageOptions) -> tuple[str, str]:
     storage = Storage(path, options)
     check_writable(storage)
     return "ok", f"{storage.root} can be read and written"
@@ -150,8 +231,8 @@ def _policy(
     name: str, policy: PolicyConfig, config: Config, renderers: dict[str, Renderer], weights: Callable[[], Weights]
 ) -> tuple[str, str]:
     files = resolve_model(policy, config.storage)
-    own = name != "target"
-    renderer = renderers[name] = load_renderer(files.folder, policy, config.render, own_template=own)
+    own = config.has_own_template(policy)
+    renderer = renderers[name] = load_renderer(files.folder, policy, config.render, own, config.storage)
     if files.quantization is None:
         check_values(files.folder, policy)
     has_weights = config.weights is not None
@@ -161,12 +242,17 @@ def _policy(
     detail = f"{files.architecture}, {files.num_parameters / 1e6:,.0f}M parameters, {renderer.mode} mode"
     if found.unchecked:
         return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
+    if renderer.mode == "plain" and config.render.mode == "auto":
+        detail += ": it has no chat template, so prompt, separator and response are put together"
+        return "warning", f"{detail}; set render.chat_template, or render.mode: plain where that is meant"
     return "ok", f"{detail}{', quantised: ' + files.quantization if files.quantization else ''}"
 
 
 def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str, str]:
     """Whether it is known what recorded numbers are, for rows with any."""
     columns = {
+        "prompt_id": [c.prompt_id for c in candidates],
+        "candidate_id": [c.candidate_id for c in candidates],
         "source": pa.array([c.source for c in candidates], pa.string()),
         "sampling": pa.array(
             [orjson.dumps(c.sampling).decode() if c.sampling else None for c in candidates], pa.string()
@@ -205,7 +291,8 @@ class _Rescored:
         if not rows:
             return
         files = resolve_model(policy, config.storage)
-        renderer = load_renderer(files.folder, policy, config.render, own_template=True)
+        own_template = config.has_own_template(policy)
+        renderer = load_renderer(files.folder, policy, config.render, own_template, config.storage)
         candidates, targets = [c for c, _ in rows], [r for _, r in rows]
         at_temperature: dict[float, list[tuple[Rendered, npt.NDArray[np.float32]]]] = {}
         for candidate, own, was in zip(
@@ -214,7 +301,8 @@ class _Rescored:
             if isinstance(own, Rejection):
                 continue
             sampling = candidate.sampling or {}
-            is_raw = (sampling.get("logprobs") or recorded.recorded) == "raw"
+            said = sampling.get("logprobs", "unsaid")
+            is_raw = (recorded.recorded if said == "unsaid" else said) == "raw"
             temperature = 1.0 if is_raw else float(sampling.get("temperature") or 1.0)
             assert was.recorded_logprobs is not None
             at_temperature.setdefault(temperature, []).append((own, was.recorded_logprobs))
@@ -234,7 +322,7 @@ class _Rescored:
             return "warning", "no row of the sample can be rendered for that policy"
         flat = np.concatenate([scores() - were for were, scores in self.asked])
         flat = flat[np.isfinite(flat)]
-        detail = f"{self.num_rows} rows scored again: difference {flat.mean():+.4f} ± {flat.std():.4f} a token"
+        detail = f"{self.num_rows} rows scored again: difference {flat.mean():+z.4f} ± {flat.std():.4f} a token"
         if abs(flat.mean()) > SUSPICIOUS_MEAN or flat.std() > 5 * SUSPICIOUS_MEAN:
             return "warning", f"{detail}: are they this policy's, at the recorded temperature?"
         return "ok", detail

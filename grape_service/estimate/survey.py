@@ -11,12 +11,17 @@ from typing import Protocol
 
 import numpy as np
 
+from grape_service.config.methods import SelectConfig
 from grape_service.config.schema import Config
-from grape_service.pool.candidates import Accepted, Filtered
+from grape_service.estimate.windows import windows_of_rendered
+from grape_service.pool.contract import group_contracts
 from grape_service.pool.file_candidates import FileCandidates
 from grape_service.pool.files import PoolFile
+from grape_service.pool.outcomes import Accepted, Filtered
 from grape_service.pool.reader import Segment
 from grape_service.prepare.plan import sized_segments
+from grape_service.prepare.result import Prepared
+from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 
 PART_BYTES = 256 * 2**10
@@ -49,6 +54,9 @@ class Survey:
     token_error: float = 0.0  # share of `tokens`
     parts_read: int = 0
     parts: int = 0
+    windows: float = 0.0
+    """Rows that a select method scores beside them."""
+    window_tokens: float = 0.0
 
     def how(self) -> str:
         """In words: exact, or from how much of the pool and how well."""
@@ -76,23 +84,36 @@ def survey_pool(
     sized = [(segment, size) for whole in segments for segment, size in _parts(files, *whole)]
     everything = exact or len(sized) <= SAMPLED_PARTS
     chosen = sized if everything else draw.sample(sized, SAMPLED_PARTS)
+    contracts = group_contracts(files, config)
     prompts: set[str] = set()
     by_source: Counter[str] = Counter()
+    into = renderer, prompts, by_source, config.select
     counts = np.array(
-        [_count(files[segment.file], segment, config, renderer, prompts, by_source) for segment, _ in chosen]
+        [
+            _count(FileCandidates(config, file, segment, contracts[file.group]), *into)
+            for file, segment in ((files[segment.file], segment) for segment, _ in chosen)
+        ]
     )
-    totals = counts.sum(axis=0) if len(counts) else np.zeros(5)
+    totals = counts.sum(axis=0) if len(counts) else np.zeros(7)
     if everything:
-        rows, tokens, loss, rejected, filtered = totals.tolist()
+        rows, tokens, loss, rejected, filtered, *windows = totals.tolist()
         found = (rows, len(prompts), tokens, loss, rejected, filtered)
-        return Survey(*found, True, dict(by_source), 0.0, len(chosen), len(sized))
+        return Survey(*found, True, dict(by_source), 0.0, len(chosen), len(sized), *windows)
     sizes = np.array([size for _, size in chosen], dtype=float)
-    scale = total_bytes / sizes.sum()
+    scale = total_bytes / float(sizes.sum())
     error = ratio_error(counts[:, 1], sizes, len(sized))
-    rows, tokens, loss, rejected, filtered = (totals * scale).tolist()
-    found = (rows, len(prompts) * scale, tokens, loss, rejected, filtered)
+    rows, tokens, loss, rejected, filtered, *windows = (totals * scale).tolist()
+    estimated = (rows, len(prompts) * scale, tokens, loss, rejected, filtered)
     sources = {source: count * scale for source, count in by_source.items()}
-    return Survey(*found, False, sources, error, len(chosen), len(sized))
+    return Survey(*estimated, False, sources, error, len(chosen), len(sized), *windows)
+
+
+def survey_of_prepared(prepared: Prepared) -> Survey:
+    """The counts of a pool that is prepared."""
+    counts = (prepared.rows, prepared.prompts, prepared.tokens, prepared.loss_tokens)
+    rejected = prepared.rejects.total + prepared.left_out.total
+    sources = {source: float(rows) for source, rows in prepared.sources.items()}
+    return Survey(*counts, rejected, prepared.filtered, exact=True, sources=sources)
 
 
 def ratio_error(values: np.ndarray, sizes: np.ndarray, num_parts: int) -> float:
@@ -120,11 +141,11 @@ def _parts(files: tuple[PoolFile, ...], segment: Segment, size: int) -> Iterator
 
 
 def _count(
-    file: PoolFile, segment: Segment, config: Config, renderer: Renders, prompts: set[str], by_source: Counter[str]
-) -> tuple[int, int, int, int, int]:
-    """(rows, tokens, tokens with loss, rejected, filtered) of a part; adds its prompts, and its rows by source."""
-    candidates = FileCandidates(config, file, segment)
-    rows = tokens = loss = rejected = filtered = 0
+    candidates: FileCandidates, renderer: Renders, prompts: set[str], by_source: Counter[str], select: SelectConfig
+) -> tuple[int, int, int, int, int, int, int]:
+    """(rows, tokens, tokens with loss, rejected, filtered, windows, their tokens) of a part; adds its prompts, and its
+    rows by source."""
+    rows = tokens = loss = rejected = filtered = windows = window_tokens = 0
     reader = candidates.rows()
     while batch := list(itertools.islice(reader, BATCH_ROWS)):
         accepted: list[Candidate] = []
@@ -136,7 +157,13 @@ def _count(
                     filtered += 1
                 else:
                     rejected += 1
-        for candidate, result in zip(accepted, renderer.render(accepted), strict=True):
+        rendered = renderer.render(accepted)
+        if select.windows is not None:
+            assert isinstance(renderer, Renderer), "steps are cut in what a tokenizer's ids decode to"
+            usable = [one for one in rendered if isinstance(one, Rendered)]
+            found = windows_of_rendered(usable, renderer.vocabulary, select)
+            windows, window_tokens = windows + found[0], window_tokens + found[1]
+        for candidate, result in zip(accepted, rendered, strict=True):
             if isinstance(result, Rejection):
                 rejected += 1
                 continue
@@ -146,4 +173,4 @@ def _count(
             prompts.add(candidate.prompt_id)
             if candidate.source is not None:
                 by_source[candidate.source] += 1
-    return rows, tokens, loss, rejected, filtered
+    return rows, tokens, loss, rejected, filtered, windows, window_tokens

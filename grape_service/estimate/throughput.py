@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,7 @@ def _from_manifests(
             e
             for e in engines
             if e["policy_id"] == wanted
+            and e.get("path") != "generate"  # a sampler's
             and (device is None or same_device(device, e["device"]))
             and (host is None or e.get("host") == host)
         ]
@@ -113,7 +115,7 @@ def _from_manifests(
 
 def same_device(asked: str, found: str) -> bool:
     """Whether a device's full name is the one asked for: 'H100' is 'NVIDIA H100 80GB HBM3'."""
-    return asked.lower() in found.lower()
+    return re.search(rf"(?<!\w){re.escape(asked.lower())}(?!\w)", found.lower()) is not None
 
 
 def _from_table(config: Config, policy: PolicyConfig, device: str) -> Throughput:

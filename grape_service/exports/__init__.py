@@ -72,7 +72,7 @@ def export(
     folder in use.
     """
     if to not in _EXPORTS:
-        raise UserError(f"--to {to} is no export: choose one of {', '.join(get_args(Trainer))}")
+        raise UserError(f"--to {to} is no export: choose one of {', '.join(get_args(Trainer))} or hub")
     if not 0 <= eval_share < 1:
         raise UserError(f"--eval-share {eval_share:g} is no share: give a number from 0 to below 1, such as 0.05")
     storage = Storage(folder, release.storage.options)

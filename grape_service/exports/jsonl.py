@@ -8,7 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from grape_service.exports.lines import write_lines
-from grape_service.exports.rows import WeightTotals, arrays_of, chat_messages, left_behind, other_columns
+from grape_service.exports.rows import (
+    WeightTotals,
+    arrays_of,
+    chat_messages,
+    left_behind,
+    other_columns,
+    system_prompt_of,
+)
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.release.load import Release
 
@@ -19,6 +26,7 @@ DESCRIPTIVE = (
     "grape_score",
     "grape_rank",
     "grape_margin",
+    "margin_at_least",
     "num_candidates",
     "truncated",
     "weight_source",
@@ -33,12 +41,12 @@ def export(release: Release, target: Target) -> ExportSummary:
     if target.drop_weights:
         described.remove("weight_source")
     columns = [*described, "messages", *TOKENS]
-    seen = WeightTotals()
+    seen, system = WeightTotals(), system_prompt_of(release)
 
     def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
         arrays = {name: arrays_of(batch, name) for name in tokens}
         for place, row in enumerate(batch.select([*described, "messages"]).to_pylist()):
-            row["messages"] = chat_messages(row["messages"])
+            row["messages"] = chat_messages(row["messages"], system)
             row.update({name: rows[place] for name, rows in arrays.items()})
             yield row
 
@@ -53,5 +61,5 @@ def export(release: Release, target: Target) -> ExportSummary:
     else:
         sentence = f"{seen.rows} rows of chat messages with input_ids and loss_mask; every token has weight 1."
     kept = [*described, "messages", *tokens]
-    lost = left_behind(release, kept)
-    return target.summary("jsonl", release, rows, sentence, "Each line of train.jsonl is a row.", kept, lost)
+    lost, notes = left_behind(release, kept), seen.notes(target.drop_weights)
+    return target.summary("jsonl", release, rows, sentence, "Each line of train.jsonl is a row.", kept, lost, notes)

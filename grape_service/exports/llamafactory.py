@@ -18,10 +18,11 @@ import pyarrow as pa
 
 from grape_service.exports.lines import write_lines
 from grape_service.exports.repeats import NEEDED, Repeats
-from grape_service.exports.rows import chat_messages, loss_spans, message_fields, split_batches
+from grape_service.exports.rows import chat_messages, loss_spans, message_fields, split_batches, system_prompt_of
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.exports.turns import TurnCounts, called_functions, conversations
 from grape_service.release.load import Release
+from grape_service.rows.candidate import Message
 
 TAGS = {
     "role_tag": "role",
@@ -44,7 +45,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     for batch in split_batches(release, ["messages", "loss_mask"], target, "train"):
         for messages, num_spans in zip(batch.column("messages").to_pylist(), loss_spans(batch), strict=True):
             turns.add(messages, int(num_spans))
-    has_tools = "tools" in release.schema.names
+    has_tools, system_prompt = "tools" in release.schema.names, system_prompt_of(release)
     lost = Lost()
 
     def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
@@ -53,7 +54,7 @@ def export(release: Release, target: Target) -> ExportSummary:
             batch.column("messages").to_pylist(), loss_spans(batch), tools, repeats.copies(batch, split), strict=False
         )
         for messages, num_spans, offered, copies in rows:
-            flat = list(chat_messages(messages))
+            flat = list(chat_messages(messages, system_prompt))
             parts = conversations(flat, int(num_spans)) if turns.masked and num_spans > 1 else [flat]
             lines: list[dict[str, Any]] = [{"messages": [lost.message(message) for message in part]} for part in parts]
             if has_tools:
@@ -98,9 +99,11 @@ class Lost:
         self.skipped = 0  # conversations
         self.texts = 0  # messages
 
-    def message(self, message: dict[str, Any]) -> dict[str, str]:
+    def message(self, message: Message) -> dict[str, str]:
         """A message with role and content alone."""
-        role, content = ROLES.get(message["role"], message["role"]), message.get("content") or ""
+        role: str = message["role"]
+        role = ROLES.get(role, role)
+        content: str = message.get("content") or ""
         if message.get("tool_calls"):
             self.texts += bool(content.strip())
             role, content = "function_call", orjson.dumps(called_functions(message["tool_calls"])).decode()

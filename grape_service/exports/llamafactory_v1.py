@@ -26,10 +26,12 @@ from grape_service.exports.rows import (
     loss_spans,
     message_fields,
     row_weights,
+    system_prompt_of,
 )
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.exports.turns import called_functions
 from grape_service.release.load import Release
+from grape_service.rows.candidate import Message
 
 IDS = ["prompt_id", "candidate_id"]
 TOKENS = ["input_ids", "loss_mask", "loss_weights"]
@@ -44,7 +46,7 @@ with `train_dataset: {folder}/dataset.yaml` in config.yaml."""
 def export(release: Release, target: Target) -> ExportSummary:
     """Write train.jsonl, dataset.yaml and grape_llamafactory.py."""
     seen = WeightTotals()
-    has_tools = "tools" in release.schema.names
+    has_tools, system_prompt = "tools" in release.schema.names, system_prompt_of(release)
 
     def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
         weights = [1.0] * batch.num_rows if target.drop_weights else row_weights(batch).tolist()
@@ -53,7 +55,9 @@ def export(release: Release, target: Target) -> ExportSummary:
         ids = zip(*(batch.column(name).to_pylist() for name in IDS), strict=True)
         rows = zip(batch.column("messages").to_pylist(), loss_spans(batch), weights, tools, ids, strict=False)
         for place, (messages, num_spans, weight, offered, (prompt_id, candidate_id)) in enumerate(rows):
-            line: dict[str, Any] = {"messages": v1_messages(chat_messages(messages), int(num_spans), weight)}
+            line: dict[str, Any] = {
+                "messages": v1_messages(chat_messages(messages, system_prompt), int(num_spans), weight)
+            }
             if has_tools:
                 line["tools"] = offered or ""
             line.update({name: rows_of[place] for name, rows_of in arrays.items()})
@@ -78,15 +82,15 @@ def export(release: Release, target: Target) -> ExportSummary:
     fields = [f"messages.{name}" for name in message_fields(release) if name not in CARRIED]
     kept = [*IDS, "messages", *TOKENS[: 2 if target.drop_weights else 3], *(["tools"] if has_tools else [])]
     lost = [*fields, *left_behind(release, kept)]
-    usage = USAGE.format(folder=target.folder)
-    return target.summary("llamafactory-v1", release, rows, sentence, usage, kept, lost)
+    usage, notes = USAGE.format(folder=target.folder), seen.notes(target.drop_weights)
+    return target.summary("llamafactory-v1", release, rows, sentence, usage, kept, lost, notes)
 
 
-def v1_messages(messages: list[dict[str, Any]], num_spans: int, weight: float) -> list[dict[str, Any]]:
+def v1_messages(messages: list[Message], num_spans: int, weight: float) -> list[dict[str, Any]]:
     """Messages in v1's form: content in typed parts; the last `num_spans` assistant turns have loss_weight `weight`."""
     turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     with_loss = set(turns[len(turns) - num_spans :]) if num_spans else set()
-    made = []
+    converted = []
     for place, message in enumerate(messages):
         content = []
         if message.get("reasoning_content"):
@@ -96,5 +100,5 @@ def v1_messages(messages: list[dict[str, Any]], num_spans: int, weight: float) -
         for function in called_functions(message.get("tool_calls") or []):
             content.append({"type": "tool_call", "value": orjson.dumps(function).decode()})
         role = ROLES.get(message["role"], message["role"])
-        made.append({"role": role, "content": content, "loss_weight": weight if place in with_loss else 0.0})
-    return made
+        converted.append({"role": role, "content": content, "loss_weight": weight if place in with_loss else 0.0})
+    return converted

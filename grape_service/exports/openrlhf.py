@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from grape_service.exports.lines import write_lines
 from grape_service.exports.repeats import NEEDED, Repeats
-from grape_service.exports.rows import chat_messages, loss_spans
+from grape_service.exports.rows import chat_messages, loss_spans, system_prompt_of
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.exports.turns import conversations
 from grape_service.release.load import Release
@@ -26,12 +26,14 @@ deepspeed --module openrlhf.cli.train_sft --data.dataset {folder}/train.jsonl --
 
 def export(release: Release, target: Target) -> ExportSummary:
     """Write train.jsonl."""
-    repeats = Repeats(release, target)
+    repeats, system = Repeats(release, target), system_prompt_of(release)
 
     def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
         rows = zip(batch.column("messages").to_pylist(), loss_spans(batch), repeats.copies(batch, split), strict=True)
         for messages, num_spans, copies in rows:
-            lines = [{"messages": part} for part in conversations(chat_messages(messages), max(1, int(num_spans)))]
+            lines = [
+                {"messages": part} for part in conversations(chat_messages(messages, system), max(1, int(num_spans)))
+            ]
             yield from lines * int(copies)
 
     rows = write_lines(release, target, [*NEEDED, "messages"], None, objects)

@@ -48,4 +48,5 @@ def export_parquet(
         target.add_loader(form.loader)
     text = usage if isinstance(usage, str) else usage(names["train"])
     lost = left_behind(release, columns)
-    return target.summary(to, release, rows, sentence(seen), text, columns, lost)
+    notes = seen.notes(target.drop_weights)
+    return target.summary(to, release, rows, sentence(seen), text, columns, lost, notes)

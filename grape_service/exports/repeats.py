@@ -11,8 +11,9 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
+from grape_service.errors import UserError
 from grape_service.exports.effects import EFFECTS
-from grape_service.exports.rows import WeightTotals, row_weights, split_batches
+from grape_service.exports.rows import WeightTotals, loss_spans, row_weights, split_batches
 from grape_service.exports.summary import Target
 from grape_service.release.load import Release
 from grape_service.rows.ragged import Int64s
@@ -28,13 +29,22 @@ class Repeats:
         self.seen = WeightTotals()
         for _ in self.seen.watch(split_batches(release, NEEDED, target, "train")):
             pass
+        if self.seen.weighted and not self.seen.total and not self.drop_weights:
+            raise UserError(
+                f"all loss weights of {release.reference} are 0, so no row would occur: make the release with other "
+                "weights, or export it with --drop-weights"
+            )
         self.resample = self.seen.weighted and not target.drop_weights and self.seen.total > 0
-        self.left_out = 0
+        self.left_out = self.without_loss = 0
 
     def copies(self, batch: pa.RecordBatch, split: str) -> Int64s:
-        """Copies of each row [N] of a batch with the columns NEEDED; rows for evaluation occur once."""
+        """Copies of each row [N] of a batch with the columns NEEDED: none of one without a token with loss; rows for
+        evaluation occur once."""
+        has_loss = loss_spans(batch) > 0
+        if split == "train":
+            self.without_loss += int(np.count_nonzero(~has_loss))
         if not self.resample or split != "train":
-            return np.ones(batch.num_rows, np.int64)
+            return has_loss.astype(np.int64)
         shares = row_weights(batch) * (self.seen.rows / self.seen.total)
         identities = zip(batch.column("prompt_id"), batch.column("candidate_id"), strict=True)
         copies = [
@@ -53,7 +63,8 @@ class Repeats:
                 f"mean weight ({self.left_out} not at all), and {EFFECTS[to][self.seen.level].words}."
             )
         kept = "without their loss weights, as asked" if self.seen.weighted else "in which every token has weight 1"
-        return f"{rows} rows {kept}, for {trainer}."
+        gone = f" {self.without_loss} more have no token with loss and are left out." if self.without_loss else ""
+        return f"{rows - self.without_loss} rows {kept}, for {trainer}.{gone}"
 
 
 def num_copies(share: float, identity: str) -> int:

@@ -107,6 +107,11 @@ class WeightTotals:
             self.add(batch)
             yield batch
 
+    def notes(self, drop_weights: bool) -> list[str]:
+        """A line where nothing would be trained."""
+        nothing = self.weighted and not self.total and not drop_weights
+        return ["All loss weights are 0, so that nothing would be trained."] if nothing else []
+
     @property
     def level(self) -> Level:
         """How the weights vary."""
@@ -120,9 +125,18 @@ def weights_for_counting(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
     return np.where(mask.astype(bool), np.maximum(weights, TINY), 0.0).astype(np.float32)
 
 
-def chat_messages(row: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row's messages as trainers know them: without empty fields, tool calls as objects."""
-    return [whole_message(message) for message in row]
+def system_prompt_of(release: Release) -> str | None:
+    """The system prompt of the policy that rendered a release's rows: it is among their tokens, not their messages."""
+    return release.manifest.rendered_with[0]
+
+
+def chat_messages(row: list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
+    """A row's messages as trainers know them: without empty fields, tool calls as objects, and begun by the target's
+    system prompt where they bring none, so that the template makes the row's own tokens of them."""
+    messages = [whole_message(message) for message in row]
+    if system_prompt is None or messages[0].get("role") in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def arrays_of(batch: pa.RecordBatch, name: str, values: npt.NDArray | None = None) -> list[npt.NDArray]:
@@ -156,7 +170,7 @@ def write_parquet(
 
 
 def carried_columns(release: Release, tokens: Sequence[str], drop_weights: bool) -> list[str]:
-    """`tokens` and every other column of the release that is no list of numbers, in the release's order."""
+    """`tokens` and every other column of the release that is not a list of numbers, in the release's order."""
     left = {"loss_weights", "weight_source"} if drop_weights else set()
     return [
         field.name

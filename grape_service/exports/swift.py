@@ -61,4 +61,5 @@ def export(release: Release, target: Target) -> ExportSummary:
     )
     kept = [*IDS, "input_ids", "loss_mask", *([] if target.drop_weights else ["loss_weights"])]
     usage = USAGE.format(folder=target.folder)
-    return target.summary("ms-swift", release, rows, sentence, usage, kept, left_behind(release, kept))
+    lost, notes = left_behind(release, kept), seen.notes(target.drop_weights)
+    return target.summary("ms-swift", release, rows, sentence, usage, kept, lost, notes)

@@ -12,20 +12,16 @@ from grape_service.exports.rows import WeightTotals
 from grape_service.exports.summary import ExportSummary, Target
 from grape_service.release.load import Release
 
-USAGE = """```python
+USAGE = """In this folder:
+
+```python
+import torch
 from datasets import load_dataset
-from weighted_sft import WeightedSFTTrainer  # in this folder
+from trl import {imports}
 
 rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
-WeightedSFTTrainer(model="…", args=SFTConfig(…), train_dataset=rows).train()
-```"""
-
-PLAIN_USAGE = """```python
-from datasets import load_dataset
-from trl import SFTTrainer
-
-rows = load_dataset("parquet", data_files="data/*.parquet", split="train")
-SFTTrainer(model="…", args=SFTConfig(…), train_dataset=rows).train()
+arguments = SFTConfig(output_dir="trained", max_length=None, bf16=torch.cuda.is_available())
+{trainer}(model={model!r}, args=arguments, train_dataset=rows).train()
 ```"""
 
 
@@ -43,4 +39,9 @@ def export(release: Release, target: Target) -> ExportSummary:
         )
 
     form = Form(("input_ids", "labels", "loss_weights"), None if target.drop_weights else "weighted_sft.py")
-    return export_parquet("trl", release, target, form, sentence, PLAIN_USAGE if target.drop_weights else USAGE)
+    model = (release.manifest.config.get("target") or {}).get("model") or "the target's model"
+    names = {"imports": "SFTConfig, SFTTrainer", "trainer": "SFTTrainer"}
+    if not target.drop_weights:
+        imports = "SFTConfig\nfrom weighted_sft import WeightedSFTTrainer"
+        names = {"imports": imports, "trainer": "WeightedSFTTrainer"}
+    return export_parquet("trl", release, target, form, sentence, USAGE.format(model=model, **names))

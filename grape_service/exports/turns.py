@@ -9,6 +9,8 @@ from typing import Any
 
 import orjson
 
+from grape_service.rows.candidate import Message
+
 
 @dataclass
 class TurnCounts:
@@ -18,7 +20,7 @@ class TurnCounts:
     last_turn: int = 0  # rows in which the last one has loss and others before it have none
     several: int = 0  # rows in which the last few have loss and others before them have none
 
-    def add(self, messages: list[dict[str, Any]], num_spans: int) -> None:
+    def add(self, messages: list[Message], num_spans: int) -> None:
         """Count a row: its messages, and in how many stretches its tokens have loss."""
         turns = sum(message["role"] == "assistant" for message in messages)
         if num_spans >= turns:
@@ -34,7 +36,7 @@ class TurnCounts:
         return self.last_turn + self.several
 
 
-def conversations(messages: list[dict[str, Any]], num_spans: int) -> Iterator[list[dict[str, Any]]]:
+def conversations(messages: list[Message], num_spans: int) -> Iterator[list[dict[str, Any]]]:
     """The conversations, each ending with one turn with loss, that a row amounts to: one for each such turn."""
     ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     for end in ends[-num_spans:]:

@@ -7,12 +7,10 @@ Importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,20 +19,23 @@ from typing import Any
 
 import orjson
 
+from grape_service import keys
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
-from grape_service.models.headers import is_pickle, weight_file_names
+from grape_service.keys import digest_of, files_of_key
+from grape_service.models.digests import cache_folder, content_digest, content_digests
+from grape_service.models.headers import file_headers, is_pickle, weight_file_names
+from grape_service.models.hub import proves_its_commit
 from grape_service.models.weights import quantization_of, refuse_architecture
+from grape_service.storage.files import FileInfo
+from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage
-from grape_service.storage.temporary import temporary_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-NOT_IN_CONFIG_DIGEST = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LISTING_FILE = ".grape-listing.json"
-TEXT_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,17 @@ class ModelFiles:
     folder: str  # local, with config.json and weights
     name: str  # as the config has it: hub id, folder or s3:// folder
     revision: str | None  # the hub commit, 40 hex digits; None for other places
-    weights_digest: str  # of the weight files' contents; for hub models, of repository and commit
+    weights_digest: str  # of the weight files' contents; of repository and commit where those are as on the hub
     config_digest: str  # of config.json without keys that change no score
+    others_digest: str | None  # of what scores may depend on beside those two, such as code; None as on the hub
     adapter_folder: str | None  # local
     adapter_digest: str | None
     num_parameters: int  # from the safetensors headers; of other formats a guess from their size
     architecture: str  # such as LlamaForCausalLM
-    has_chat_template: bool
     quantization: str | None  # what its own config.json says of quantised weights, such as fp8
 
 
-def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None = None) -> ModelFiles:
+def resolve_model(policy: PolicyConfig, storage_options: StorageOptions | None = None) -> ModelFiles:
     """The policy's model and adapter as local folders, downloaded where needed and not yet there.
 
     A local folder is taken as it is, a hub id through huggingface_hub (HF_HUB_OFFLINE is honoured), an s3://
@@ -77,21 +78,23 @@ def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None =
             raise UserError(f"adapter '{policy.adapter}' has no weight files: it needs adapter_model.safetensors")
         names = [path.name for path in weight_files(adapter_folder)]
         _refuse_pickle(names, "adapter", policy.adapter, policy.allow_pickle)
-        adapter_digest = _digest(
+        adapter_digest = keys.adapter_key(
             files_digest(weight_files(adapter_folder)),
-            hashlib.sha256((adapter_folder / "adapter_config.json").read_bytes()).hexdigest(),
+            content_digest(adapter_folder / "adapter_config.json"),
+            _others_digest(adapter_folder),
         )
+    is_as_on_the_hub = revision is not None and proves_its_commit(folder, file_names(folder))
     return ModelFiles(
         folder=str(folder),
         name=policy.model,
         revision=revision,
-        weights_digest=_digest("hub", policy.model, revision) if revision else files_digest(weights),
-        config_digest=_digest({key: config[key] for key in config if key not in NOT_IN_CONFIG_DIGEST}),
+        weights_digest=digest_of(["hub", policy.model, revision]) if is_as_on_the_hub else files_digest(weights),
+        config_digest=digest_of([{key: config[key] for key in config if key not in keys.CONFIG_JSON_WITHOUT}]),
+        others_digest=None if is_as_on_the_hub else _others_digest(folder),
         adapter_folder=str(adapter_folder) if adapter_folder else None,
         adapter_digest=adapter_digest,
         num_parameters=sum(_num_parameters(path) for path in weights),
         architecture=(config.get("architectures") or ["unknown"])[0],
-        has_chat_template=_has_chat_template(folder),
         quantization=quantization_of(config),
     )
 
@@ -99,43 +102,24 @@ def resolve_model(policy: PolicyConfig, storage_options: dict[str, Any] | None =
 def policy_id(policy: PolicyConfig, files: ModelFiles, temperature: float = 1.0) -> str:
     """Names a policy's scores: the model's name for people, and 12 hex digits over what scores depend on.
 
-    That is weights, model config, adapter, dtype, quantization and a temperature other than 1. System prompt and
-    template are not part: the rows that are scored hold them.
+    System prompt and template are not part: the rows that are scored hold them. keys.py has the rest.
     """
-    parts: dict[str, Any] = {
+    base = files.name.rstrip("/").rsplit("/", 1)[-1]
+    slug = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:40].strip("-") or "model"
+    made_of = {
         "weights": files.weights_digest,
         "config": files.config_digest,
         "adapter": files.adapter_digest,
-        "dtype": policy.dtype,
-        "quantization": policy.quantization,
+        "others": files.others_digest,
     }
-    if temperature != 1.0:
-        parts["temperature"] = float(temperature)
-    base = files.name.rstrip("/").rsplit("/", 1)[-1]
-    slug = re.sub(r"[^a-z0-9]+", "-", base.lower()).strip("-")[:40].strip("-") or "model"
-    return f"{slug}-{_digest(parts)[:12]}"
-
-
-def cache_folder() -> Path:
-    """Where downloads and digests are kept on this machine: GRAPE_CACHE, or ~/.cache/grape.
-
-    Without a home that can be written, a temporary folder of this user alone. Raises UserError where that is another's.
-    """
-    if given := os.environ.get("GRAPE_CACHE"):
-        return Path(given)
-    home = Path(os.path.expanduser("~"))
-    place = home / ".cache" / "grape"
-    nearest = next(path for path in (place, *place.parents) if path.exists())
-    if home.is_absolute() and nearest != Path("/") and os.access(nearest, os.W_OK):
-        return place
-    return temporary_folder("grape-cache", variable="GRAPE_CACHE")
+    return f"{slug}-{keys.scores_key(policy, made_of, temperature)}"
 
 
 # Places
 
 
 def _local_folder(
-    name: str, revision: str | None, what: str, patterns: list[str], options: dict[str, Any]
+    name: str, revision: str | None, what: str, patterns: list[str], options: StorageOptions
 ) -> tuple[Path, str | None]:
     """The local folder of a model or adapter, and its commit if it came from a hub."""
     if name.startswith("s3://"):
@@ -151,9 +135,9 @@ def _local_folder(
         return _from_hub(name, revision, what, patterns)
     except (UserError, OSError):
         raise
-    except Exception:  # of the client, for an address that is none; its words may hold that, and it a password
+    except Exception:  # of the client, for an invalid address; its words may quote that, with a password
         raise UserError(
-            f"{what} '{name}' is no local folder, and the model hub cannot be asked: correct HF_ENDPOINT or unset it"
+            f"{what} '{name}' is not a local folder, and the model hub cannot be asked: correct HF_ENDPOINT or unset it"
         ) from None
 
 
@@ -198,24 +182,23 @@ def _is_disk_error(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "errno", None) in (28, 30, 122)
 
 
-def _from_s3(url: str, what: str, options: dict[str, Any]) -> Path:
+def _from_s3(url: str, what: str, options: StorageOptions) -> Path:
     """The s3:// folder's files on local disk, downloaded once for each state of the folder, and whole or not at all."""
     storage = Storage(url, options)
-    try:
-        listing = [info for info in storage.list() if "/" not in info.path]
-    except OSError as error:
-        raise UserError(f"{what} '{url}' cannot be read: {_first_line(error)}; check address and credentials") from None
-    if not listing:
-        raise UserError(f"{what} '{url}' does not exist: there is no file in that folder")
-    state = [[info.path, info.size, info.etag] for info in listing]
-    folder = cache_folder() / "models" / _digest(url, state)[:32]
+    listing = _listing(storage, what)
+    state = _state(listing)
+    folder = cache_folder() / "models" / digest_of([url, state], 32)
     if folder.is_dir():
-        return folder
+        if _has_all(folder, listing):
+            return folder
+        shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     try:
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(lambda info: _download(storage, info.path, temporary / info.path), listing))
+        if _state(_listing(storage, what)) != state or not _has_all(temporary, listing):
+            raise UserError(f"{what} '{url}' changed while it was downloaded: run again once it is written")
         (temporary / LISTING_FILE).write_bytes(orjson.dumps({"url": url, "files": state}))
         with contextlib.suppress(OSError):  # another process was first
             temporary.rename(folder)
@@ -225,7 +208,31 @@ def _from_s3(url: str, what: str, options: dict[str, Any]) -> Path:
     return folder
 
 
+def _listing(storage: Storage, what: str) -> list[FileInfo]:
+    """The files of an s3:// folder that are downloaded. Raises UserError without one."""
+    try:
+        listing = [info for info in storage.list() if files_of_key([info.path], keys.NOT_DOWNLOADED)]
+    except OSError as error:
+        raise UserError(
+            f"{what} '{storage.root}' cannot be read: {_first_line(error)}; check address and credentials"
+        ) from None
+    if not listing:
+        raise UserError(f"{what} '{storage.root}' does not exist: there is no file in that folder")
+    return listing
+
+
+def _state(listing: list[FileInfo]) -> list[list[Any]]:
+    return [[info.path, info.size, info.etag] for info in listing]
+
+
+def _has_all(folder: Path, listing: list[FileInfo]) -> bool:
+    """Whether every file is there with its size."""
+    files = [(folder / info.path, info.size) for info in listing]
+    return all(path.is_file() and path.stat().st_size == size for path, size in files)
+
+
 def _download(storage: Storage, path: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with storage.open(path) as source, open(target, "wb") as file:
         shutil.copyfileobj(source, file, 16 * 2**20)
 
@@ -263,21 +270,11 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    tokenizer_config = folder / "tokenizer_config.json"
-    return tokenizer_config.is_file() and bool(orjson.loads(tokenizer_config.read_bytes()).get("chat_template"))
-
-
 def _num_parameters(path: Path) -> int:
     """Parameters in a weight file: counted for safetensors, else one for each two bytes."""
     if path.suffix != ".safetensors":
         return path.stat().st_size // 2
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = orjson.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return sum(math.prod(tensor.shape) for tensor in file_headers(path).values())
 
 
 def _refuse_pickle(names: list[str], what: str, name: str, allowed: bool) -> None:
@@ -291,42 +288,52 @@ def _refuse_pickle(names: list[str], what: str, name: str, allowed: bool) -> Non
 # Digests
 
 
-def folder_here(policy: PolicyConfig, folder: str, storage_options: dict[str, Any] | None = None) -> str:
+def folder_here(policy: PolicyConfig, folder: str, storage_options: StorageOptions | None = None) -> str:
     """The folder of a policy's model on this machine: `folder`, which another machine has, where it is here too."""
     return folder if Path(folder).is_dir() else resolve_model(policy, storage_options).folder
 
 
+def adapter_here(policy: PolicyConfig, storage_options: StorageOptions | None = None) -> str | None:
+    """The folder of a policy's adapter on this machine, downloaded where it is not there yet; None without one."""
+    if policy.adapter is None:
+        return None
+    return str(_local_folder(policy.adapter, None, "adapter", HUB_PATTERNS, storage_options or {})[0])
+
+
 def text_digests(folder: str) -> dict[str, str]:
-    """sha256 of each file of a model folder that decides how text becomes tokens, the chat template included."""
-    files = {path for pattern in TEXT_FILES for path in Path(folder).glob(pattern) if path.is_file()}
-    return {path.name: _content_digest(path) for path in sorted(files)}
+    """sha256 of each file of a model folder, by its path in it, that may decide how text becomes tokens."""
+    return content_digests(Path(folder), files_of_key(file_names(Path(folder)), keys.TEXTS_WITHOUT_FILES))
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+def texts_of(files: ModelFiles) -> list[dict[str, str]]:
+    """`text_digests` of a policy's model and of its adapter, if it has one."""
+    return [text_digests(folder) for folder in (files.folder, files.adapter_folder) if folder is not None]
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file of a folder at any depth, by its path in it, links followed; none of folders that no key holds."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        relative = here.relative_to(folder)
+        seen.add(here.resolve())
+        folders[:] = [name for name in folders if files_of_key([(relative / name / "x").as_posix()], keys.NOT_READ)]
+        folders[:] = [name for name in folders if (here / name).resolve() not in seen]
+        found += [(relative / name).as_posix() for name in names if (here / name).is_file()]
+    return sorted(found)
 
 
 def files_digest(files: list[Path]) -> str:
     """One digest over names, sizes and contents of files; where they lie does not matter."""
     with ThreadPoolExecutor(4) as threads:
-        contents = list(threads.map(_content_digest, files))
-    return _digest([[path.name, path.stat().st_size, content] for path, content in zip(files, contents, strict=True)])
+        contents = list(threads.map(content_digest, files))
+    return digest_of(
+        [[[path.name, path.stat().st_size, content] for path, content in zip(files, contents, strict=True)]]
+    )
 
 
-def _content_digest(path: Path) -> str:
-    """sha256 of a file's content, remembered by path, size and modification time."""
-    path = path.resolve()
-    stat = path.stat()
-    remembered = cache_folder() / "digests" / _digest(str(path), stat.st_size, stat.st_mtime_ns)[:32]
-    with contextlib.suppress(OSError):
-        known = remembered.read_text()
-        if len(known) == 64:
-            return known
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256")
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        temporary = remembered.with_name(f".{remembered.name}.{os.getpid()}")
-        temporary.write_text(content.hexdigest())
-        temporary.replace(remembered)
-    return content.hexdigest()
+def _others_digest(folder: Path) -> str | None:
+    """A digest of what scores may depend on beside weights, config.json and adapter_config.json; None where there is
+    nothing."""
+    names = files_of_key(file_names(folder), keys.SCORES_WITHOUT_FILES)
+    return digest_of(content_digests(folder, names)) if names else None

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import orjson
 
 from grape_service.config.policy import PolicyConfig
+from grape_service.display import short
 from grape_service.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -160,10 +161,17 @@ def file_headers(path: Path) -> dict[str, TensorHeader]:
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
-        begin, end = tensor["data_offsets"]
+        try:
+            begin, end = tensor["data_offsets"]
+            dtype, shape = str(tensor["dtype"]), tuple(tensor["shape"])
+            is_valid = 0 <= begin <= end and all(type(size) is int and size >= 0 for size in shape)
+        except (KeyError, TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise UserError(f"{path} is not a safetensors file, or it is damaged, at {short(name)}: copy it again")
         if 8 + length + end > size:
-            raise UserError(f"{path} ends before its weight {name} does: copy the file again")
-        found[name] = TensorHeader(tensor["dtype"], tuple(tensor["shape"]), path, 8 + length + begin, end - begin)
+            raise UserError(f"{path} ends before its weight {short(name)} does: copy the file again")
+        found[name] = TensorHeader(dtype, shape, path, 8 + length + begin, end - begin)
     return found
 
 

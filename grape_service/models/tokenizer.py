@@ -9,23 +9,35 @@ import orjson
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
+from grape_service.keys import NOT_READ, files_of_key
+from grape_service.models.digests import stamp_of
+from grape_service.models.files import file_names
 
+TEMPLATE_FILE = "chat_template.jinja"
 LARGEST_LIMIT = 100_000_000
 """Configs write numbers above this for 'no limit'."""
 
 
 def folder_stamp(folder: str) -> str:
-    """Changes when a file of the folder that rendering reads may have changed."""
-    found = [path for path in sorted(Path(folder).glob("*")) if path.suffix in (".json", ".jinja", ".model", ".py")]
-    return "|".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in found)
+    """Changes when a file of the folder changes that rendering may read."""
+    found = files_of_key(file_names(Path(folder)), {**NOT_READ, "*.safetensors": "weights decide no tokens"})
+    return "|".join(f"{name} {stamp_of(Path(folder) / name)}" for name in found)
 
 
-def load_tokenizer(folder: str, policy: PolicyConfig) -> Any:
-    """The fast tokenizer of a local model folder. Raises UserError if there is none."""
+def load_tokenizer(folder: str, policy: PolicyConfig, adapter: str | None = None) -> Any:
+    """The fast tokenizer of a local model folder, or of its adapter's folder where that has one of its own.
+
+    An adapter's chat template goes first in any case. Raises UserError if there is no tokenizer."""
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
         raise UserError(f"{policy.model}: there is no folder {folder}")
+    if adapter is not None and Path(adapter, "tokenizer.json").is_file():
+        folder = adapter
+    elif adapter is not None and Path(adapter, TEMPLATE_FILE).is_file():
+        tokenizer = load_tokenizer(folder, policy)
+        tokenizer.chat_template = Path(adapter, TEMPLATE_FILE).read_text(encoding="utf-8")
+        return tokenizer
     try:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=policy.trust_remote_code, local_files_only=True, use_fast=True

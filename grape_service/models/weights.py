@@ -17,6 +17,7 @@ from typing import Any
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
+from grape_service.models.digests import stamp_of
 from grape_service.models.headers import TensorHeader, read_headers, same_values, value_problem
 from grape_service.models.vocabulary import Vocabulary
 
@@ -49,7 +50,7 @@ def unwrapped(name: str) -> str:
 
 
 def check_weights(folder: str, policy: PolicyConfig) -> Weights:
-    """Raises UserError for weights that are missing, left over or of another size, and for heads that are none.
+    """Raises UserError for weights that are missing, left over or of another size, and for a head of another task.
 
     A process looks once at files that stay as they are.
     """
@@ -85,9 +86,8 @@ _finite: set[tuple[Any, ...]] = set()
 
 
 def _stamp(folder: str) -> tuple[Any, ...]:
-    """Changes where a file of the folder may have changed."""
-    files = ((path.name, path.stat()) for path in Path(folder).iterdir())
-    return folder, tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+    """Changes where a file of the folder changes."""
+    return folder, tuple(sorted((path.name, stamp_of(path)) for path in Path(folder).iterdir()))
 
 
 def _check_weights(folder: str, policy: PolicyConfig) -> Weights:

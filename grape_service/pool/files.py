@@ -14,10 +14,13 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from grape_service.errors import UserError
-from grape_service.storage.options import check_options
+from grape_service.storage.options import StorageOptions, check_options
 from grape_service.storage.storage import Storage
 
-FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+FORMATS = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json", ".json.gz", ".json.zst"),
+    *(".csv", ".csv.gz", ".csv.zst", ".parquet", ".arrow"),
+)
 FolderColumns = tuple[tuple[str, str | int | None], ...]
 """Columns that the names of a file's folders give, with their values."""
 
@@ -38,8 +41,8 @@ class PoolFile:
 
     @property
     def format(self) -> str:
-        """One of FORMATS."""
-        return format_of(self.url)
+        """One of FORMATS, .jsonl for .ndjson."""
+        return format_of(self.url).replace(".ndjson", ".jsonl")
 
 
 def format_of(path: str) -> str:
@@ -51,7 +54,7 @@ def format_of(path: str) -> str:
     raise UserError(f"the pool file '{path}' is none of {', '.join(FORMATS)}: convert it, or name others with a glob")
 
 
-def pool_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+def pool_filesystem(url: str, options: StorageOptions) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a pool's address and the path in it. Raises UserError for an unknown kind of address."""
     check_options(options)
     if "://" not in url or url.startswith("file://"):
@@ -66,13 +69,19 @@ def pool_filesystem(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractF
         raise UserError(f"pool.path '{url}' cannot be opened: {error}") from error
 
 
-def with_digests(files: list[PoolFile], known: Iterable[PoolFile] = ()) -> list[PoolFile]:
-    """The same with digests of local files: their content is read, but for `known` ones that have not changed."""
+def with_digests(
+    files: list[PoolFile], known: Iterable[PoolFile] = (), options: StorageOptions | None = None
+) -> list[PoolFile]:
+    """The same with digests of local files: their content is read, but for `known` ones that have not changed. That of
+    files elsewhere is read where their store says nothing of them but their size."""
     digests = {(file.url, file.size, file.version): file.digest for file in known}
-    local = [file for file in files if "://" not in file.url]
+    wanted = [file for file in files if "://" not in file.url or file.version == str(file.size)]
+
+    def named(file: PoolFile) -> PoolFile:
+        return _with_digest(file, digests.get((file.url, file.size, file.version)), options or {})
+
     with ThreadPoolExecutor(4, thread_name_prefix="digests") as threads:
-        named = threads.map(lambda file: _with_digest(file, digests.get((file.url, file.size, file.version))), local)
-        by_url = {file.url: file for file in named}
+        by_url = {file.url: file for file in threads.map(named, wanted)}
     return [by_url.get(file.url, file) for file in files]
 
 
@@ -85,23 +94,26 @@ def version_of(fs: fsspec.AbstractFileSystem, entry: dict[str, Any]) -> str:
     """What tells whether a file changed: the store's etag, the modification time of a local file."""
     if is_local(fs):
         return f"{os.stat(entry['name']).st_mtime_ns:x}"
-    for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated"):
+    for key in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified", "updated"):
         if entry.get(key):
             return str(entry[key]).strip('"')
     return str(entry.get("size"))
 
 
-def _with_digest(file: PoolFile, digest: str | None) -> PoolFile:
+def _with_digest(file: PoolFile, digest: str | None, options: StorageOptions) -> PoolFile:
     if digest is None:
         try:
-            with open(file.url, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            with open_pool_file(file, options) as content:
+                found = hashlib.sha256()
+                while block := content.read(2**20):
+                    found.update(block)
+                digest = found.hexdigest()
         except PermissionError:
             raise UserError(f"the pool file '{file.url}' cannot be read: permission denied") from None
     return replace(file, digest=digest)
 
 
-def open_pool_file(file: PoolFile, options: dict[str, Any]) -> IO[bytes]:
+def open_pool_file(file: PoolFile, options: StorageOptions) -> IO[bytes]:
     """The file's bytes, not decompressed. Raises UserError if it changed since the run was planned."""
     fs, path = pool_filesystem(file.url, options)
     try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from grape_service.pool.messages import Unusable, type_name
+from grape_service.pool.values import said
 
 CUT_OFF = frozenset(
     {
@@ -50,6 +54,41 @@ ENDED = frozenset(
     }
 )
 """The policy itself ended its response."""
+
+INSIDE = (
+    *(("details", "finish_reason"), ("incomplete_details", "reason"), ("generation_info", "finish_reason")),
+    *(("response_metadata", "finish_reason"), ("metadata", "finish_reason"), ("meta", "finish_reason")),
+)
+"""(column, field of its objects): TGI, OpenAI's Responses, LangChain."""
+FLAGS = ("truncated", "is_truncated", "was_truncated")
+"""Columns that are true where a limit of tokens ended the response."""
+
+
+def reason_in(fields: Mapping[str, Any], reason: str | None, carried: Collection[str]) -> str | None:
+    """The finish reason of a candidate that says `reason`, or says why it ended in an object or by a flag; columns that
+    are carried along say nothing. Raises Unusable for what is no reason."""
+    for name in FLAGS:
+        value = fields.get(name)
+        if name not in carried and (value is True or (isinstance(value, str) and value.strip().lower() == "true")):
+            return reason if is_truncation(reason) else "truncated"
+    for name, field in () if reason is not None else INSIDE:
+        inner = fields.get(name)
+        if isinstance(inner, dict) and inner.get(field) is not None and name not in carried:
+            return reason_of(inner[field])
+    return reason
+
+
+def reason_of(value: Any) -> str | None:
+    """A finish reason as text: SGLang's is an object with a type, vLLM's stop_reason may be the id of a token. Raises
+    Unusable for what is no reason."""
+    value = said(value)
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        value = value["type"]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return None
+    raise Unusable("finish_reason has the wrong type", f"it is {type_name(value)}, not text")
 
 
 def word_of(value: Any) -> str:

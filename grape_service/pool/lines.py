@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any
 
 import orjson
 
-from grape_service.rows.candidate import Rejection
+from grape_service.rows.candidate import Rejection, Row
 
 BLOCK_BYTES = 4 * 2**20
 MAX_ROW_BYTES = 256 * 2**20
-"""A longer row is rejected: it would not fit the memory of a task."""
-TOO_LONG = Rejection("row is too long to read", f"more than {MAX_ROW_BYTES // 2**20} MiB in one row")
+"""The default of pool.max_row_bytes."""
+MAX_NESTED = 100
+"""Lists and objects in one another: what is nested deeper cannot be written as JSON again, nor rendered."""
+TOO_DEEP = Rejection("row is nested too deep", f"more than {MAX_NESTED} lists and objects in one another")
 BOM = codecs.BOM_UTF8
 MAX_INTEGER = 2.0**63
+REPEATED_KEY = "a key stands twice"
 SHOWN_CHARACTERS = 200
 """Of a rejected row, for `grape rejects`."""
 
@@ -28,10 +33,19 @@ def is_document(head: bytes, is_jsonl: bool) -> bool:
     """
     text = head.removeprefix(BOM).lstrip()
     if text[:1] == b"[":
-        return True
+        first, _, rest = text.partition(b"\n")
+        return not (rest.strip() and _is_json(first))  # a line that is not a row, before others
     if is_jsonl or not text:
         return False
     return not any(_is_object(line) for line in text.split(b"\n", 2)[:2])
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _is_object(line: bytes) -> bool:
@@ -41,17 +55,51 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def split_lines(file: IO[bytes], start: int = 0, end: int | None = None) -> Iterator[list[bytes | None]]:
+def too_long(max_bytes: int) -> Rejection:
+    """What becomes of a row that does not fit the memory of a task."""
+    return Rejection("row is too long to read", f"more than pool.max_row_bytes, {max_bytes:,}, in one row")
+
+
+def nested_too_deep(value: Any) -> bool:
+    """Whether more than MAX_NESTED lists and objects are in one another; told level by level, without recursion."""
+    level = [value]
+    for _ in range(MAX_NESTED + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        if not inner:
+            return False
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+    return True
+
+
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text, with every digit of its integers. Raises ValueError for other texts, and for what is
+    nested too deep."""
+    value = orjson.loads(text)
+    if _many_brackets(text) and nested_too_deep(value):
+        raise ValueError(TOO_DEEP.detail)
+    return json.loads(text, parse_int=_json_integer) if _has_long_number(value) else value
+
+
+def _many_brackets(text: str | bytes) -> bool:
+    """Whether a value can be nested too deep at all, which nearly none can."""
+    if isinstance(text, bytes):
+        return text.count(b"[") + text.count(b"{") > MAX_NESTED
+    return text.count("[") + text.count("{") > MAX_NESTED
+
+
+def split_lines(
+    file: IO[bytes], start: int = 0, end: int | None = None, max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[list[bytes | None]]:
     """Lines that begin at a byte in [start, end) of a file, in lists of some MiB, without their newline.
 
-    None stands for a line longer than MAX_ROW_BYTES. Ranges that meet give each line exactly once.
+    None stands for a line longer than `max_row_bytes`. Ranges that meet give each line exactly once.
     """
     position = start
     if start > 0:
         file.seek(start - 1)
         position = start - 1
     skipping = start > 0  # up to the first newline: that line began before
-    too_long = False
+    cut = False
     carry = b""
     while end is None or position < end:
         block = file.read(BLOCK_BYTES)
@@ -62,9 +110,9 @@ def split_lines(file: IO[bytes], start: int = 0, end: int | None = None) -> Iter
             if newline < 0:
                 position += len(block)
                 continue
-            if too_long:
+            if cut:
                 yield [None]
-                too_long = False
+                cut = False
             skipping = False
             position += newline + 1
             block = block[newline + 1 :]
@@ -75,51 +123,103 @@ def split_lines(file: IO[bytes], start: int = 0, end: int | None = None) -> Iter
             if end is not None and position >= end:
                 break
             assert line is not None
-            taken.append(line)
+            taken.append(line if len(line) <= max_row_bytes else None)
             position += len(line) + 1
         if taken:
             yield taken
-        if len(carry) > MAX_ROW_BYTES and (end is None or position < end):
-            skipping = too_long = True
+        if len(carry) > max_row_bytes and (end is None or position < end):
+            skipping = cut = True
             position += len(carry)
             carry = b""
-    if too_long:
+    if cut:
         yield [None]
     elif carry and (end is None or position < end):
         yield [carry]
 
 
-def parse_line(line: bytes | None) -> dict[str, Any] | Rejection | None:
-    """A line of a .jsonl file as a row, or why it is none; None for a blank line."""
+def parse_line(line: bytes | None, max_row_bytes: int = MAX_ROW_BYTES) -> Row | Rejection | None:
+    """A line of a .jsonl file as a row, or why it is not one; None for a blank line."""
     if line is None:
-        return TOO_LONG
+        return too_long(max_row_bytes)
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
         if not line.strip():
             return None
         return _parse_slowly(line)
+    if _many_brackets(line) and nested_too_deep(value):
+        return replace(TOO_DEEP, text=beginning(line))
     if not isinstance(value, dict):
         return _not_an_object(value, line)
+    if line.count(b'":') - line.count(b'\\":') != _num_keys(value):  # or the text has other signs around a key
+        return _parse_slowly(line)
     for field in value.values():
-        if type(field) is float and abs(field) >= MAX_INTEGER:  # an integer with more digits than orjson keeps
+        kind = type(field)
+        if kind is not str and kind is not int and _has_long_number(field):
             return _parse_slowly(line)
     return value
 
 
-def _parse_slowly(line: bytes) -> dict[str, Any] | Rejection:
+def _num_keys(value: Any) -> int:
+    """Keys of the objects in a value, at every depth; of a list that begins with a number or a text there are none."""
+    if type(value) is dict:
+        number = len(value)
+        for one in value.values():
+            if type(one) is dict or (type(one) is list and one and type(one[0]) in (dict, list)):
+                number += _num_keys(one)
+        return number
+    return sum(_num_keys(one) for one in value if type(one) in (dict, list))
+
+
+class _Objects:
+    """Makes objects for a parser, and sees those that have two values under one name, of which the last is kept."""
+
+    def __init__(self) -> None:
+        self.repeated: list[str] = []
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated += [name for name in value if names.count(name) > 1]
+        return value
+
+    def problem(self) -> Rejection | None:
+        """The rejection of what was parsed since the last call."""
+        found, self.repeated = self.repeated, []
+        return Rejection(REPEATED_KEY, f"'{found[0]}' has two values in one object") if found else None
+
+
+def _has_long_number(value: Any) -> bool:
+    """Whether a value holds, at any depth, what may be an integer with more digits than orjson keeps."""
+    if type(value) is float:
+        return abs(value) >= MAX_INTEGER
+    if type(value) is dict:
+        return any(map(_has_long_number, value.values()))
+    if type(value) is not list or not value:
+        return False
+    if type(value[0]) in (int, float):
+        with contextlib.suppress(TypeError):  # some are not numbers
+            return max(value) >= MAX_INTEGER or min(value) <= -MAX_INTEGER
+    return any(map(_has_long_number, value))
+
+
+def _parse_slowly(line: bytes) -> Row | Rejection:
     """What orjson refuses and Python's json writes (NaN, infinities) is read; the rest gets its reason."""
     try:
-        value = json.loads(line.decode(), parse_int=_json_integer)
+        value = json.loads(line.decode(), parse_int=_json_integer, object_pairs_hook=(objects := _Objects()))
     except UnicodeDecodeError as error:
         return Rejection("not UTF-8", f"byte {error.start} of the line", beginning(line))
     except (ValueError, RecursionError) as error:
         return Rejection("broken JSON", str(error)[:200], beginning(line))
-    return checked_row(value)
+    problem = objects.problem()
+    return checked_row(value) if problem is None else replace(problem, text=beginning(line))
 
 
-def checked_row(value: Any) -> dict[str, Any] | Rejection:
-    """A parsed value, if it is an object and all its text is UTF-8."""
+def checked_row(value: Any) -> Row | Rejection:
+    """A parsed value, if it is an object, not nested too deep, and all its text is UTF-8."""
+    if nested_too_deep(value):
+        return TOO_DEEP
     if not isinstance(value, dict):
         return _not_an_object(value, json.dumps(value)[:SHOWN_CHARACTERS].encode())
     try:
@@ -129,10 +229,22 @@ def checked_row(value: Any) -> dict[str, Any] | Rejection:
     return value
 
 
-def _json_integer(digits: str) -> int | str:
-    """Integers beyond 64 bits become text, so that as ids they keep every digit."""
+class LongInteger(str):
+    """An integer beyond 64 bits as its digits, so that as an id it keeps each of them."""
+
+    __slots__ = ()
+
+
+def _json_integer(digits: str) -> int | LongInteger:
     number = int(digits)
-    return number if -(2**63) <= number < 2**64 else digits
+    return number if -(2**63) <= number < 2**64 else LongInteger(digits)
+
+
+def holds_long_integer(value: Any) -> bool:
+    """Whether there is a LongInteger in a value, at any depth."""
+    if isinstance(value, dict):
+        return any(map(holds_long_integer, value.values()))
+    return any(map(holds_long_integer, value)) if isinstance(value, list) else isinstance(value, LongInteger)
 
 
 def _not_an_object(value: Any, text: bytes) -> Rejection:
@@ -157,13 +269,14 @@ class BrokenDocument(ValueError):
     """A .json file that cannot be read to its end."""
 
 
-def json_elements(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejection]:
+def json_elements(file: IO[bytes], max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[Row | Rejection]:
     """Elements of a JSON array, or the objects one after the other that a .json file holds; streaming.
 
     Raises BrokenDocument where the text stops being JSON: what follows cannot be told apart.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-    parser = json.JSONDecoder(parse_int=_json_integer)
+    objects = _Objects()
+    parser = json.JSONDecoder(parse_int=_json_integer, object_pairs_hook=objects)
     text = decoder.decode(file.read(BLOCK_BYTES)).removeprefix("\ufeff").lstrip()
     if not text:
         return
@@ -180,24 +293,25 @@ def json_elements(file: IO[bytes]) -> Iterator[dict[str, Any] | Rejection]:
             return
         if not in_array and ended and after == len(text):
             return
+        objects.problem()  # of a text that had not come to its end
         try:
             value, stop = parser.raw_decode(text, after)
             if in_array and count and not has_comma:
-                raise BrokenDocument(f"no comma after row {count - 1}")
+                raise BrokenDocument(f"no comma after row {count}")
             if stop == len(text) and not ended:
                 raise ValueError("more may follow")
         except BrokenDocument:
             raise
         except (ValueError, RecursionError) as error:
-            if ended or isinstance(error, RecursionError) or len(text) - place > MAX_ROW_BYTES:
-                raise BrokenDocument(f"row {count}: {error}") from None
+            if ended or isinstance(error, RecursionError) or len(text) - place > max_row_bytes:
+                raise BrokenDocument(f"row {count + 1}: {error}") from None
             blocks = max(BLOCK_BYTES, len(text) - place)  # doubling keeps long rows linear
             data = file.read(blocks)
             ended = not data
             text = text[place:] + decoder.decode(data, final=ended)
             place = 0
             continue
-        yield checked_row(value)
+        yield objects.problem() or checked_row(value)
         count += 1
         place = stop
 

@@ -16,10 +16,21 @@ import fsspec
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.pool.files import FORMATS, FolderColumns, PoolFile, format_of, is_local, pool_filesystem, version_of
+from grape_service.storage.options import StorageOptions
 
 MAGIC = frozenset("*?[")
 NOTES = (".md", ".txt", ".lock")
-MARKERS = ("_success", "_metadata", "_common_metadata", "dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+MARKERS = (
+    "_success",
+    "_metadata",
+    "_common_metadata",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+)
+STATE = "state.json"
+"""Beside the Arrow files of a folder that datasets' save_to_disk wrote."""
 MAX_EXAMPLES = 5
 HIDDEN, MARKER, NOTE = "hidden", "marker without rows", "notes"
 OURS, SAME_FILE, LOOP = "output of this service", "the same file as another", "link to a folder above it"
@@ -82,12 +93,12 @@ def list_pool(config: Config) -> Listing:
     return listing
 
 
-def list_files(url: str, options: dict[str, Any]) -> list[PoolFile]:
+def list_files(url: str, options: StorageOptions) -> list[PoolFile]:
     """The files of one path, sorted by address. Raises UserError as `list_pool` does."""
     return _list_path(url, options, Listing(), [])
 
 
-def _list_path(url: str, options: dict[str, Any], listing: Listing, ours: list[str]) -> list[PoolFile]:
+def _list_path(url: str, options: StorageOptions, listing: Listing, ours: list[str]) -> list[PoolFile]:
     fs, path = pool_filesystem(url, options)
     local = is_local(fs)
     entries, is_one_file = _entries(fs, path, url, local)
@@ -207,7 +218,7 @@ def _passed_over(entry: _Entry, address: str, our_folders: list[str]) -> str | N
         return entry.kind
     *folders, name = entry.relative.lower().split("/")
     is_empty = not entry.info.get("size")
-    if name in MARKERS or name.endswith(".crc") or (is_empty and name.endswith("_$folder$")):
+    if name in (*MARKERS, STATE) or name.endswith(".crc") or (is_empty and name.endswith("_$folder$")):
         return MARKER
     if any(part.startswith((".", "_")) for part in (*folders, name)):
         return HIDDEN

@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.pool.candidates import TOO_LONG, TRUNCATED
+from grape_service.json_types import JsonObject
 from grape_service.pool.column_types import Kind, join_columns
+from grape_service.pool.outcomes import TOO_LONG, TRUNCATED
 from grape_service.prepare.deal import Dealt, bounds_array
 from grape_service.prepare.groups import GroupCounts, check_columns
 from grape_service.prepare.plan import PreparePlan, row_path
 from grape_service.rows.columns import OUR_COLUMNS
+from grape_service.rows.counts import check_sum
 from grape_service.storage.slices import SliceFiles
 
 MAX_NAMED_SOURCES = 4096
@@ -67,7 +69,7 @@ class Rejects:
         )
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: JsonObject) -> Self:
         return cls(value["by_reason"], {reason: Example(**example) for reason, example in value["examples"].items()})
 
 
@@ -98,11 +100,11 @@ class PieceCounts:
         """Arrow files of rows."""
         return len(self.bounds)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {**asdict(self), "groups": {str(index): asdict(group) for index, group in self.groups.items()}}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: JsonObject) -> Self:
         groups = {int(index): GroupCounts(**group) for index, group in value["groups"].items()}
         return cls(**{**value, "groups": groups})
 
@@ -144,11 +146,11 @@ class PartitionCounts:
     sampling: dict[str, int] = field(default_factory=dict)
     """Rows with recorded log-probabilities, by their sampling settings as JSON; 'null' without any."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: JsonObject) -> Self:
         value = dict(value)
         value["shards"] = [ShardCounts(**shard) for shard in value["shards"]]
         for name in ("duplicates", "piece_rejects"):
@@ -221,7 +223,9 @@ def summarise_map(plan: PreparePlan, counts: Iterable[PieceCounts], config: Conf
     bounds: list[npt.NDArray[np.int64]] = []
     for piece, one in zip(plan.pieces, counts, strict=True):
         assert one.piece == piece.index, "every piece is counted once"
-        assert one.rows_in == one.filtered + one.rows + sum(one.rejects.values()), "no row of a piece is lost"
+        check_sum(
+            f"candidates of {piece.name}", one.rows_in, {"read": one.rows, "filtered": one.filtered, **one.rejects}
+        )
         summary.rows_in += one.rows_in
         summary.filtered += one.filtered
         summary.rows += one.rows

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from grape_service.prepare.plan import FOLDER_OF_MAP, PREPARED, PreparePlan
 from grape_service.rows.ragged import Int64s
+from grape_service.storage.once import once
 from grape_service.storage.slices import SliceFiles, read_slice, top_bits, write_slices
 from grape_service.storage.storage import Storage
 
@@ -56,24 +57,21 @@ def deal_group(
     Returns at once what a finished task told.
     """
     path = dealt_path(plan, dealt.skip + dealt.bits, bucket, first)
-    done = f"{path}.json"
-    try:
-        found: list[int] = storage.read_json(done)
-        return found
-    except FileNotFoundError:
-        pass
-    files, number = dealt.find(bucket)
-    try:
+
+    def work() -> list[int]:
+        files, number = dealt.find(bucket)
         rows = read_slice(storage, files.of(first, first + plan.fan_out), number, schema)
+        orders = rows["prompt_order"].to_numpy()
+        return write_slices(storage, path, rows, top_bits(orders, dealt.skip + dealt.bits, bits), 1 << bits)
+
+    try:
+        bounds: list[int] = once(storage, f"{path}.json", work)
+        return bounds
     except FileNotFoundError:
         # Another run of the same plan was faster, and deleted what map wrote: no partition is read from here.
         if not storage.exists(f"{plan.folder}/{PREPARED}"):
             raise
         return [0] * ((1 << bits) + 1)
-    orders = rows["prompt_order"].to_numpy()
-    bounds = write_slices(storage, path, rows, top_bits(orders, dealt.skip + dealt.bits, bits), 1 << bits)
-    storage.write_json(done, bounds)
-    return bounds
 
 
 def next_level(plan: PreparePlan, dealt: Dealt, bits: int, bounds: Iterable[Sequence[int] | Int64s]) -> Dealt:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from grape_service.config.schema import Config, PoolGroup
+from grape_service.config.pool import PoolGroup
+from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.prepare.counts import (
     INTENDED,
@@ -19,6 +20,7 @@ from grape_service.prepare.counts import (
 from grape_service.prepare.groups import GroupCounts, add_counts
 from grape_service.prepare.plan import FOLDER_OF_MAP, PREPARED, PreparePlan
 from grape_service.prepare.result import PartitionTotals, Prepared
+from grape_service.rows.counts import check_sum
 from grape_service.storage.storage import Storage
 
 TOP_REASONS = 3
@@ -29,7 +31,7 @@ def finish_prepare(
 ) -> Prepared:
     """Add up the partitions, write `prepared.json` and delete what lay between map and reduce.
 
-    Raises UserError when nothing is usable or more than max_reject_share of the rows is rejected.
+    Raises UserError where the pool is not good enough: see `refuse_unusable`.
     """
     prepared = Prepared(
         prepare_id=plan.prepare_id,
@@ -44,12 +46,23 @@ def finish_prepare(
     for counts in partitions:
         _add(prepared, counts)
     assert sorted(prepared.partitions) == plan.partitions, "every partition is counted"
-    left = prepared.rejects.total + prepared.left_out.total
-    assert prepared.rows_in == prepared.rows + prepared.filtered + left, "no row of a pool is lost"
-    _check_usable(plan, prepared, config, storage)
+    check_prepared(prepared)
     storage.write_json(f"{plan.folder}/{PREPARED}", prepared.to_json())
     storage.delete_folder(f"{plan.folder}/{FOLDER_OF_MAP}")
+    refuse_unusable(plan, prepared, config, storage)
     return prepared
+
+
+def check_prepared(prepared: Prepared) -> None:
+    """Every row of the pool is in a shard, filtered, rejected or left out. Raises StageError."""
+    left = {"rejected": prepared.rejects.total, "left out": prepared.left_out.total}
+    check_sum(
+        "candidates of the pool",
+        prepared.rows_in,
+        {"prepared": prepared.rows, "filtered": prepared.filtered, **left},
+    )
+    in_partitions = sum(totals.rows for totals in prepared.partitions.values())
+    check_sum("prepared rows", prepared.rows, {"in partitions": in_partitions})
 
 
 def _group(group: PoolGroup, counts: GroupCounts) -> dict[str, Any]:
@@ -63,12 +76,18 @@ def _group(group: PoolGroup, counts: GroupCounts) -> dict[str, Any]:
     }
 
 
-def load_prepared(plan: PreparePlan, storage: Storage) -> Prepared | None:
-    """What an earlier run prepared, or None."""
+def load_prepared(plan: PreparePlan, config: Config, storage: Storage) -> Prepared | None:
+    """What an earlier run prepared, looked at as that run did; None where there is nothing.
+
+    Raises UserError where the pool is not good enough for this config: see `refuse_unusable`.
+    """
     try:
-        return Prepared.from_json(storage.read_json(f"{plan.folder}/{PREPARED}"))
+        prepared = Prepared.from_json(storage.read_json(f"{plan.folder}/{PREPARED}"))
     except FileNotFoundError:
         return None
+    check_prepared(prepared)
+    refuse_unusable(plan, prepared, config, storage)
+    return prepared
 
 
 def _add(prepared: Prepared, counts: PartitionCounts) -> None:
@@ -95,7 +114,9 @@ def _add(prepared: Prepared, counts: PartitionCounts) -> None:
     prepared.sampling = largest(prepared.sampling)
 
 
-def _check_usable(plan: PreparePlan, prepared: Prepared, config: Config, storage: Storage) -> None:
+def refuse_unusable(plan: PreparePlan, prepared: Prepared, config: Config, storage: Storage) -> None:
+    """Raises UserError when nothing is usable or more than max_reject_share of the rows is rejected: on every run,
+    whoever prepared the pool."""
     rejected = prepared.rejects.total
     left_out = prepared.left_out.total
     if prepared.rows_in == 0:
@@ -125,5 +146,5 @@ def _top_reasons(rejects: Rejects) -> str:
     for reason in reasons:
         example = rejects.examples[reason]
         detail = f": {' '.join(example.detail.split())}" if example.detail else ""
-        texts.append(f"{reason} ({rejects.by_reason[reason]}, first {example.file} row {example.row}{detail})")
+        texts.append(f"{reason} ({rejects.by_reason[reason]}, first {example.file}:{example.row + 1}{detail})")
     return ", ".join(texts)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from grape_service.config.schema import Config, PoolGroup
+from grape_service.config.pool import PoolGroup
+from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.pool.candidates import Normaliser
+from grape_service.pool.column_names import PROMPTS
 from grape_service.pool.filters import nearest
+from grape_service.pool.meanings import refusal
 
 MAX_COLUMNS_NAMED = 12
 MAX_COLUMNS_KEPT = 1000
@@ -36,6 +39,8 @@ class GroupCounts:
     """Files in which no column holds a prompt or a response, by which."""
     columns: list[str] = field(default_factory=list)
     """Names of columns and of fields of responses, the first some hundred of each file."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Rows that have a column which means something and is not read, by the column."""
     filter_columns: dict[str, int] = field(default_factory=dict)
     """Candidates that have the column, for each that pool.where names."""
 
@@ -44,6 +49,7 @@ class GroupCounts:
         self.num_parsed += num_parsed
         self.columns = sorted({*self.columns, *columns, *normaliser.element_names, *normaliser.folders})
         add_counts(self.filter_columns, normaliser.filter_columns_seen)
+        add_counts(self.unread, normaliser.unread.counts)
         if is_begin:
             self.files += 1
             if num_parsed:
@@ -55,14 +61,16 @@ class GroupCounts:
         """Count another piece's files of the group too."""
         for name in ("files", "rows_in", "filtered", "num_parsed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("shapes", "missing", "filter_columns"):
+        for name in ("shapes", "missing", "filter_columns", "unread"):
             add_counts(getattr(self, name), getattr(other, name))
         self.columns = sorted({*self.columns, *other.columns})[:MAX_COLUMNS_KEPT]
 
 
 def check_columns(config: Config, found: list[GroupCounts]) -> None:
-    """Raises UserError where the config names a column that no row has, or no column holds prompts or responses."""
+    """Raises UserError where the config names a column that no row has, no column holds prompts or responses, or one
+    that means something is not read."""
     groups = config.pool.groups
+    refuse_unread(config, found)
     read = [(group, counts) for group, counts in zip(groups, found, strict=True) if counts.num_parsed]
     for group, counts in read:
         for column, rows in counts.filter_columns.items():
@@ -79,10 +87,19 @@ def check_columns(config: Config, found: list[GroupCounts]) -> None:
             for ours, theirs in own.columns.items():
                 _check_mapped(ours, theirs, of_group, f"pool.path.{index}.columns", config)
     for group, counts in read:
-        for ours in ("prompt", "response"):
+        for ours in ("prompt",) if group.shape == "prompts" else ("prompt", "response"):
             name = group.columns.get(ours, ours)
             if counts.missing.get(ours, 0) == sum(counts.shapes.values()) > 0 and name not in counts.columns:
                 raise UserError(_missing_column(ours, str(name), counts.columns, group, config))
+
+
+def refuse_unread(config: Config, found: list[GroupCounts]) -> None:
+    """Raises UserError where rows have a column that means something and nothing reads it."""
+    for group, counts in zip(config.pool.groups, found, strict=True):
+        if counts.unread:
+            name = max(sorted(counts.unread), key=lambda name: counts.unread[name])
+            of = f"'{group.path}'" if len(config.pool.groups) > 1 else "the pool"
+            raise UserError(refusal(name, counts.unread[name], of))
 
 
 def _check_mapped(
@@ -105,7 +122,8 @@ def _no_row_has(name: str, found: list[GroupCounts], group: PoolGroup, config: C
 
 
 def _missing_column(ours: str, theirs: str, columns: Iterable[str], group: PoolGroup, config: Config) -> str:
-    near = nearest(theirs, columns)
+    other = (*PROMPTS, group.columns.get("prompt")) if ours == "response" else (group.columns.get("response"),)
+    near = nearest(theirs, set(columns) - set(other))
     hint = f", such as '{near}'" if near else ""
     known = ", ".join(sorted(columns)[:MAX_COLUMNS_NAMED])
     of = f"'{group.path}'" if len(config.pool.groups) > 1 else "the pool"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,21 +16,22 @@ import pyarrow as pa
 
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.pool.candidates import Accepted, Filtered, Rejected
 from grape_service.pool.column_types import Kind, join, join_columns, kind_of
 from grape_service.pool.file_candidates import FileCandidates
 from grape_service.pool.lines import beginning
+from grape_service.pool.outcomes import Accepted, Filtered, Rejected
 from grape_service.prepare.counts import MAX_OTHER_COLUMNS, PieceCounts, refuse_too_many
 from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import FOLDER_OF_MAP, Piece, PreparePlan, reject_path, row_path
 from grape_service.render.proof import problem_of
 from grape_service.render.renderer import Renderer
-from grape_service.rows.candidate import Candidate, Rejection, Rendered
-from grape_service.rows.columns import REJECT, SHARD
+from grape_service.rows.candidate import TEMPLATE_KWARGS, Candidate, Rejection, Rendered
+from grape_service.rows.columns import MAP_REJECT, MAPPED
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import field_of, only_text, response_messages
 from grape_service.rows.partitions import prompt_order
 from grape_service.rows.ragged import list_array, offsets_from_lengths, segment_sums
+from grape_service.storage.once import once
 from grape_service.storage.slices import top_bits, write_slices
 from grape_service.storage.storage import Storage
 
@@ -42,35 +43,8 @@ FILE_BYTES = 96 * 2**20
 FILE_REJECTS = 100_000
 """Rejects that a task holds before it writes a file."""
 
-MAPPED = pa.schema(
-    [
-        *SHARD,
-        pa.field("prompt_order", pa.uint64(), nullable=False),
-        pa.field("prompt_digest", pa.string(), nullable=False),
-        pa.field("content_digest", pa.string(), nullable=False),
-        pa.field("rest_digest", pa.uint64(), nullable=False),  # of what the other digests leave out
-        pa.field("piece", pa.int32(), nullable=False),
-        pa.field("segment", pa.int32(), nullable=False),  # of the piece
-        pa.field("place", pa.int64(), nullable=False),  # in the segment
-        pa.field("num_loss", pa.int32(), nullable=False),
-        pa.field("other", pa.binary(), nullable=False),  # JSON object
-    ]
-)
-"""Rows between map and reduce, in slices; see deal.py."""
-
-MAP_REJECT = pa.schema(
-    [
-        pa.field("segment", pa.int32(), nullable=False),
-        pa.field("place", pa.int64(), nullable=False),
-        *(REJECT.field(name) for name in ("prompt_id", "candidate_id", "reason", "detail", "text")),
-    ]
-)
-
 PROVED_ROWS = 16
 """Rows of each file group whose tokens a task compares with those of the whole conversation."""
-
-Progress = Callable[[int, int], None]
-"""Called with rows and tokens since the last call."""
 
 
 class Renders(Protocol):
@@ -94,25 +68,21 @@ def map_piece(
     config: Config,
     renderer: Renders,
     storage: Storage,
-    progress: Progress | None = None,
 ) -> PieceCounts:
     """Read, filter, normalise and render a piece; returns at once what a finished task counted.
 
     Writes `dealt/piece-k-000.arrow` and on, `dealt/piece-k-rejects-000.arrow` and on, then `dealt/piece-k.json`.
     Raises UserError where a file is damaged, gone or changed.
     """
-    done = f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json"
-    if storage.exists(done):
-        return PieceCounts.from_json(storage.read_json(done))
-    with _without_collector():
-        task = _MapTask(plan, piece, config, renderer, storage)
-        for batch in _batches(task.placed()):
-            rows, tokens = task.render(batch)
-            if progress is not None:
-                progress(rows, tokens)
-        counts = task.finish()
-    storage.write_json(done, counts.to_json())
-    return counts
+
+    def work() -> dict[str, Any]:
+        with _without_collector():
+            task = _MapTask(plan, piece, config, renderer, storage)
+            for batch in _batches(task.placed()):
+                task.render(batch)
+            return task.finish().to_json()
+
+    return PieceCounts.from_json(once(storage, f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json", work))
 
 
 @contextmanager
@@ -165,7 +135,7 @@ class _MapTask:
         """Everything of the piece but what is filtered, which is only counted."""
         for index, segment in enumerate(self.piece.segments):
             file = self.plan.files[segment.file]
-            candidates = FileCandidates(self.config, file, segment)
+            candidates = FileCandidates(self.config, file, segment, self.plan.contracts[file.group])
             group = self.counts.groups.setdefault(file.group, GroupCounts())
             columns: dict[str, None] = {}
             num_parsed = 0
@@ -199,10 +169,10 @@ class _MapTask:
         self.proved[file.group] = self.proved.get(file.group, 0) + 1
         problem = problem_of(self.renderer, item.candidate, rendered)
         if problem is not None:
-            raise UserError(f"the pool file '{file.url}', row {one.place} of its part: {problem}")
+            raise UserError(f"the pool file '{file.url}', line {one.place + 1} of its part: {problem}")
 
-    def render(self, batch: list[Placed]) -> tuple[int, int]:
-        """Render a batch and keep it as Arrow data; (rows, tokens)."""
+    def render(self, batch: list[Placed]) -> None:
+        """Render a batch and keep it as Arrow data."""
         accepted = [(one, one.item) for one in batch if isinstance(one.item, Accepted)]
         rendered = self.renderer.render([item.candidate for _, item in accepted])
         good: list[tuple[Placed, Accepted, Rendered]] = []
@@ -217,23 +187,23 @@ class _MapTask:
                 good.append((one, item, result))
         if rejected:
             self._reject(rejected)
-        tokens = 0
         if good:
             self._learn_columns([item for _, item, _ in good])
             rows = _record_batch(good, self.piece.index)
-            tokens = sum(len(result.input_ids) for _, _, result in good)
             self.waiting.append(rows)
             self.waiting_bytes += rows.nbytes
             self.counts.rows += len(good)
-            self.counts.tokens += tokens
+            self.counts.tokens += sum(len(result.input_ids) for _, _, result in good)
             if self.waiting_bytes >= FILE_BYTES:
                 self._flush()
-        return len(batch), tokens
 
     def _learn_columns(self, items: list[Accepted]) -> None:
         for item in items:
             candidate = item.candidate
             for name, value in candidate.other.items():
+                if name == TEMPLATE_KWARGS:
+                    self.kinds[name] = "json"
+                    continue
                 if (name, type(value)) in self.settled and name not in item.column_kinds:
                     continue
                 known = self.kinds.get(name, "null")
@@ -249,7 +219,7 @@ class _MapTask:
                     elif name not in self.kinds:
                         self.kinds[name] = kind
             for message in itertools.chain(candidate.prompt, response_messages(candidate.response)):
-                if len(message) > 2:  # than role and content
+                if len(message) != 2 or not isinstance(message.get("content"), str):  # not role and text alone
                     self.message_fields.update(itertools.starmap(field_of, message.items()))
         refuse_too_many(self.kinds, self.plan.pool)
 
@@ -331,7 +301,8 @@ def _record_batch(good: list[tuple[Placed, Accepted, Rendered]], piece: int) -> 
         "truncated": [candidate.truncated for candidate in candidates],
         "messages": messages,
         "num_prompt_messages": [len(candidate.prompt) for candidate in candidates],
-        "tools": [_json_text(candidate.tools) for candidate in candidates],
+        # In the order of their keys: templates write tools as they are.
+        "tools": [None if c.tools is None else orjson.dumps(c.tools).decode() for c in candidates],
         "recorded_logprobs": pa.array(recorded, pa.list_(pa.float32())),
         "sampling": sampling,
         "prompt_order": [orders[prompt_id] for prompt_id in prompt_ids],

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.pool.candidates import recorded_columns
+from grape_service.keys import digest_of, prepared_key
+from grape_service.models.digests import is_young, stamp_of
+from grape_service.models.files import ModelFiles, texts_of
+from grape_service.pool.contract import GroupContract, group_contracts
 from grape_service.pool.files import PoolFile, open_pool_file, with_digests
 from grape_service.pool.listing import Listing, list_pool
 from grape_service.pool.reader import Segment, holds_document
+from grape_service.render.renderer import Renderer
 from grape_service.rows.partitions import partition_bits, partition_names
 from grape_service.storage.storage import Storage
 
 FOLDER = "prepared"
-FORMAT = 2
-"""Raised when the same pool and config come to give other shards."""
 COMPRESSION_RATIO = 6
 """Bytes of rows in a byte of a compressed file, about."""
 MAX_BUCKETS = 2**16
@@ -37,8 +37,6 @@ PIECES = 32
 FOLDER_OF_MAP = "dealt"
 """Below the plan's folder: what lies between map and reduce."""
 PREPARED = "prepared.json"
-SETTLED_NS = 2 * 10**9
-"""A file that was written later than so long ago may be written again without another time stamp."""
 SMALL_PARQUET_BYTES = 4 * 2**20
 """A smaller file's row groups are not looked at: it is one segment."""
 
@@ -70,6 +68,8 @@ class PreparePlan:
     passed_over: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Entries below the pool's path that are not read: by reason their count and some of them."""
     fan_out: int = FAN_OUT
+    contracts: tuple[GroupContract, ...] = ()
+    """How the files of each group are read."""
 
     @property
     def level_bits(self) -> list[int]:
@@ -109,8 +109,13 @@ def reject_path(plan: PreparePlan, piece: Piece, number: int) -> str:
     return f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}-rejects-{number:03d}.arrow"
 
 
-def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> PreparePlan:
-    """Look at the pool's files and write `plan.json`.
+def rendering_of(renderer: Renderer, files: ModelFiles) -> str:
+    """Names how a policy's text becomes tokens, by its renderer and by the files that this was made from."""
+    return digest_of([renderer.digest(), texts_of(files)])
+
+
+def plan_prepare(config: Config, rendering: str, storage: Storage) -> PreparePlan:
+    """Look at the pool's files and write `plan.json`. `rendering` names what makes tokens of text: see `rendering_of`.
 
     Raises UserError for a pool that does not exist, is empty, or has files of an unknown format.
     """
@@ -121,9 +126,19 @@ def plan_prepare(config: Config, renderer_digest: str, storage: Storage) -> Prep
     total_bytes = sum(size for _, size in sized)
     num_buckets = _num_buckets(total_bytes, config.workers.partition_bytes)
     num_partitions = _num_partitions(total_bytes, num_buckets)
-    prepare_id = _prepare_id(config, files, renderer_digest, num_buckets, num_partitions)
+    cut = [num_buckets, num_partitions, piece_bytes(files, config)]
+    prepare_id = prepared_key(config, [_as_listed(file) for file in files], config.pool.groups, rendering, cut)
     passed_over = {reason: asdict(passed) for reason, passed in sorted(listing.passed_over.items())}
-    plan = PreparePlan(prepare_id, config.pool.address, files, pieces, num_buckets, num_partitions, passed_over)
+    plan = PreparePlan(
+        prepare_id,
+        config.pool.address,
+        files,
+        pieces,
+        num_buckets,
+        num_partitions,
+        passed_over,
+        contracts=group_contracts(files, config),
+    )
     storage.write_json(f"{plan.folder}/plan.json", asdict(plan))
     return plan
 
@@ -136,53 +151,40 @@ def piece_bytes(files: tuple[PoolFile, ...], config: Config) -> int:
 
 def _expansion(file: PoolFile) -> int:
     """Bytes of rows in a byte of a file, about."""
-    return 1 if file.format in (".json", ".jsonl") else COMPRESSION_RATIO
+    return 1 if file.format in (".json", ".jsonl", ".csv", ".arrow") else COMPRESSION_RATIO
 
 
 def pool_listing(config: Config, storage: Storage) -> Listing:
-    """The pool's files; digests of local ones are remembered in the workspace while size and time stay."""
-    remembered = f"{FOLDER}/digests-{hashlib.sha256(config.pool.address.encode()).hexdigest()[:16]}.json"
+    """The pool's files; digests of local ones are remembered in the workspace while size and times stay."""
+    remembered = f"{FOLDER}/digests-{digest_of(config.pool.address, 16)}.json"
     try:
-        known = [PoolFile(*file) for file in storage.read_json(remembered)]
-    except FileNotFoundError:
-        known = []
+        known: dict[str, list[Any]] = dict(storage.read_json(remembered))
+    except (FileNotFoundError, ValueError):  # of another version
+        known = {}
     listing = list_pool(config)
-    listing.files = with_digests(listing.files, known)
-    settled = time.time_ns() - SETTLED_NS
-    old = [file for file in listing.files if file.digest is not None and int(file.version, 16) < settled]
-    old = [PoolFile(file.url, file.size, file.version, file.digest) for file in old]
+    stamps = {file.url: list(stamp_of(Path(file.url))) for file in listing.files if "://" not in file.url}
+    young = {url for url, stamp in stamps.items() if is_young((stamp[0], stamp[1], stamp[2]))}
+    same = [
+        replace(file, digest=known[file.url][-1])
+        for file in listing.files
+        if file.url in stamps and known.get(file.url, [])[:-1] == stamps[file.url]
+    ]
+    listing.files = with_digests(listing.files, same, config.storage)
+    old = {file.url: [*stamps[file.url], file.digest] for file in listing.files if file.url in stamps.keys() - young}
     if old != known:
-        storage.write_json(remembered, [(file.url, file.size, file.version, file.digest) for file in old])
+        storage.write_json(remembered, old)
     return listing
 
 
-def _prepare_id(
-    config: Config, files: tuple[PoolFile, ...], renderer_digest: str, num_buckets: int, num_partitions: int
-) -> str:
-    decides: dict[str, Any] = {
-        "format": FORMAT,
-        "files": [(file.url, file.size, file.digest or file.version, file.group, file.folders) for file in files],
-        "groups": [group.model_dump(mode="json", exclude={"path"}) for group in config.pool.groups],
-        "truncated": config.pool.truncated,
-        "recorded": sorted(recorded_columns(config)),
-        "recorded_of": None if config.behavior is None else _recorded_of(config),
-        "renderer": renderer_digest,
-        "shard_tokens": config.workers.shard_tokens,
-        "num_partitions": num_partitions,
-        "piece_bytes": piece_bytes(files, config),  # what map has stored of a piece is of no use to other pieces
-    }
-    if num_buckets != num_partitions:
-        decides["num_buckets"] = num_buckets
-    digest = hashlib.sha256(orjson.dumps(decides, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    return digest[:16]
+def _as_listed(file: PoolFile) -> dict[str, Any]:
+    """A pool file for a key: all that is known of it; a local one's content says more than when it was written."""
+    listed = asdict(file)
+    return {**listed, "version": None} if file.digest is not None else listed
 
 
-def _recorded_of(config: Config) -> Any:
-    """Which column is recorded for which source."""
-    behavior = config.behavior
-    assert behavior is not None
-    sources = {name: getattr(of_source, "column", None) for name, of_source in (behavior.sources or {}).items()}
-    return [behavior.column, sources]
+def files_key(files: Iterable[PoolFile]) -> str:
+    """Names a pool's files as they are listed."""
+    return digest_of([_as_listed(file) for file in files])
 
 
 def _num_buckets(total_bytes: int, partition_bytes: int) -> int:

@@ -25,13 +25,13 @@ from grape_service.prepare.counts import (
     largest,
     pack_ids,
 )
-from grape_service.prepare.map import MAPPED
 from grape_service.prepare.plan import Piece, PreparePlan, reject_path
-from grape_service.rows.columns import REJECT, SHARD
+from grape_service.rows.columns import LOSS_TOKEN, MAPPED, REJECT, SHARD
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_index
 from grape_service.rows.ragged import Int64s, offsets_from_lengths
-from grape_service.storage.ahead import map_ahead
+from grape_service.storage.concurrent_map import concurrent_map
+from grape_service.storage.once import once
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.slices import read_slice
 from grape_service.storage.storage import Storage
@@ -68,18 +68,12 @@ def reduce_partition(
     files have a part in a shard. Of exact duplicates the one with the smallest candidate_id stays, of two
     contents under one candidate_id the one with the smaller digest, of two prompts under one prompt_id too.
     """
-    done = f"{plan.folder}/partitions/{partition}.json"
-    if storage.exists(done):
-        return PartitionCounts.from_json(storage.read_json(done))
-    try:
-        counts = _reduce(plan, partition, config, summary, storage)
-    except FileNotFoundError:
-        # Another run of the same plan was faster, and deleted what map wrote.
-        if not storage.exists(done):
-            raise
-        return PartitionCounts.from_json(storage.read_json(done))
-    storage.write_json(done, counts.to_json())
-    return counts
+    found = once(
+        storage,
+        f"{plan.folder}/partitions/{partition}.json",
+        lambda: _reduce(plan, partition, config, summary, storage).to_json(),
+    )
+    return PartitionCounts.from_json(found)
 
 
 def _reduce(
@@ -238,7 +232,7 @@ def _write_shards(
     def write(shard: tuple[str, pa.Table]) -> None:
         write_parquet(storage, shard[0], schema, [shard[1]])
 
-    for _ in map_ahead(write, shards(), WRITES_IN_FLIGHT):
+    for _ in concurrent_map(write, shards(), WRITES_IN_FLIGHT):
         pass
     counts.max_tokens = int(lengths.max(initial=0))
 
@@ -272,9 +266,12 @@ def _shard(rows: pa.Table, schema: pa.Schema, other_columns: dict[str, Kind]) ->
 
 
 def _describe(table: pa.Table, kept: Int64s, counts: PartitionCounts) -> None:
-    """Token ids in use, sources, recorded log-probabilities."""
+    """Token ids in use, sources, recorded log-probabilities.
+
+    Turn ends may differ between policies, so they are not among the ids.
+    """
     rows = pa.array(kept)
-    mask = pc.list_flatten(table["loss_mask"]).to_numpy() > 0
+    mask = pc.list_flatten(table["loss_mask"]).to_numpy() == LOSS_TOKEN
     counts.used_ids = pack_ids(pc.list_flatten(table["input_ids"]).to_numpy()[mask])
     counts.truncated = pc.sum(table["truncated"].take(rows)).as_py() or 0
     sources = _value_counts(table["source"].take(rows))

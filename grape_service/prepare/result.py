@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.pool.column_types import Kind, arrow_type
 from grape_service.prepare.counts import Rejects, unpack_ids
 
@@ -102,13 +104,19 @@ class Prepared:
             "rejects_table": f"{self.folder}/rejects",
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """JSON value."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """The inverse of to_json."""
+    def from_json(cls, value: JsonObject) -> Self:
+        """The inverse of to_json. Raises UserError for one that another version of grape-service wrote."""
+        unknown = sorted(value.keys() - {item.name for item in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"the prepared pool {value.get('prepare_id')} has '{unknown[0]}', which this version of grape-service "
+                "does not know: use the version that made it"
+            )
         value = dict(value)
         for name in ("rejects", "left_out"):
             value[name] = Rejects.from_json(value.get(name) or {"by_reason": {}, "examples": {}})

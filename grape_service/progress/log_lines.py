@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from grape_service.progress.reporter import Ahead, RunClock, reporter
+from grape_service.progress.reporter import RunClock, Upcoming, reporter
 
 PROGRESS = "GRAPE_PROGRESS"
-"""`lines` in the environment of a run: it reports as lines of its log, for `Replay`."""
+"""`lines` in the environment of a run: it reports as lines of its log, for `Replay`. `none`: it reports nothing."""
 MARK = "@grape "
 LINE_SECONDS = 5.0
 """How often such a line tells of a stage that goes on."""
@@ -29,9 +29,9 @@ class Lines:
     def started(self, run_id: str) -> None:
         self._line("started", run_id)
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
-        self.run.expect(ahead, token_rate)
-        self._line("expect", [[item.stage, item.seconds, item.tokens] for item in ahead], token_rate)
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None:
+        self.run.expect(upcoming, token_rate)
+        self._line("expect", [[item.stage, item.seconds, item.tokens] for item in upcoming], token_rate)
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         self.waiting[stage], self.told[stage] = 0, time.monotonic()
@@ -99,8 +99,8 @@ class Replay:
             match step:
                 case ["started" | "event", str(value)]:
                     getattr(reporter(), step[0])(value)
-                case ["expect", list(ahead), int() | float() | None as token_rate]:
-                    reporter().expect([Ahead(*item) for item in ahead], token_rate)
+                case ["expect", list(upcoming), int() | float() | None as token_rate]:
+                    reporter().expect([Upcoming(*item) for item in upcoming], token_rate)
                 case ["begin", str(stage), int(total), str(unit)]:
                     self.stages.add(stage)
                     reporter().begin(stage, total, unit)

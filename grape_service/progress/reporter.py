@@ -12,7 +12,7 @@ TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Upcoming:
     """A stage that is still to come: its seconds, or the tokens that it will score."""
 
     stage: str
@@ -26,7 +26,7 @@ class Reporter(Protocol):
     run: RunClock
     """Where the run is: what its heartbeat tells."""
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None: ...
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None: ...
     def started(self, run_id: str) -> None: ...
     def begin(self, stage: str, total: int, unit: str) -> None: ...
     def advance(self, stage: str, amount: int) -> None: ...
@@ -49,14 +49,23 @@ class StageClock:
         return (time.monotonic() if self.ended is None else self.ended) - self.started
 
     @property
+    def first(self) -> str:
+        """What it does before anything is done and there is a rate."""
+        return "at the first shard" if self.unit == TOKENS else f"at the first {self.unit.removesuffix('s')}"
+
+    @property
     def rate(self) -> float:
         """Units per second since the stage began."""
         return self.done / max(self.seconds, 1e-9)
 
     @property
     def rate_text(self) -> str:
-        """The rate with its unit; slow ones with two digits."""
-        return f"{self.rate:,.0f} {self.unit}/s" if self.rate >= 10 else f"{self.rate:.2g} {self.unit}/s"
+        """The rate with its unit; of what takes longer than a second, how long one takes."""
+        if self.rate >= 10:
+            return f"{self.rate:,.0f} {self.unit}/s"
+        if self.rate >= 1 or not self.done:
+            return f"{self.rate:.2g} {self.unit}/s"
+        return f"{duration(1 / self.rate)} a {self.unit.removesuffix('s')}"
 
     @property
     def eta(self) -> float | None:
@@ -71,20 +80,20 @@ class RunClock:
     """Where a whole run is: the stages that began, each with its clock, and those ahead, in order."""
 
     stages: dict[str, StageClock] = field(default_factory=dict)
-    ahead: list[Ahead] = field(default_factory=list)
+    upcoming: list[Upcoming] = field(default_factory=list)
     earlier_token_rate: float | None = None  # tokens a second of an earlier run's engines
     started: float = field(default_factory=time.monotonic)
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None:
         """What is to come, in the place of what was expected before."""
-        self.ahead = list(ahead)
+        self.upcoming = list(upcoming)
         self.earlier_token_rate = token_rate if token_rate is not None else self.earlier_token_rate
 
     def begin(self, stage: str, total: int, unit: str) -> StageClock:
         """A stage begins; those that were to come before it will not come any more."""
-        names = [item.stage for item in self.ahead]
+        names = [item.stage for item in self.upcoming]
         if stage in names:
-            self.ahead = self.ahead[names.index(stage) + 1 :]
+            self.upcoming = self.upcoming[names.index(stage) + 1 :]
         self.stages[stage] = StageClock(total, unit, started=time.monotonic())
         return self.stages[stage]
 
@@ -118,7 +127,7 @@ class RunClock:
         """Seconds that are left of the whole run; None while the rate of a stage is not known."""
         left = [clock.eta for clock in self.stages.values() if clock.ended is None]
         rate = self.token_rate
-        for item in self.ahead:
+        for item in self.upcoming:
             left.append(item.seconds)
             if item.tokens:
                 left.append(item.tokens / rate if rate else None)
@@ -132,8 +141,8 @@ class Silent:
     def __init__(self) -> None:
         self.run = RunClock()
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
-        self.run.expect(ahead, token_rate)
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None:
+        self.run.expect(upcoming, token_rate)
 
     def started(self, run_id: str) -> None: ...
 

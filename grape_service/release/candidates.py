@@ -21,9 +21,12 @@ from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.partitions import partition_bits
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.score.store import ScoreStore
-from grape_service.select.methods import OURS, TokenStatistics, method_scores, select_method, token_statistics
+from grape_service.score.windows import WINDOW_READS
+from grape_service.select.methods import select_method, stored_scores
+from grape_service.select.steps import Tokenizer
 from grape_service.storage.parquet import array_of, read_tables
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import open_workspace
 
 
 class ScoredPool:
@@ -54,12 +57,20 @@ class ScoredPool:
         """A power of two."""
         return self.prepared.num_partitions
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The target's, where a method that cuts steps finds it."""
+        config = self.release.manifest.config
+        render = RenderConfig.model_validate(config.get("render") or {})
+        return Tokenizer(PolicyConfig.model_validate(config["target"]), render, self.release.storage.options)
+
     def renderer(self) -> Renderer:
         """The target's tokenizer. Raises UserError where the model is no longer there."""
         config = self.release.manifest.config
         policy = PolicyConfig.model_validate(config["target"])
         folder = resolve_model(policy, self.release.storage.options).folder
-        return load_renderer(folder, policy, RenderConfig.model_validate(config.get("render") or {}))
+        render = RenderConfig.model_validate(config.get("render") or {})
+        return load_renderer(folder, policy, render, storage_options=self.release.storage.options)
 
     def tables(self, num_groups: int) -> Iterator[pa.Table]:
         """Candidates [N] of the prompts of each of `num_groups` parts of the pool, at most its partitions:
@@ -74,23 +85,15 @@ class ScoredPool:
     def _partition(self, partition: str) -> Iterator[pa.Table]:
         paths = shard_paths(self.prepared, partition)
         own = self.method.columns if self.method is not None else ()
-        columns = list(dict.fromkeys(["row_key", *EMPTY.column_names[:3], "loss_mask", *own]))
+        steps = WINDOW_READS if self.method is not None and self.method.cuts_steps else ["loss_mask"]
+        columns = list(dict.fromkeys(["row_key", *EMPTY.column_names[:3], *steps, *own]))
         for table in read_tables(self.workspace, paths, columns):
             offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
             lengths = segment_sums(mask > 0, offsets)
             counted = np.ones(int(lengths.sum()), bool) if self.select.count_turn_end else mask[mask > 0] == LOSS_TOKEN
-            loss_offsets = offsets_from_lengths(lengths)
-            scores = np.full(table.num_rows, np.nan)
-            tokens = TokenStatistics({}, loss_offsets, np.ones(table.num_rows, dtype=bool))
-            if self.store is not None:
-                row_keys = array_of(table, "row_key")
-                tables = self.store.read_statistics(partition, row_keys, self.select.statistics)
-                finite = {name: one.finite() for name, one in tables.items()}
-                tokens = token_statistics(tables, finite, np.arange(table.num_rows), lengths, row_keys)
-            if self.store is not None or self.method is not None:
-                scores = method_scores(self.method or OURS["grape"], table, tokens, counted)
+            _, scores = stored_scores(self.method, table, counted, self.select, self.store, partition, self.tokenizer)
             table = table.select(EMPTY.column_names[:3])
-            table = table.append_column("tokens", pa.array(segment_sums(counted, loss_offsets)))
+            table = table.append_column("tokens", pa.array(segment_sums(counted, offsets_from_lengths(lengths))))
             yield table.append_column("score", pa.array(scores))
 
 
@@ -106,11 +109,12 @@ EMPTY = pa.table(
 
 
 def open_scored_pool(release: Release) -> ScoredPool | None:
-    """What a release was chosen from; None where its workspace no longer has it."""
+    """What a release was chosen from; None where its workspace no longer has it. Raises UserError where a newer
+    grape-service wrote there."""
     parents = release.manifest.parents
     if not parents.workspace or not parents.prepare_id:
         return None
-    workspace = Storage(parents.workspace, release.storage.options)
+    workspace = open_workspace(parents.workspace, release.storage.options)
     try:
         prepared = Prepared.from_json(workspace.read_json(f"prepared/{parents.prepare_id}/prepared.json"))
     except FileNotFoundError:

@@ -10,6 +10,7 @@ import yaml
 
 from grape_service.config.methods import weights_settings
 from grape_service.display import visible
+from grape_service.release.changes import since_of
 from grape_service.release.manifest import Manifest
 
 _READERS = """
@@ -33,8 +34,10 @@ def render_card(manifest: Manifest) -> str:
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/part-*.parquet"}]}],
         "pretty_name": manifest.name,
         "size_categories": [_size_category(manifest.rows)],
-        "tags": ["sft", "grape-service"],
+        "tags": ["sft" if manifest.kind == "training" else "candidates", "grape-service"],
     }
+    if manifest.licenses:  # the Hub knows its own list of names, in small letters
+        header["license"] = [name.lower() for name in manifest.licenses]
     return "\n".join(
         [
             "---",
@@ -42,13 +45,10 @@ def render_card(manifest: Manifest) -> str:
             "---",
             f"# {manifest.name} {manifest.version}",
             "",
-            f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} of them with loss; "
-            f"published {manifest.created}.",
+            f"{manifest.content}; published {manifest.created}.",
             "",
-            *_how_it_was_made(manifest),
-            *_weights(manifest),
-            _READERS.strip(),
-            "",
+            *_changes(manifest),
+            *(_training_set(manifest) if manifest.kind == "training" else _candidates(manifest)),
             "## Columns",
             "",
             "| column | type |",
@@ -56,10 +56,40 @@ def render_card(manifest: Manifest) -> str:
             *[f"| {_code(column.name)} | {_code(column.type)} |" for column in manifest.columns],
             "",
             *_sources(manifest),
-            "Everything that this was made from is in `manifest.json`; the report is in `report.html`.",
+            "Everything that this was made from is in `manifest.json`"
+            + ("; the report is in `report.html`." if manifest.kind == "training" else "."),
             "",
         ]
     )
+
+
+def _training_set(manifest: Manifest) -> list[str]:
+    return [*_how_it_was_made(manifest), *_weights(manifest), _READERS.strip(), ""]
+
+
+def _candidates(manifest: Manifest) -> list[str]:
+    """What gather sampled: how many by whom, what is right, how far recorded numbers are from scored ones."""
+    gather = manifest.config.get("gather") or {}
+    lines = ["## How it was made", "", "Candidates that were sampled; no training set, but the pool of one: name it in"]
+    lines += ["`pool.path`, with `behavior: {column: behavior_logprobs}`. `log p` of each token is the policy's own,"]
+    lines += ["before temperature and cuts; `sampling` says how a response was drawn.", ""]
+    lines += ["| policy | model | samples | right | wrong | unknown | mean drift of a token |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, counts in (manifest.counts.get("gather") or {}).items():
+        policy = (gather.get("policies") or {}).get(name) or {}
+        numbers = [counts.get(key, "") for key in ("samples", "right", "wrong", "unknown")]
+        drift = (counts.get("audit") or {}).get("mean", "")
+        cells = [_code(name), _code(policy.get("model", "")), *map(_cell, numbers), _cell(drift)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _changes(manifest: Manifest) -> list[str]:
+    since = since_of(manifest.counts)
+    if since is None:
+        return []
+    told = f"{since.sentence} (`changes.parquet`)" if since.is_known else _cell(since.sentence)
+    return [f"Since {_code(since.version)}: {told}.", ""]
 
 
 def _how_it_was_made(manifest: Manifest) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
 
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
+from grape_service.release.made_by import MadeBy
 from grape_service.release.manifest import MANIFEST, Manifest, read_manifest
 from grape_service.release.reference import VERSION_PATTERN, check_name, version_folder, version_number
 from grape_service.storage.storage import Storage, json_bytes
@@ -34,6 +36,8 @@ class CatalogEntry:
     loss_tokens: int
     num_bytes: int
     content_digest: str
+    kind: str = "training"
+    made_by: MadeBy = field(default_factory=MadeBy)
 
     @staticmethod
     def of(manifest: Manifest) -> CatalogEntry:
@@ -45,7 +49,19 @@ class CatalogEntry:
             manifest.loss_tokens,
             manifest.num_bytes,
             manifest.content_digest,
+            manifest.kind,
+            MadeBy.of(manifest.config),
         )
+
+    def since(self, before: CatalogEntry | None) -> str:
+        """What is another than in the version before it, in words; empty for a first version."""
+        if before is None:
+            return ""
+        found = self.made_by.since(before.made_by)
+        more = self.rows - before.rows
+        rows = [f"{more:+,} rows"] if more else []
+        same = ["the same rows"] if self.content_digest == before.content_digest else ["other rows or settings"]
+        return ", ".join([*found, *rows] or same)
 
 
 def read_catalog(storage: Storage, name: str) -> list[CatalogEntry]:
@@ -104,8 +120,11 @@ def _read(storage: Storage, name: str) -> tuple[dict[str, CatalogEntry], set[str
     except FileNotFoundError:
         return {}, set(), None
     try:
-        value: dict[str, Any] = orjson.loads(data)
-        known = {entry["version"]: CatalogEntry(**entry) for entry in value["versions"]}
+        value: JsonObject = orjson.loads(data)
+        entries = [
+            {**entry, "made_by": MadeBy(**entry["made_by"])} for entry in value["versions"] if "made_by" in entry
+        ]
+        known = {entry["version"]: CatalogEntry(**entry) for entry in entries}
         return known, set(value["gone"]), etag
     except (ValueError, KeyError, TypeError):
         return {}, set(), etag  # derived: made again

@@ -9,11 +9,11 @@ import threading
 import time
 import uuid
 from types import TracebackType
-from typing import Any
 
 import orjson
 
 from grape_service.errors import StageError, UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.reference import VERSION_PATTERN, check_name, version_folder, version_name, version_number
 from grape_service.storage.storage import Storage, json_bytes
 
@@ -30,7 +30,7 @@ class Claim:
     A thread renews the claim; where that finds another's hand on it, `check` raises.
     """
 
-    def __init__(self, storage: Storage, name: str, version: str, writer: str, state: dict[str, Any]):
+    def __init__(self, storage: Storage, name: str, version: str, writer: str, state: JsonObject):
         self.storage = storage
         self.name = name
         self.version = version

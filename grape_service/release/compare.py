@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from grape_service.release.candidates import ScoredPool, open_scored_pool
 from grape_service.release.diff import diff, render_text
 from grape_service.release.load import Release
-from grape_service.select.grape import order_within_prompts, places_within_groups
+from grape_service.release.turnover import Turnover, turnover
+from grape_service.select.ranking import order_within_prompts, places_within_groups
 
 MOST_DIFFERENT = 20
 MOVES = 12
@@ -24,11 +25,13 @@ def compare(first: Release, second: Release) -> dict[str, Any]:
     """What `grape compare` tells: the rows and choices that differ (`diff`, whose figures are here too), and, where
     both workspaces still have the scores, how alike the rankings within prompts are: `rank_correlation` (mean
     Spearman's rho over prompts), its histogram, the prompts where the choice of the other costs most, in score, and
-    the absolute differences of the candidates' scores, on average and at most."""
+    the absolute differences of the candidates' scores, on average and at most. `turnover`: of versions that follow each
+    other, how much changed in each and which prompts keep changing their winner."""
     rows = diff(first, second)
     both = rows.prompts_common
     pools = open_scored_pool(first), open_scored_pool(second)
     settings = differences(first.manifest.config, second.manifest.config)
+    moved = turnover_between(first, second)
     return {
         **rows.to_json(),
         "first": first.reference,
@@ -39,8 +42,17 @@ def compare(first: Release, second: Release) -> dict[str, Any]:
         "moves": rows.source_changes[:MOVES],
         "ranking": ranking(*pools) if all(pool and pool.has_scores for pool in pools) else None,
         "settings": settings + differences(_policies(first), _policies(second), "policies."),
+        "turnover": moved.to_json() if moved is not None else None,
         "text": render_text(rows),
     }
+
+
+def turnover_between(first: Release, second: Release) -> Turnover | None:
+    """What changed on the way from a version to a later one of the same dataset; None for others, and where versions in
+    between are gone. Raises UserError, StageError: see `turnover`."""
+    if (first.storage.root, first.name) != (second.storage.root, second.name):
+        return None
+    return turnover(first.storage, first.name, first.version, second.version)
 
 
 def ranking(first: ScoredPool | None, second: ScoredPool | None) -> dict[str, Any]:

@@ -19,23 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.load import Release
-from grape_service.rows.columns import NO_SOURCE
+from grape_service.rows.columns import COMPARED, NO_SOURCE
 
 ROWS_PER_BUCKET = 250_000
 MAX_BUCKETS = 512
 _COLUMNS = ["prompt_id", "candidate_id", "source", "grape_score", "input_ids", "loss_mask", "loss_weights"]
-_DIGEST = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("candidate_id", pa.string()),
-        ("source", pa.string()),
-        ("grape_score", pa.float64()),
-        ("tokens", pa.uint64()),  # hash of the token ids
-        ("weight_sum", pa.float64()),
-        ("num_loss", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class Diff:
         choice."""
         return self.prompts_common - self.prompts_changed
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For --json."""
         return asdict(self)
 
@@ -226,7 +216,7 @@ def _deal(release: Release, folder: Path, side: str, buckets: int) -> None:
             for bucket in np.unique(bucket_of_row):
                 if bucket not in writers:
                     path = str(folder / f"{side}-{bucket}.arrow")
-                    writers[bucket] = stack.enter_context(pa.ipc.new_stream(path, _DIGEST))
+                    writers[bucket] = stack.enter_context(pa.ipc.new_stream(path, COMPARED))
                 writers[bucket].write_batch(digest.filter(pa.array(bucket_of_row == bucket)))
 
 
@@ -237,7 +227,7 @@ def _digest(batch: pa.RecordBatch) -> pa.RecordBatch:
     ids = np.asarray(batch["input_ids"].flatten()).astype(np.uint64)
     columns = [batch[name] for name in ("prompt_id", "candidate_id", "source", "grape_score")]
     sums = [_sums(weights, lengths), _sums(mask.astype(np.int64), lengths)]
-    return pa.record_batch([*columns, pa.array(ragged_hash(ids, lengths)), *map(pa.array, sums)], schema=_DIGEST)
+    return pa.record_batch([*columns, pa.array(ragged_hash(ids, lengths)), *map(pa.array, sums)], schema=COMPARED)
 
 
 def _sums(values: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
@@ -258,6 +248,11 @@ def ragged_hash(values: npt.NDArray[np.uint64], lengths: npt.NDArray[np.int64]) 
     return (sums ^ (sums >> np.uint64(32))) * np.uint64(0x94D049BB133111EB) >> np.uint64(3)
 
 
+def hash_of_texts(texts: pa.StringArray) -> npt.NDArray[np.uint64]:
+    """`ragged_hash` of each text [N]."""
+    return ragged_hash(*_bytes_of(texts))
+
+
 def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
     lengths = np.asarray(pc.binary_length(texts), np.int64)
     offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
@@ -268,7 +263,7 @@ def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.i
 def _read_bucket(folder: Path, side: str, bucket: int) -> pa.Table:
     path = folder / f"{side}-{bucket}.arrow"
     if not path.exists():
-        return _DIGEST.empty_table()
+        return COMPARED.empty_table()
     with pa.ipc.open_stream(str(path)) as reader:
         return reader.read_all()
 

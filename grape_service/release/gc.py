@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import orjson
 
 from grape_service.display import counted, visible
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.catalog import list_datasets, read_catalog, remove_from_catalog
 from grape_service.release.claim import ABANDONED, BURNED, CLAIM, PUBLISHED, STALE_SECONDS
 from grape_service.release.lineage import trained_version, training_runs
 from grape_service.release.manifest import MANIFEST, Manifest, read_manifest
 from grape_service.release.outputs import other_outputs
-from grape_service.release.reference import VERSION_PATTERN, Reference, parse_reference, version_folder, version_number
+from grape_service.release.reference import VERSION_PATTERN, parse_reference, version_folder, version_number
 from grape_service.release.tags import list_tags
-from grape_service.score.store import REPEAT_SUFFIX, SHUFFLED_SUFFIX
+from grape_service.score.store import AUDIT_SUFFIX, REPEAT_SUFFIX, SHUFFLED_SUFFIX, STOPPED_SUFFIX
 from grape_service.storage.storage import FileInfo, Storage, json_bytes
 
 DAY = 86_400.0
@@ -68,7 +69,7 @@ class Garbage:
     num_bytes: int
     reason: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For --json."""
         return asdict(self)
 
@@ -217,7 +218,7 @@ def _unfinished(output: Storage, name: str, now: float, stale_seconds: float, dr
     return garbage
 
 
-def _read_claim(output: Storage, folder: str, now: float) -> tuple[dict[str, Any], str | None, float]:
+def _read_claim(output: Storage, folder: str, now: float) -> tuple[JsonObject, str | None, float]:
     """A claim, its etag, and how long ago it was renewed, by the store's clock and not the writer's; a folder without
     one is as old as its newest file."""
     try:
@@ -232,7 +233,7 @@ def _read_claim(output: Storage, folder: str, now: float) -> tuple[dict[str, Any
     return claim if isinstance(claim, dict) else {}, etag, age
 
 
-def _burn(output: Storage, folder: str, claim: dict[str, Any], etag: str | None) -> bool:
+def _burn(output: Storage, folder: str, claim: JsonObject, etag: str | None) -> bool:
     """Take a dead writer's claim away; the number stays claimed for ever. False if the writer lives after all."""
     if claim.get("state") == BURNED:
         return True
@@ -263,8 +264,7 @@ def _old_versions(
     # A parent of what stays stays, and so on.
     waiting = [m for name, versions in manifests.items() for v, m in versions.items() if (name, v) not in candidates]
     while waiting:
-        parent = _parent(output, waiting.pop())
-        if parent in candidates:
+        for parent in _parents(output, waiting.pop()) & candidates:
             candidates.discard(parent)
             waiting.append(manifests[parent[0]][parent[1]])
     reason = f"no tag, and not among the {keep_versions} newest of its dataset"
@@ -275,13 +275,14 @@ def _old_versions(
     ]
 
 
-def _parent(output: Storage, manifest: Manifest) -> tuple[str, str]:
-    """Name and version of the release that this one was weighed from, where it lies beside it; else of none."""
-    try:
-        reference = parse_reference(manifest.parents.release) if manifest.parents.release else Reference("", "", "")
-    except UserError:
-        return "", ""
-    return (reference.name, reference.version_or_tag) if reference.path == output.root else ("", "")
+def _parents(output: Storage, manifest: Manifest) -> set[tuple[str, str]]:
+    """Name and version of the release that this one was weighed from, and of the candidates that were its pool, where
+    these lie beside it."""
+    found = []
+    for text in filter(None, (manifest.parents.release, *manifest.parents.candidates.values())):
+        with contextlib.suppress(UserError):
+            found.append(parse_reference(text))
+    return {(reference.name, reference.version_or_tag) for reference in found if reference.path == output.root}
 
 
 def _delete_version(output: Storage, name: str, version: str) -> bool:
@@ -332,7 +333,8 @@ def _delete_unused(workspace: Storage, unused: list[Garbage], now: float, stale_
 def _workspace_garbage(workspace: Storage, kept: list[tuple[Manifest, bool]], before: float) -> list[Garbage]:
     used = [m for m, tagged in kept if tagged or _created(m) >= before]
     policies = {policy.policy_id for manifest in used for policy in manifest.parents.policies}
-    policies |= {f"{policy_id}{suffix}" for policy_id in policies for suffix in (REPEAT_SUFFIX, SHUFFLED_SUFFIX)}
+    suffixes = (AUDIT_SUFFIX, REPEAT_SUFFIX, SHUFFLED_SUFFIX, STOPPED_SUFFIX)
+    policies |= {f"{policy_id}{suffix}" for policy_id in policies for suffix in suffixes}
     prepared = {manifest.parents.prepare_id for manifest in used}
     runs = {manifest.parents.run_id for manifest in used}
     garbage: list[Garbage] = []

@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from grape_service.display import counted
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import Manifest, PolicyUse
 from grape_service.storage.storage import Storage
@@ -28,7 +29,7 @@ class Node:
     label: str
     children: list[Node] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For --json."""
         return {"label": self.label, "children": [child.to_json() for child in self.children]}
 
@@ -59,6 +60,7 @@ def _short_version(release: Release, seen: set[str]) -> Node:
         files = manifest.parents.pool
         more = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
         children.append(Node(f"pool: {files[0].path}{more}"))
+    children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     policies = dict.fromkeys(f"{policy.role}: {policy.model}" for policy in manifest.parents.policies)
     children += [Node(label) for label in policies]
     parent = manifest.parents.release
@@ -76,7 +78,7 @@ def _short_version(release: Release, seen: set[str]) -> Node:
     return Node(f"{release.reference}  {manifest.rows:,} rows" + (f"  [{', '.join(tags)}]" if tags else ""), children)
 
 
-def _short_run(run: dict[str, Any]) -> Node:
+def _short_run(run: JsonObject) -> Node:
     stages = run.get("stages")
     children = []
     for stage, entry in sorted(stages.items(), reverse=True) if isinstance(stages, dict) else ():  # sft before rl
@@ -101,7 +103,7 @@ def lineage_tree(release: Release) -> Node:
     return _version_node(release, set())
 
 
-def training_runs(storage: Storage, name: str) -> list[dict[str, Any]]:
+def training_runs(storage: Storage, name: str) -> list[JsonObject]:
     """Records of runs that trained on a dataset, `<name>/runs/<id>.json`; sorted by file name."""
     records = []
     for info in storage.list(f"{name}/runs"):
@@ -116,7 +118,7 @@ def training_runs(storage: Storage, name: str) -> list[dict[str, Any]]:
     return records
 
 
-def trained_version(record: dict[str, Any]) -> str | None:
+def trained_version(record: JsonObject) -> str | None:
     """The version that a training run's record names, in `version` or at the end of `reference`."""
     version = record.get("version") or str(record.get("reference", "")).rpartition("@")[2]
     return str(version).rpartition("@")[2] or None
@@ -126,6 +128,7 @@ def _version_node(release: Release, seen: set[str]) -> Node:
     manifest = release.manifest
     children = [_counts_node(manifest)] if manifest.counts else []
     children += [_pool_node(manifest)] if manifest.parents.pool else []
+    children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     children += [_policy_node(policy) for policy in manifest.parents.policies]
     code = manifest.parents.code
     if code is not None:
@@ -174,7 +177,7 @@ def _policy_node(policy: PolicyUse) -> Node:
     return Node(f"{policy.role}: {policy.model}", _value_nodes(known))
 
 
-def _run_node(run: dict[str, Any]) -> Node:
+def _run_node(run: JsonObject) -> Node:
     shown = ("kind", "job_id", "checkpoint", "output", "metrics")
     stages = run.get("stages")
     children = [
@@ -185,7 +188,7 @@ def _run_node(run: dict[str, Any]) -> Node:
     return Node(f"trained on it: {run['id']}, {run.get('state', 'state unknown')}", children)
 
 
-def _value_nodes(value: dict[str, Any]) -> list[Node]:
+def _value_nodes(value: JsonObject) -> list[Node]:
     nodes = []
     for key, item in value.items():
         if isinstance(item, dict):

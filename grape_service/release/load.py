@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from grape_service.display import visible
+from grape_service.display import nearest, visible
 from grape_service.errors import UserError
+from grape_service.release.catalog import list_datasets
 from grape_service.release.manifest import Column, FileEntry, Manifest, columns_of, read_manifest
 from grape_service.release.reference import Reference, parse_reference, version_folder
-from grape_service.release.tags import list_tags, read_tag
+from grape_service.release.tags import list_tag_names, read_tag, readable_tags
+from grape_service.storage.options import StorageOptions
 from grape_service.storage.parquet import open_checked, open_parquet
 from grape_service.storage.storage import Storage
 
@@ -45,8 +49,7 @@ class Release:
         shown = textwrap.fill(columns, 110, initial_indent="columns: ", subsequent_indent="  ", break_on_hyphens=False)
         return (
             f"Release {self.reference}\n"
-            f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {manifest.loss_tokens:,} with loss; "
-            f"published {manifest.created}\n{shown}\n"
+            f"{manifest.content}; published {manifest.created}\n{shown}\n"
             "go on with .to_hf(), .to_pandas(), .to_polars(), .dataset (pyarrow, with columns and filters), .manifest"
         )
 
@@ -84,9 +87,19 @@ class Release:
             return schema
         return pa.schema([])
 
-    @cached_property
+    @property
     def dataset(self) -> pads.Dataset:
-        """The rows; columns and filters that a scan is given are pushed down to the files."""
+        """The rows; columns and filters that a scan is given are pushed down to the files.
+
+        Made once in each process: a fork, such as a worker of a DataLoader, cannot use the connections of its parent.
+        """
+        cached = self.__dict__.get("_opened_dataset")
+        if cached is None or cached[0] != os.getpid():
+            cached = self.__dict__["_opened_dataset"] = os.getpid(), self._make_dataset()
+        dataset: pads.Dataset = cached[1]
+        return dataset
+
+    def _make_dataset(self) -> pads.Dataset:
         paths = [self.storage.full(f"{self.folder}/{entry.path}") for entry in self.manifest.files]
         if not paths:
             return pads.dataset(self.schema.empty_table())
@@ -98,7 +111,8 @@ class Release:
         self, columns: list[str] | None = None, filter: pads.Expression | None = None, batch_rows: int = 4096
     ) -> Iterator[pa.RecordBatch]:
         """The rows in order, a row group or two at a time, so that memory stays small however large the version is.
-        Raises UserError where a data file is missing or damaged."""
+        Raises UserError where a column does not exist or a data file is missing or damaged."""
+        self._check_columns(columns, filter)
         try:
             yield from self.dataset.to_batches(
                 columns=columns, filter=filter, batch_size=batch_rows, batch_readahead=4, fragment_readahead=1
@@ -143,16 +157,29 @@ class Release:
 
     def to_table(self, columns: list[str] | None = None, filter: pads.Expression | None = None) -> pa.Table:
         """The rows, in memory. Raises UserError where a column does not exist or a data file is missing or damaged."""
-        unknown = [name for name in columns or [] if name not in self.schema.names]
-        if unknown:
-            raise UserError(
-                f"{self.reference} has no column {unknown[0]!a}: its columns are {', '.join(self.schema.names)}"
-            )
         batches = list(self.batches(columns, filter, batch_rows=65_536))
         if not batches:
             schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
             return schema.empty_table()
         return pa.Table.from_batches(batches)
+
+    def _check_columns(self, columns: Sequence[str] | None, filter: pads.Expression | None) -> None:
+        """Raises UserError, with the names that are near, for columns that do not exist."""
+        names = self.schema.names
+        for name in columns or ():
+            if name not in names:
+                raise UserError(f"{self.reference} has no column {name!a}; {nearest(name, names, most=3)}")
+        if filter is not None:
+            try:
+                self.schema.empty_table().filter(filter)
+            except pa.ArrowException as error:
+                unknown = re.search(r"No match for FieldRef\.\w+\((.*?)\) in", str(error))
+                if unknown is None:
+                    raise UserError(f"the filter does not fit {self.reference}: {_one_line(error)}") from None
+                name = unknown[1]
+                raise UserError(
+                    f"{self.reference} has no column {name!a} to filter by; {nearest(name, names, most=3)}"
+                ) from None
 
     def to_pandas(self, columns: list[str] | None = None, filter: pads.Expression | None = None) -> pandas.DataFrame:
         """The rows as a pandas DataFrame, in memory; lists are numpy arrays. Raises UserError like `to_table`."""
@@ -169,7 +196,10 @@ class Release:
         return found
 
     def to_hf(self, streaming: bool = False, **options: Any) -> datasets.Dataset | datasets.IterableDataset:
-        """The rows as a Hugging Face dataset; `streaming` reads them as they are used. `options` go to load_dataset."""
+        """The rows as a Hugging Face dataset; `streaming` reads them as they are used. `options` go to load_dataset.
+        Raises UserError where one of their `columns` does not exist."""
+        _require("datasets", "hf")
+        self._check_columns(options.get("columns"), None)
         import datasets
 
         storage_options = {key: value for key, value in self.storage.options.items() if key != "retry_seconds"}
@@ -184,25 +214,45 @@ class Release:
 
     def tags(self) -> list[str]:
         """Tags that point to this version now."""
-        return [tag.name for tag in list_tags(self.storage, self.name) if tag.version == self.version]
+        return [tag.name for tag in readable_tags(self.storage, self.name)[0] if tag.version == self.version]
 
 
 def load(
-    reference: str | Reference, storage_options: dict[str, Any] | None = None, check_files: bool = False
+    reference: str | os.PathLike[str] | Reference,
+    storage_options: StorageOptions | None = None,
+    check_files: bool = False,
 ) -> Release:
     """Open a release: `load("s3://team/datasets/math-sft@v0003")`; without '@' it is @latest.
 
     `storage_options`: those of s3fs, without secrets, which come from the environment. `check_files` reads every data
     file once and compares its digest with the manifest's. Raises UserError.
     """
-    if isinstance(reference, str):
-        reference = parse_reference(reference)
+    if not isinstance(reference, Reference):
+        reference = parse_reference(os.fspath(reference))
     storage = reference.storage(storage_options)
     version = resolve_version(storage, reference.name, reference.version_or_tag)
     release = Release(storage, read_manifest(storage, reference.name, version))
     if check_files:
         release.check_files()
     return release
+
+
+def load_training_set(
+    reference: str | os.PathLike[str] | Reference, storage_options: StorageOptions | None = None
+) -> Release:
+    """Open a release that is a training set. Raises UserError for candidates, and as `load` does."""
+    release = load(reference, storage_options)
+    refuse_candidates(release)
+    return release
+
+
+def refuse_candidates(release: Release) -> None:
+    """Raises UserError for a version that holds candidates."""
+    if release.manifest.kind == "candidates":
+        raise UserError(
+            f"{release.reference} holds candidates that gather sampled, and no training set: name it as pool.path of a "
+            "config and run that, or look at them with grape_service.load"
+        )
 
 
 def resolve_version(storage: Storage, name: str, version_or_tag: str) -> str:
@@ -212,8 +262,12 @@ def resolve_version(storage: Storage, name: str, version_or_tag: str) -> str:
     tag = read_tag(storage, name, version_or_tag)
     if tag is not None:
         return tag.version
-    known = [tag.name for tag in list_tags(storage, name)]
+    known = list_tag_names(storage, name)
     if not known and not storage.folders(f"{name}/versions"):
+        inside = list_datasets(storage.sub(name))
+        if inside:
+            there = f"{storage.root}/{name}"
+            raise UserError(f"{there} is a folder of datasets: name one of them, such as {there}/{inside[0]}@latest")
         raise UserError(f"there is no dataset '{name}' in {storage.root}: see `grape datasets list {storage.root}`")
     hint = f"its tags are {', '.join(known)}" if known else "it has no tags; name a version, such as v0001"
     raise UserError(f"{storage.root}/{name} has no tag '{version_or_tag}': {hint}")
@@ -233,9 +287,10 @@ def schema_difference(columns: list[Column], schema: pa.Schema) -> str | None:
     return None
 
 
-def _require(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"to_{package} needs the package {package}: pip install {package}")
+def _require(package: str, name: str = "") -> None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:  # a folder of that name is no package
+        raise UserError(f"to_{name or package} needs the package {package}: pip install {package}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grape_service.errors import UserError, without_url_secrets
+from grape_service.json_types import JsonObject
 from grape_service.release.reference import version_folder
+from grape_service.rows.columns import MARGIN_AT_LEAST, TARGET_FIELDS
 from grape_service.storage.storage import Storage, json_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 DATA_FILE_PATTERN = re.compile(r"data/part-[0-9]{5,9}\.parquet")
-DOCUMENTS = ("README.md", "report.html")
+CHANGES_FILE, CROISSANT_FILE = "changes.parquet", "croissant.json"
+DOCUMENTS = ("README.md", "report.html", CHANGES_FILE, CROISSANT_FILE)
 HIDDEN = "***"
 
 _SECRET_KEY = re.compile(r".*(secret|token|password|passwd|credential|api_?key|customerkey).*|key|webhook", re.I)
@@ -36,6 +39,8 @@ class FileEntry(_Part):
     rows: int = Field(ge=0)
     tokens: int = Field(ge=0)  # of input_ids
     loss_tokens: int = Field(ge=0)
+    partition: str = Field("b", pattern=r"^b[01]*$")  # whose prompts it holds; 'b': of any
+    proven_rows: int = Field(0, ge=0)  # that were shown to come back from the release as they were; see proof.py
 
     @field_validator("path")
     @classmethod
@@ -46,7 +51,7 @@ class FileEntry(_Part):
 
 
 class DocumentEntry(_Part):
-    """The card or the report."""
+    """A file beside the data: card, report, changes since the version before, metadata in Croissant's form."""
 
     path: str
     size: int = Field(ge=0)
@@ -66,6 +71,8 @@ class Column(_Part):
     name: str
     type: str
     nullable: bool
+    policy: Literal["target", "behavior", "earlier target"] | None = None
+    """Whose tokens or numbers it holds; earlier target: of the release that was weighed again at another target."""
 
 
 class PoolFile(_Part):
@@ -93,6 +100,20 @@ class PolicyUse(_Part):
     template_digest: str | None = None
 
 
+class Rendering(_Part):
+    """Who made a row's tokens of its messages: under what else they are rendered, the tokens are others."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    system_prompt: str | None = None
+    render: JsonObject = {}  # the config's section
+    digest: str  # of the renderer: tokenizer, template, system prompt, limits
+    tokenizer_digest: str
+    template_digest: str
+    stop_ids: list[int]  # tokens that end a turn
+
+
 class CodeVersion(_Part):
     """What made the release."""
 
@@ -107,8 +128,13 @@ class Parents(_Part):
     policies: list[PolicyUse] = []
     libraries: dict[str, str] = {}
     code: CodeVersion | None = None
-    methods: list[dict[str, Any]] = []  # functions of the user's that chose or weighed: name, package, source digest
+    methods: list[JsonObject] = []  # functions of the user's that chose or weighed: name, package, source digest
+    round: str | None = None  # of a job with several
+    checkpoints: dict[str, str] = {}  # by an address that moves (folder/@latest), the folder that it stood for
+    candidates: dict[str, str] = {}  # by what pool.path says, the version of candidates that was read
     release: str | None = None  # reference of the release that was weighed again
+    rendering: Rendering | None = None
+    at_another_target: bool = False  # than that of `release`, or of the one that it was weighed from
     workspace: str | None = None
     prepare_id: str | None = None
     run_id: str | None = None
@@ -117,11 +143,12 @@ class Parents(_Part):
 class ManifestFields(_Part):
     """What the one who publishes says; the rest of the manifest follows from the files."""
 
+    kind: Literal["training", "candidates"] = "training"  # a training set, or what gather sampled
     content_digest: str  # of all that decides the data; equal content is published once
-    counts: dict[str, Any] = {}  # at each stage, with the reasons for what was left out
-    config: dict[str, Any] = {}  # resolved; secrets are hidden by `publish`
+    counts: JsonObject = {}  # at each stage, with the reasons for what was left out
+    config: JsonObject = {}  # resolved; secrets are hidden by `publish`
     parents: Parents = Parents()
-    statistics: dict[str, Any] = {}
+    statistics: JsonObject = {}
     tags: list[str] = []  # moved to the version once it exists
 
 
@@ -156,17 +183,55 @@ class Manifest(ManifestFields):
         return sum(entry.loss_tokens for entry in self.files)
 
     @property
+    def content(self) -> str:
+        """How much it holds, in words."""
+        if self.kind == "candidates":
+            return f"{self.rows:,} candidates, {self.tokens:,} sampled tokens"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.loss_tokens:,} with loss"
+
+    @property
     def num_bytes(self) -> int:
         return sum(entry.size for entry in self.files)
+
+    @property
+    def rendered_with(self) -> tuple[str | None, JsonObject]:
+        """(system prompt, render section of the config) with which the messages of the rows became their tokens.
+
+        A release that was weighed again at another target has the tokens of the one that it came from.
+        """
+        rendering = self.parents.rendering
+        if rendering is not None:
+            return rendering.system_prompt, rendering.render
+        return (self.config.get("target") or {}).get("system_prompt"), self.config.get("render") or {}
+
+    @property
+    def licenses(self) -> list[str]:
+        """Those that the pool's rows name, sorted."""
+        return sorted({str(name) for entry in self.files for name in (entry.model_extra or {}).get("licenses") or ()})
 
     def to_json(self) -> bytes:
         """The file's content."""
         return json_bytes(self.model_dump(mode="json"))
 
 
-def columns_of(schema: pa.Schema) -> list[Column]:
-    """A schema as a manifest lists it."""
-    return [Column(name=field.name, type=type_text(field.type), nullable=field.nullable) for field in schema]
+OF_TOKENS = ("input_ids", "loss_mask", "labels", "turn_ends")
+OF_CHOICE = (
+    *("grape_score", "grape_rank", "grape_margin", "select_score", "select_rank", "select_margin"),
+    MARGIN_AT_LEAST.name,
+)
+OF_TARGET = ("target_logprobs", *(item.name for item in TARGET_FIELDS.values()), "loss_weights")
+OF_BEHAVIOR = ("behavior_logprobs", "behavior_known")
+
+
+def columns_of(schema: pa.Schema, at_another_target: bool = False) -> list[Column]:
+    """A schema as a manifest lists it; `at_another_target`: of a release that was weighed again at one."""
+    earlier: Literal["target", "earlier target"] = "earlier target" if at_another_target else "target"
+    owners: dict[str, Literal["target", "behavior", "earlier target"]] = {
+        **dict.fromkeys((*OF_TOKENS, *OF_CHOICE), earlier),
+        **dict.fromkeys(OF_TARGET, "target"),
+        **dict.fromkeys(OF_BEHAVIOR, "behavior"),
+    }
+    return [Column(name=f.name, type=type_text(f.type), nullable=f.nullable, policy=owners.get(f.name)) for f in schema]
 
 
 def type_text(kind: pa.DataType) -> str:
@@ -182,6 +247,11 @@ def read_manifest(storage: Storage, name: str, version: str) -> Manifest:
         value = storage.read_json(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{storage.root}/{name} has no version {version}: see `grape datasets list`") from error
+    if isinstance(value, dict) and isinstance(value.get("format"), int) and value["format"] > FORMAT:
+        raise UserError(
+            f"{address} was written by a newer grape-service (its format is {value['format']}, this one reads "
+            f"{FORMAT}): use that version"
+        )
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = ascii(value.get("format") if isinstance(value, dict) else type(value).__name__)[:40]
         raise UserError(f"{address} is no manifest of format {FORMAT} (found {found}): use a matching grape-service")

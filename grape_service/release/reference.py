@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from grape_service.config.schema import NAME_PATTERN
 from grape_service.errors import UserError
+from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage, normal_url
 
 LATEST = "latest"
@@ -32,7 +32,7 @@ class Reference:
         """Whether this names a version and not a tag."""
         return VERSION_PATTERN.fullmatch(self.version_or_tag) is not None
 
-    def storage(self, options: dict[str, Any] | None = None) -> Storage:
+    def storage(self, options: StorageOptions | None = None) -> Storage:
         """The folder of datasets."""
         return Storage(self.path, options)
 
@@ -40,10 +40,14 @@ class Reference:
 def parse_reference(text: str) -> Reference:
     """`s3://t/datasets/name@v0003`, `...@tag`, or without '@' for @latest. Raises UserError."""
     text = text.strip()
+    if re.match(r"s3:/[^/]", text):
+        raise UserError(f"{_shown(text)} has lost a slash, as in a pathlib.Path: give the address s3://... as text")
     folder, _, last = text.rpartition("/")
     if not last or folder.endswith(":/"):
         raise UserError(f"{_shown(text)} is not a dataset reference: write <folder>/<name>@<version or tag>")
     name, at, version_or_tag = last.partition("@")
+    if not at and re.search(r"\.(ya?ml|jsonl?|parquet|html|csv)$", last):
+        raise UserError(f"{_shown(text)} is a file, not a dataset: write <folder>/<name>@<version or tag>")
     if at and not version_or_tag:
         raise UserError(f"{_shown(text)} names no version after '@': write @v0001, @{LATEST} or nothing")
     version_or_tag = version_or_tag or LATEST

@@ -11,8 +11,10 @@ from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.prepare.plan import FOLDER
 from grape_service.release.load import Release
+from grape_service.rows.candidate import Row
 from grape_service.storage.parquet import read_row_groups
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import open_workspace
 
 COLUMNS = ["file", "row", "reason", "detail", "prompt_id", "candidate_id", "text"]
 
@@ -30,7 +32,7 @@ def rejects_of_release(release: Release) -> RejectTables:
     parents = release.manifest.parents
     if not parents.workspace or not parents.prepare_id:
         raise UserError(f"{release.reference} does not say which pool it was made from")
-    workspace = Storage(parents.workspace, release.storage.options)
+    workspace = open_workspace(parents.workspace, release.storage.options)
     folder = f"{FOLDER}/{parents.prepare_id}"
     if not workspace.exists(f"{folder}/plan.json"):
         raise UserError(
@@ -41,19 +43,22 @@ def rejects_of_release(release: Release) -> RejectTables:
 
 def rejects_of_config(config: Config) -> RejectTables:
     """The tables of the last time that a config's pool was prepared. Raises UserError where it was not."""
-    workspace = Storage(config.workspace_path, config.storage)
+    workspace = open_workspace(config.workspace_path, config.storage)
     paths = [f"{FOLDER}/{name}/plan.json" for name in workspace.folders(FOLDER)]
     plans = [workspace.info(path) for path in paths if workspace.exists(path)]
     for info in sorted(plans, key=lambda info: info.modified, reverse=True):
         if workspace.read_json(info.path)["pool"] == config.pool.address:
             return RejectTables(workspace, f"{info.path.removesuffix('/plan.json')}/rejects")
-    raise UserError(f"the pool '{config.pool.address}' has not been prepared in {workspace.root}: run the config first")
+    raise UserError(
+        f"the pool '{config.pool.address}' has no rejects in {workspace.root} yet: they are found by `grape run` (or "
+        "`grape score`); before it, `grape check` tells why rows of a sample cannot be used"
+    )
 
 
 def read_rejects(tables: RejectTables, reason: str | None, limit: int) -> dict[str, Any]:
     """Counts by reason, how many have `reason`, the first `limit` of those and the address of the tables."""
     by_reason: dict[str, int] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for info in sorted(tables.workspace.list(tables.folder), key=lambda info: info.path):
         for table in read_row_groups(tables.workspace, info.path, COLUMNS):
             for item in pc.value_counts(table["reason"]).to_pylist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,17 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from grape_service.errors import UserError
 from grape_service.prepare.counts import pack_ids, union_of_ids
 from grape_service.rows.columns import (
     BEHAVIOR_KNOWN,
     LOSS_TOKEN,
     LOSS_TURN_END,
     SHARD,
-    made_fields,
+    TARGET_FIELDS,
+    TURN_ENDS,
+    computed_fields,
+    kept_columns,
     message_type,
     release_schema,
 )
@@ -31,8 +35,8 @@ from grape_service.rows.ragged import (
     offsets_from_lengths,
     segment_sums,
 )
-from grape_service.rows.statistics import STATISTICS, TARGET_FIELDS
-from grape_service.select.partition import kept_columns
+from grape_service.rows.spans import mask_with_turn_ends, num_prompt_messages, num_spans
+from grape_service.rows.statistics import STATISTICS
 from grape_service.storage.parquet import array_of, open_checked, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.batch import UNIFORM
@@ -50,18 +54,24 @@ def final_batches(
     message_fields: list[str],
     other_columns: list[pa.Field],
     weight_factor: float = 1.0,
-    made: Sequence[pa.Field] = (),
+    computed: Sequence[pa.Field] = (),
+    look: Callable[[pa.Table, pa.RecordBatch], None] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Rows of a kept or weighed file in `release_schema`, in the file's order.
 
-    `other_columns` are the pool's own, `made` those of `columns.made_fields`; one that the file lacks is null. Weights
-    are multiplied by `weight_factor` (see weigh.dataset_factor); rows without weights get 1.0.
+    `other_columns` are the pool's own, `computed` those of `columns.computed_fields`; one that the file lacks is null.
+    Weights are multiplied by `weight_factor` (see weigh.dataset_factor); rows without weights get 1.0. `look` sees rows
+    as they are in the file and as they are released.
     """
-    schema = release_schema(message_fields, other_columns, made)
+    schema = release_schema(message_fields, other_columns, computed)
     for table in read_row_groups(storage, path):
         rows = max(1, table.num_rows * BATCH_BYTES // max(1, table.nbytes))
         for start in range(0, table.num_rows, rows):
-            yield _final_batch(table.slice(start, rows), schema, message_fields, weight_factor)
+            part = table.slice(start, rows)
+            batch = _final_batch(part, schema, message_fields, weight_factor)
+            if look is not None:
+                look(part, batch)
+            yield batch
 
 
 def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], weight_factor: float) -> pa.RecordBatch:
@@ -69,32 +79,36 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
     mask_offsets, mask_values = list_offsets_and_values(array_of(table, "loss_mask"))
     assert np.array_equal(offsets, mask_offsets), "a mask is as long as its tokens"
     mask = mask_values > 0
-    made: dict[str, pa.Array] = {
+    arrays: dict[str, pa.Array] = {
         "messages": messages_array(array_of(table, "messages"), message_type(message_fields)),
         "loss_mask": list_array(offsets, mask, pa.bool_()),
         "labels": list_array(offsets, np.where(mask, ids, IGNORED_LABEL).astype(np.int32), pa.int32()),
     }
     for name in ("target_logprobs", "behavior_logprobs", *(item.name for item in TARGET_FIELDS.values())):
         if name in table.column_names:
-            made[name] = spread(array_of(table, name), offsets, mask)
-    if "behavior_logprobs" not in made and "recorded_logprobs" in table.column_names:
+            arrays[name] = spread(array_of(table, name), offsets, mask)
+    if "behavior_logprobs" not in arrays and "recorded_logprobs" in table.column_names:
         # Kept for `grape weigh`. A turn end that was not recorded is 0.0: NaN has no place in a release.
         recorded = spread(array_of(table, "recorded_logprobs"), offsets, mask)
         flat = np.nan_to_num(np.asarray(recorded.values), nan=0.0)
-        made["behavior_logprobs"] = pa.ListArray.from_arrays(recorded.offsets, pa.array(flat), mask=recorded.is_null())
-    if BEHAVIOR_KNOWN.name in schema.names and "behavior_logprobs" in made:
-        made[BEHAVIOR_KNOWN.name] = _known(table, made["behavior_logprobs"], offsets, mask)
+        arrays["behavior_logprobs"] = pa.ListArray.from_arrays(
+            recorded.offsets, pa.array(flat), mask=recorded.is_null()
+        )
+    if BEHAVIOR_KNOWN.name in schema.names and "behavior_logprobs" in arrays:
+        arrays[BEHAVIOR_KNOWN.name] = _known(table, arrays["behavior_logprobs"], offsets, mask)
+    if TURN_ENDS.name in schema.names:
+        arrays[TURN_ENDS.name] = list_array(offsets, mask_values == LOSS_TURN_END, pa.bool_())
     if "weights" in table.column_names:
-        made["weight_source"] = array_of(table, "weight_source")
-        weights = scale_weights(array_of(table, "weights"), made["weight_source"], weight_factor)
-        made["loss_weights"] = spread(weights, offsets, mask)
+        arrays["weight_source"] = array_of(table, "weight_source")
+        weights = scale_weights(array_of(table, "weights"), arrays["weight_source"], weight_factor)
+        arrays["loss_weights"] = spread(weights, offsets, mask)
     else:
-        made["weight_source"] = pa.array([UNIFORM]).take(pa.array(np.zeros(table.num_rows, dtype=np.int64)))
-        made["loss_weights"] = list_array(offsets, mask.astype(np.float32), pa.float32())
+        arrays["weight_source"] = pa.array([UNIFORM]).take(pa.array(np.zeros(table.num_rows, dtype=np.int64)))
+        arrays["loss_weights"] = list_array(offsets, mask.astype(np.float32), pa.float32())
     columns = []
     for item in schema:
-        if item.name in made:
-            columns.append(made[item.name].cast(item.type))
+        if item.name in arrays:
+            columns.append(arrays[item.name].cast(item.type))
         elif item.name in table.column_names:
             columns.append(array_of(table, item.name).cast(item.type))
         else:
@@ -134,7 +148,11 @@ def scale_weights(weights: pa.ListArray, weight_source: pa.Array, factor: float)
         return weights
     offsets, values = list_offsets_and_values(weights)
     is_weighed = np.repeat(pc.not_equal(weight_source, UNIFORM).to_numpy(zero_copy_only=False), np.diff(offsets))
-    return list_array(offsets, np.where(is_weighed, values * factor, values).astype(np.float32), pa.float32())
+    with np.errstate(over="ignore"):
+        scaled = np.where(is_weighed, values * np.float64(factor), values).astype(np.float32)
+    if not np.isfinite(scaled).all():
+        raise UserError("a weight divided by the dataset's mean is larger than a float32: narrow weights.weight_clip")
+    return list_array(offsets, scaled, pa.float32())
 
 
 def messages_array(texts: pa.Array, kind: pa.DataType) -> pa.Array:
@@ -163,17 +181,17 @@ def write_kept_rows(
     other_fields: list[pa.Field],
     stop_ids: Collection[int],
     keep_scores: bool,
-    made: Sequence[pa.Field] = (),
+    computed: Sequence[pa.Field] = (),
 ) -> tuple[int, str, int]:
     """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, the
     ids of their tokens with loss (see `pack_ids`), and how many rows lack a statistic of the target.
 
     `stop_ids` are the target's: a token with loss that is one of these and ends a span is a turn end. The target's
-    statistics are taken over when `keep_scores`, or null, to be scored again. `made` are those of
-    `columns.made_fields` that the kept rows have.
+    statistics are taken over when `keep_scores`, or null, to be scored again. `computed` are those of
+    `columns.computed_fields` that the kept rows have.
     """
-    schema = pa.schema([*SHARD, *other_fields, *kept_columns(list(made))])
-    statistics = ["target_logprobs", *(item.name for item in TARGET_FIELDS.values() if item in made)]
+    schema = pa.schema([*SHARD, *other_fields, *kept_columns(list(computed))])
+    statistics = ["target_logprobs", *(item.name for item in TARGET_FIELDS.values() if item in computed)]
     rows = unscored = 0
     used = ""
 
@@ -197,26 +215,32 @@ def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], kee
     table = table.combine_chunks()
     offsets, ids = list_offsets_and_values(array_of(table, "input_ids"))
     _, has_loss = list_offsets_and_values(array_of(table, "loss_mask"))
-    mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, stop_ids)
-    spans = segment_sums(_span_starts(mask > 0, offsets), offsets)
+    if TURN_ENDS.name in table.column_names:
+        _, turn_ends = list_offsets_and_values(array_of(table, TURN_ENDS.name))
+        mask = np.where(turn_ends, LOSS_TURN_END, has_loss * LOSS_TOKEN).astype(np.uint8)
+    else:
+        mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, stop_ids)
     messages = [[whole_message(m) for m in row] for row in table["messages"].to_pylist()]
-    made: dict[str, Any] = {
+    if "num_prompt_messages" in table.column_names:
+        prompt_messages = array_of(table, "num_prompt_messages")
+    else:
+        spans = num_spans(mask > 0, offsets).tolist()
+        prompt_messages = [num_prompt_messages(row, number) for row, number in zip(messages, spans, strict=True)]
+    arrays: dict[str, Any] = {
         "row_key": row_keys(ids, mask, offsets),
         "loss_mask": list_array(offsets, mask, pa.uint8()),
         "prompt_len": pa.array(_prompt_lens(mask, offsets), pa.int32()),
         "messages": pa.array([orjson.dumps(row).decode() for row in messages]),
-        "num_prompt_messages": pa.array(
-            [num_prompt_messages(row, int(n)) for row, n in zip(messages, spans, strict=True)], pa.int32()
-        ),
+        "num_prompt_messages": pa.array(prompt_messages, pa.int32()),
         "recorded_logprobs": _recorded(table, offsets, mask),
     }
     for name in ("target_logprobs", *(item.name for item in TARGET_FIELDS.values())):
         there = keep_scores and name in table.column_names
-        made[name] = narrow(array_of(table, name), offsets, mask) if there else None
+        arrays[name] = narrow(array_of(table, name), offsets, mask) if there else None
     columns = []
     for field in schema:
-        values = made.get(field.name)
-        if values is None and field.name in table.column_names and field.name not in made:
+        values = arrays.get(field.name)
+        if values is None and field.name in table.column_names and field.name not in arrays:
             values = array_of(table, field.name)
         columns.append(pa.nulls(table.num_rows, field.type) if values is None else values.cast(field.type))
     return pa.Table.from_arrays(columns, schema=schema)
@@ -225,63 +249,34 @@ def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], kee
 def _recorded(table: pa.Table, offsets: Int64s, mask: npt.NDArray[np.uint8]) -> pa.ListArray:
     """The behavior's log-probabilities as they were recorded: NaN where one is not known.
 
-    A release without BEHAVIOR_KNOWN knows all of them, but for one without weights from before there was that column,
-    where 0.0 stands for a turn end that was not recorded.
+    A release without BEHAVIOR_KNOWN knows all of them, but for rows without weights from before there was that column:
+    there 0.0 stands for a turn end that was not recorded.
     """
-    column = array_of(table, "behavior_logprobs")
+    recorded = narrow(array_of(table, "behavior_logprobs"), offsets, mask)
     if BEHAVIOR_KNOWN.name not in table.column_names:
-        return narrow(column, offsets, mask, unknown_turn_ends=True)
-    recorded = narrow(column, offsets, mask)
+        not_weighed = pc.equal(array_of(table, "weight_source"), UNIFORM).to_numpy(zero_copy_only=False)
+        valid = recorded.is_valid().to_numpy(zero_copy_only=False)
+        with_loss = (mask > 0) & np.repeat(valid, np.diff(offsets))
+        is_turn_end = (mask == LOSS_TURN_END) & np.repeat(not_weighed, np.diff(offsets))
+        values = np.array(recorded.values)
+        values[is_turn_end[with_loss] & (values == 0)] = np.nan
+        return pa.ListArray.from_arrays(recorded.offsets, pa.array(values), mask=recorded.is_null())
     known = narrow(array_of(table, BEHAVIOR_KNOWN.name), offsets, mask)
     values = np.where(np.asarray(known.values) > 0, np.asarray(recorded.values), np.float32(np.nan)).astype(np.float32)
     return pa.ListArray.from_arrays(recorded.offsets, pa.array(values), mask=recorded.is_null())
 
 
-def mask_with_turn_ends(
-    ids: npt.NDArray[np.int32], has_loss: npt.NDArray[np.bool_], offsets: Int64s, stop_ids: Collection[int]
-) -> npt.NDArray[np.uint8]:
-    """Booleans [T] -> LOSS_* [T]: the last token of a span is a turn end when it is one of the stop ids."""
-    mask = has_loss.astype(np.uint8) * LOSS_TOKEN
-    if stop_ids:
-        followed = np.zeros(len(mask), dtype=bool)
-        followed[:-1] = has_loss[1:]
-        followed[offsets[1:] - 1] = False
-        mask[has_loss & ~followed & np.isin(ids, list(stop_ids))] = LOSS_TURN_END
-    return mask
-
-
-def num_prompt_messages(messages: list[dict[str, Any]], num_spans: int) -> int:
-    """Messages before the response: it begins with the assistant message of its first span."""
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    return places[-num_spans] if len(places) >= num_spans else max(len(messages) - 1, 0)
-
-
-def narrow(
-    column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.uint8], unknown_turn_ends: bool = False
-) -> pa.ListArray:
-    """One value per token -> one per token with loss, null where the column is null.
-
-    A release has 0.0 where a turn end was not recorded: with `unknown_turn_ends` it becomes NaN again.
-    """
+def narrow(column: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.uint8]) -> pa.ListArray:
+    """One value per token -> one per token with loss, null where the column is null."""
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     lengths = np.diff(offsets)
     _, values = list_offsets_and_values(column.drop_null()) if valid.any() else (None, np.zeros(0, np.float32))
     mask_of_valid = mask[np.repeat(valid, lengths)]
     flat = values[mask_of_valid > 0].astype(np.float32)
-    if unknown_turn_ends:
-        turn_ends = mask_of_valid[mask_of_valid > 0] == LOSS_TURN_END
-        flat[turn_ends & (flat == 0)] = np.nan
     counts = np.where(valid, segment_sums(mask > 0, offsets), 0)
     return pa.ListArray.from_arrays(
         pa.array(offsets_from_lengths(counts).astype(np.int32)), pa.array(flat, pa.float32()), mask=pa.array(~valid)
     )
-
-
-def _span_starts(has_loss: npt.NDArray[np.bool_], offsets: Int64s) -> npt.NDArray[np.bool_]:
-    before = np.zeros(len(has_loss), dtype=bool)
-    before[1:] = has_loss[:-1]
-    before[offsets[:-1]] = False
-    return has_loss & ~before
 
 
 def _prompt_lens(mask: npt.NDArray[np.uint8], offsets: Int64s) -> Int64s:
@@ -291,13 +286,17 @@ def _prompt_lens(mask: npt.NDArray[np.uint8], offsets: Int64s) -> Int64s:
 
 
 def tokens_with_loss(kept: pa.Table) -> str:
-    """Ids of the tokens with loss of kept rows, packed."""
+    """Ids of the tokens with loss of kept rows, packed; turn ends, which may differ between policies, are left out."""
     _, ids = list_offsets_and_values(array_of(kept, "input_ids"))
     _, mask = list_offsets_and_values(array_of(kept, "loss_mask"))
-    return pack_ids(ids[mask > 0])
+    return pack_ids(ids[mask == LOSS_TOKEN])
 
 
 def other_fields_of(schema: pa.Schema) -> list[pa.Field]:
     """The pool's own columns in a release's schema."""
-    ours = {*release_schema([], [], made_fields(STATISTICS, True)).names, BEHAVIOR_KNOWN.name}
+    ours = {
+        *release_schema([], [], computed_fields(STATISTICS, True, raced=True)).names,
+        BEHAVIOR_KNOWN.name,
+        TURN_ENDS.name,
+    }
     return [field for field in schema if field.name not in ours and field.name not in SHARD.names]

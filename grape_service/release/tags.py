@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import orjson
 
 from grape_service.errors import StageError, UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.claim import BURNED, CLAIM, iso_time
 from grape_service.release.manifest import MANIFEST
 from grape_service.release.reference import VERSION_PATTERN, check_name, check_tag, version_folder, version_number
@@ -50,6 +51,20 @@ def list_tags(storage: Storage, name: str) -> list[Tag]:
     """Every tag of a dataset, sorted by name."""
     found = [_read(storage, name, tag)[0] for tag in list_tag_names(storage, name)]
     return [tag for tag in found if tag is not None]
+
+
+def readable_tags(storage: Storage, name: str) -> tuple[list[Tag], list[str]]:
+    """Every tag of a dataset that can be read, sorted by name, and a sentence for each that cannot."""
+    found: list[Tag] = []
+    problems: list[str] = []
+    for tag in list_tag_names(storage, name):
+        try:
+            read = read_tag(storage, name, tag)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            found += [read] if read is not None else []
+    return found, problems
 
 
 def list_tag_names(storage: Storage, name: str) -> list[str]:
@@ -98,6 +113,20 @@ def move_tag(
     raise StageError(f"tag '{tag}' of {name} was moved by others {MAX_TRIES} times meanwhile: move it again")
 
 
+def point_tags(storage: Storage, name: str, tags: Iterable[str], version: str, reason: str) -> dict[str, str]:
+    """Move tags to a version, where they are not on it; where those that moved and were there before pointed to.
+
+    Raises UserError, StageError: see `move_tag`.
+    """
+    moved: dict[str, str] = {}
+    for tag in tags:
+        current = read_tag(storage, name, tag)
+        if current is None or current.version != version:
+            move_tag(storage, name, tag, version, reason=reason)
+            moved |= {tag: current.version} if current is not None else {}
+    return moved
+
+
 def _check_not_collected(storage: Storage, name: str, moved: Tag) -> None:
     """Take a move back if gc took the version at the same time (it marks the claim before it looks at the tags)."""
     try:
@@ -138,7 +167,7 @@ def _read(storage: Storage, name: str, tag: str) -> tuple[Tag | None, str | None
         raise UserError(f"{storage.url(path)} is not a tag: restore or delete it") from error
 
 
-def _parse(tag: str, value: dict[str, Any]) -> Tag:
+def _parse(tag: str, value: JsonObject) -> Tag:
     if not VERSION_PATTERN.fullmatch(value["version"]):
         raise ValueError
     return Tag(tag, value["version"], [Move(**move) for move in value["history"]])

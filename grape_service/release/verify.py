@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from grape_service.display import counted
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.release.claim import CLAIM
 from grape_service.release.load import Release, schema_difference
 from grape_service.release.manifest import MANIFEST, DocumentEntry, FileEntry
@@ -25,7 +25,7 @@ class Problem:
     def __str__(self) -> str:
         return f"{ascii(self.path)[1:-1]} {self.problem}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 

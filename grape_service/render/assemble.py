@@ -15,6 +15,8 @@ from grape_service.render.layout import Batch, Plan
 from grape_service.rows.candidate import Rejection, Rendered
 from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 
+TOO_LONG = "longer than max_tokens"
+
 
 class Assembler:
     """Makes sequences of plans."""
@@ -28,13 +30,14 @@ class Assembler:
 
     def sequences(self, plans: list[Plan | Rejection], batch: Batch) -> list[Rendered | Rejection]:
         """Tokens and mask of each plan, in order; arrays of one batch are views of one buffer."""
-        contexts = self._encode_contexts(batch)
+        contexts = self.encode_contexts(batch)
         places = [Place.INSIDE] * len(batch.texts)
         written_places = [Place.INSIDE] * len(batch.written)
         if batch.written or self._encoder.depends_on_place:
             for plan in plans:
                 for context, span in zip(plan.contexts, plan.spans, strict=True) if isinstance(plan, Plan) else ():
                     if span.text is not None:
+                        assert isinstance(context, int), "texts follow texts"
                         there = written_places if span.is_rendered else places
                         there[span.text] = self._encoder.place_after(contexts[context])
         written = self._encoder.encode_written(batch.written, written_places)
@@ -44,7 +47,8 @@ class Assembler:
         rows = [plan if isinstance(plan, Rejection) else self._add(plan, encoded, sequence) for plan in plans]
         return sequence.rendered(rows)
 
-    def _encode_contexts(self, batch: Batch) -> list[Ids]:
+    def encode_contexts(self, batch: Batch) -> list[Ids]:
+        """Ids of each context of a batch."""
         if self._is_plain:
             prefix = self._encoder.sequence_prefix
             encoded = self._encoder.encode_start(batch.contexts)
@@ -87,7 +91,7 @@ class Assembler:
                         "response is not what its tokens say",
                         "the tokenizer has no tokens for a part of it, or changes it",
                     )
-            pieces += (encoded.contexts[context], ids)
+            pieces += (encoded.contexts[context] if isinstance(context, int) else context, ids)
             values += (LOSS_NONE, LOSS_TOKEN)
             if span.turn_end is not None:
                 pieces.append(_one(span.turn_end))
@@ -97,8 +101,9 @@ class Assembler:
             return Rejection("empty prompt", "the prompt has no tokens")
         total = sum(lengths)
         if self.max_tokens is not None and total > self.max_tokens:
-            return Rejection("longer than max_tokens", f"{total} tokens; the limit is {self.max_tokens}")
-        return sequences.add(pieces, values, lengths, plan.recorded_logprobs)
+            return Rejection(TOO_LONG, f"{total} tokens; the limit is {self.max_tokens}")
+        first = next((place for place, value in enumerate(values) if value and lengths[place]), len(values))
+        return sequences.add(pieces, values, lengths, sum(lengths[:first]), plan.recorded_logprobs)
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,18 @@ class _Sequences:
         self._end = 0
 
     def add(
-        self, pieces: list[Ids], values: list[int], lengths: list[int], recorded: npt.NDArray[np.float32] | None
+        self,
+        pieces: list[Ids],
+        values: list[int],
+        lengths: list[int],
+        prompt_len: int,
+        recorded: npt.NDArray[np.float32] | None,
     ) -> _Row:
         self._pieces += pieces
         self._values += values
         self._lengths += lengths
         start, self._end = self._end, self._end + sum(lengths)
-        return _Row(start, self._end, lengths[0], recorded)
+        return _Row(start, self._end, prompt_len, recorded)
 
     def rendered(self, rows: list[_Row | Rejection]) -> list[Rendered | Rejection]:
         if not self._pieces:

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from grape_service.rows.control_tokens import Traces
+
 Ids = npt.NDArray[np.int32]
 
 MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"
@@ -89,12 +91,18 @@ class Encoder:
         self._special_contents.update(contents)
         alternatives = "|".join(re.escape(content) for content in sorted(self._special_contents, key=len, reverse=True))
         self._special = re.compile(alternatives) if alternatives else None
+        self._traces = Traces(content[:3] for content in self._special_contents)
         self._marked = re.compile(f"{MARK_OPEN}({alternatives}){MARK_CLOSE}") if alternatives else None
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of special tokens, other than those around thoughts."""
+        return [id_ for id_, content in self.added.items() if content in self._special_contents]
 
     def protect(self, value: Any) -> Any:
         """The value (text, or lists and dicts of it) with each special token's string between marks."""
         if isinstance(value, str):
-            if self._special is None or self._special.search(value) is None:
+            if self._special is None or not self.has_special(value):
                 return value
             return self._special.sub(lambda match: f"{MARK_OPEN}{match[0]}{MARK_CLOSE}", value)
         if isinstance(value, dict):
@@ -147,9 +155,16 @@ class Encoder:
         """Ids of a whole text of trusted words as the tokenizer itself encodes it, in one go."""
         return np.array(self._template_backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
+    def first_special(self, text: str) -> str | None:
+        """The first string of a special token in a text of the pool, or None."""
+        if self._special is None or not self._traces.are_in(text):
+            return None
+        found = self._special.search(text)
+        return found[0] if found else None
+
     def has_special(self, text: str) -> bool:
         """Whether a text of the pool holds the string of a special token."""
-        return self._special is not None and self._special.search(text) is not None
+        return self.first_special(text) is not None
 
     def _by_place(self, backends: dict[Place, Any], texts: Sequence[str], places: Sequence[Place]) -> list[Ids]:
         if not self.depends_on_place:

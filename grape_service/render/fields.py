@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import orjson
 
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN
-from grape_service.rows.candidate import Message
+from grape_service.rows.candidate import Message, Tool
+from grape_service.rows.messages import THOUGHTS, is_note
 
 SHOWN_AS_WORDS = ("role", "content")
 LINKS = ("tool_call_id",)
 """Fields that say which message belongs to which: templates that keep the order need not show them."""
-PAST_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Templates of reasoning models leave these out of past turns on purpose."""
 
 
 class Renders(Protocol):
     """What is asked of a template."""
 
     def render(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, generation_prompt: bool = False
+        self, messages: list[Message], tools: list[Tool] | None = None, generation_prompt: bool = False
     ) -> str: ...
 
 
-def left_out_words(text: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> str | None:
+def left_out_words(text: str, messages: list[Message], tools: list[Tool] | None) -> str | None:
     """Which message's words, or which tool's name, a rendering does not show; None where all are there."""
     for index, message in enumerate(messages):
         words = message["content"]
@@ -48,7 +47,7 @@ def _as_json(words: str, text: str) -> bool:
 
 
 def left_out_field(
-    template: Renders, messages: list[Message], tools: list[dict[str, Any]] | None, start: int | None
+    template: Renders, messages: list[Message], tools: list[Tool] | None, start: int | None
 ) -> str | None:
     """Which field of the messages changes nothing in their rendering; None where each one counts.
 
@@ -62,8 +61,9 @@ def left_out_field(
         if index >= first
         for key, value in message.items()
         if key not in SHOWN_AS_WORDS and key not in LINKS and value not in (None, "", [], {}, False)
+        if not is_note(key)
         if not (key == "name" and message["role"] == "tool")
-        if not (start is None and key in PAST_THOUGHTS)
+        if not (start is None and key in THOUGHTS)
     ]
     if not extra:
         return None
@@ -85,7 +85,7 @@ def _without(message: Message, key: str) -> list[tuple[str, Message]]:
         for place, call in enumerate(calls):
             function = call.get("function", call)
             if isinstance(function, dict) and function.get("arguments"):
-                empty = {**function, "arguments": {} if isinstance(function["arguments"], dict) else ""}
+                empty = {**function, "arguments": {} if isinstance(function["arguments"], dict) else "{}"}
                 other = {**call, "function": empty} if "function" in call else empty
                 replaced = [*calls[:place], other, *calls[place + 1 :]]
                 changed.append(("the arguments of a tool call", {**message, key: replaced}))
@@ -93,7 +93,7 @@ def _without(message: Message, key: str) -> list[tuple[str, Message]]:
 
 
 def _renders_alike(
-    template: Renders, messages: list[Message], tools: list[dict[str, Any]] | None, is_prompt: bool, whole: str
+    template: Renders, messages: list[Message], tools: list[Tool] | None, is_prompt: bool, whole: str
 ) -> bool:
     try:
         return template.render(messages, tools, generation_prompt=is_prompt) == whole

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,12 @@ class Span:
 
 @dataclass(slots=True)
 class Plan:
-    """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index the batch's."""
+    """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index the batch's, or are ids.
 
-    contexts: list[int]
+    Contexts and spans of ids may be empty.
+    """
+
+    contexts: Sequence[int | Ids]
     spans: list[Span]
     recorded_logprobs: npt.NDArray[np.float32] | None = None
 
@@ -79,44 +82,28 @@ def trajectory_problem(response: list[Message]) -> Rejection | None:
     return None
 
 
-def recorded_logprobs(values: list[float] | None, num_ids: int) -> npt.NDArray[np.float32] | Rejection | None:
-    """Recorded log-probabilities as float32 [num_ids], at most 0."""
-    if values is None:
-        return None
-    try:
-        recorded = np.asarray(values, dtype=np.float32)
-    except (TypeError, ValueError):
-        return recorded_mismatch("they are not all numbers")
-    if recorded.shape != (num_ids,):
-        return recorded_mismatch(f"{recorded.size} values for {num_ids} ids")
-    if not np.isfinite(recorded).all() or (recorded > 1e-3).any():
-        return recorded_mismatch("a value is not finite or above 0")
-    return np.minimum(recorded, 0)
-
-
-def recorded_mismatch(detail: str) -> Rejection:
-    """The rejection of a row whose recorded log-probabilities are not those of its ids."""
-    return Rejection("recorded log-probabilities do not match response_ids", detail)
-
-
 def shared_spans(
     target: Rendered,
     target_turn_end_id: int | None,
     vocabulary: Vocabulary,
     turn_end_id: int | None,
     stop_ids: frozenset[int],
-) -> list[Span] | Rejection:
-    """The target's spans with loss as a policy with this vocabulary and these turn ends gets them."""
+) -> tuple[list[Ids], list[Span]] | Rejection:
+    """The target's spans with loss as a policy with this vocabulary and these turn ends gets them, and the target's
+    ids before each."""
     ids, mask = target.input_ids, target.loss_mask
     with_loss = mask != LOSS_NONE
     ends = with_loss & ~np.append(with_loss[1:], False) | (mask == LOSS_TURN_END)
     unknown = ids[(mask == LOSS_TOKEN) & ~vocabulary.knows(ids)]
     if len(unknown):
         return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the behavior policy")
+    read: list[Ids] = []
     spans: list[Span] = []
     start = 0
     for end in np.flatnonzero(ends):
+        before = start
         start += int(np.argmax(with_loss[start:]))
+        read.append(ids[before:start])
         written, last = ids[start : end + 1], int(ids[end])
         start = int(end) + 1
         if mask[end] != LOSS_TURN_END:
@@ -126,17 +113,4 @@ def shared_spans(
         if own is None:
             return Rejection("no turn end", "the behavior policy has no token that ends a turn")
         spans.append(Span(ids=written[:-1], turn_end=own))
-    return spans
-
-
-def valid_ids(values: Any, vocabulary: Vocabulary) -> Ids | Rejection:
-    """Response ids of the pool as int32, each of them a token."""
-    ids = np.asarray(values)
-    if ids.size == 0:
-        return Rejection("empty response", "response_ids are empty")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        return Rejection("response_ids are not integers")
-    unknown = ids[~vocabulary.knows(ids)]
-    if len(unknown):
-        return Rejection("token id outside the vocabulary", f"{unknown[0]} is not a token of the policy")
-    return ids.astype(np.int32)
+    return read, spans

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from grape_service.errors import UserError
-from grape_service.render.conversation import ANSWER, RenderingError, repeated
-from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN, same_words
+from grape_service.models.vocabulary import Vocabulary
+from grape_service.render.conversation import ANSWER
+from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN, Encoder, Ids, same_words
+from grape_service.render.sandbox import RenderingError
 from grape_service.rows.candidate import Candidate, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.messages import only_text
 
-if TYPE_CHECKING:
-    from grape_service.render.renderer import Renderer
+
+class Proved(Protocol):
+    """What a proof asks of a renderer."""
+
+    tokenizer: Any
+    mode: Literal["chat", "plain"]
+    encoder: Encoder
+    vocabulary: Vocabulary
+
+    def render(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]: ...
+
+    def of(self, candidate: Candidate) -> Proved: ...
+
+    def context_of(self, candidate: Candidate) -> tuple[str | None, str]: ...
+
+    def whole_text(self, candidate: Candidate) -> str: ...
+
+    def encode_whole(self, text: str) -> Ids: ...
+
 
 PROBES = ["The answer is 7.", "\nYes, it is.", f"{ANSWER} 42", "<think>\nhm\n</think>\n\nSo: 3."]
 """Responses that a renderer is tried on when it starts."""
 
 
-def prove_renderer(renderer: Renderer) -> None:
+def prove_renderer(renderer: Proved) -> None:
     """Render a few conversations and compare. Raises UserError with the first thing that is not as it should be."""
     prompt = [{"role": "user", "content": "What is 3 + 4?"}]
     candidates = [Candidate(prompt, text, prompt_id="p", candidate_id="c") for text in PROBES]
@@ -38,7 +58,7 @@ def prove_renderer(renderer: Renderer) -> None:
             raise UserError(f"{renderer.tokenizer.name_or_path} cannot be rendered with certainty: {problem}")
 
 
-def problem_of(renderer: Renderer, candidate: Candidate, rendered: Rendered) -> str | None:
+def problem_of(renderer: Proved, candidate: Candidate, rendered: Rendered) -> str | None:
     """Why the tokens of a row are not those of its conversation, or None where they are.
 
     The prompt's tokens must say the prompt's text. Where the template renders the whole conversation as prompt,
@@ -46,7 +66,8 @@ def problem_of(renderer: Renderer, candidate: Candidate, rendered: Rendered) -> 
     text, encoded in one go.
     """
     response = only_text(candidate.response)
-    text, header = renderer.context_of(candidate)
+    renderer = renderer.of(candidate)
+    text, written = renderer.context_of(candidate)
     if text is None or response is None or candidate.response_ids is not None:
         return None
     prompt_ids = rendered.input_ids[: rendered.prompt_len]
@@ -67,7 +88,6 @@ def problem_of(renderer: Renderer, candidate: Candidate, rendered: Rendered) -> 
             conversation = renderer.whole_text(candidate)
         except RenderingError:
             return None
-        written = response.removeprefix(repeated(text.removesuffix(header), response)[1])
         if not any(conversation.startswith(text + space + written) for space in ("", " ")):
             return None  # the template strips or rewrites the response; the policy's own words are taken
         whole = renderer.encode_whole(conversation)
@@ -91,7 +111,7 @@ def problem_of(renderer: Renderer, candidate: Candidate, rendered: Rendered) -> 
     )
 
 
-def _bytes(renderer: Renderer, ids: np.ndarray) -> bytes:
+def _bytes(renderer: Proved, ids: np.ndarray) -> bytes:
     return b"".join(part or b"" for part in renderer.vocabulary.bytes_of(ids))
 
 

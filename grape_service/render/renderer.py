@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
@@ -14,28 +14,24 @@ import orjson
 from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
 from grape_service.models.vocabulary import Vocabulary
-from grape_service.render.assemble import Assembler
-from grape_service.render.conversation import repeated
+from grape_service.render.assemble import TOO_LONG, Assembler
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.fields import left_out_field, left_out_words
-from grape_service.render.layout import (
-    Batch,
-    Plan,
-    Span,
-    recorded_logprobs,
-    recorded_mismatch,
-    shared_spans,
-    trajectory_problem,
-    valid_ids,
-)
-from grape_service.render.messages import MessageError, template_messages
+from grape_service.render.layout import Batch, Plan, Span, shared_spans, trajectory_problem
+from grape_service.render.messages import MessageError, MessageForm, written_texts
+from grape_service.render.prompts import PromptTexts
 from grape_service.render.proof import prove_renderer
-from grape_service.render.template import ChatTemplate, RenderingError
-from grape_service.render.trajectory import SplitError, split_trajectory, turn_end_pattern
+from grape_service.render.recorded import RecordedResponses, logprobs_mismatch
+from grape_service.render.sandbox import RenderingError
+from grape_service.render.shared import SharedResponses
+from grape_service.render.template import ChatTemplate, mode_of
+from grape_service.render.trajectory import SplitError, plan_turns, split_trajectory, turn_end_pattern
+from grape_service.render.turn_end import find_turn_end
+from grape_service.render.variants import Variants
 from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
+from grape_service.rows.control_tokens import spelled_token
 from grape_service.rows.messages import only_text
 
-FORMAT = 2
+FORMAT = 4
 """Raised when the same settings come to give other tokens."""
 
 
@@ -66,13 +62,18 @@ class Renderer:
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
         self.encoder = Encoder(tokenizer)
-        self.mode: Literal["chat", "plain"] = self._resolve_mode()
+        self.mode = mode_of(tokenizer, config)
         self._assembler = Assembler(self.encoder, self.vocabulary, is_plain=self.mode == "plain")
         self._template: ChatTemplate | None = None
         if self.mode == "chat":
             self._template = ChatTemplate(tokenizer, config.chat_template, config.template_kwargs)
+        self._form = MessageForm(self._template, config.reasoning)
+        self._texts = PromptTexts(self._template, self._form, self.encoder, config.separator, system_prompt)
         self._refuse_untaken_prompt()
-        self.turn_end_id: int | None = self._find_turn_end()
+        stop_ids = set(stop_ids)
+        self.turn_end_id = find_turn_end(
+            self._template, self.encoder, self.vocabulary, tokenizer.eos_token_id, stop_ids
+        )
         eos = tokenizer.eos_token_id
         ids = {*stop_ids, *([] if self.turn_end_id is None else [self.turn_end_id]), *([] if eos is None else [eos])}
         self.stop_ids = frozenset(int(id_) for id_ in ids if 0 <= id_ < self.vocab_size)
@@ -80,7 +81,18 @@ class Renderer:
         self.encoder.make_special(stop_texts)
         self._turn_ends = turn_end_pattern(stop_texts)
         self._id_of_stop = {self.vocabulary.added[id_]: id_ for id_ in self.stop_ids if id_ in self.vocabulary.added}
+        self._recorded = RecordedResponses(
+            self.vocabulary,
+            self.encoder.special_ids,
+            self.stop_ids,
+            self.turn_end_id,
+            tokenizer.pad_token_id,
+            tokenizer.bos_token or "",
+            self.encoder.unicode_forms,
+        )
+        self._shared = SharedResponses(self._template, self.vocabulary, self._recorded)
         self._max_tokens = config.max_tokens or max_tokens
+        self._variants: Variants[Renderer] | None = Variants(self, self._with_template_kwargs)
         self._prove()
 
     def _prove(self) -> None:
@@ -93,9 +105,31 @@ class Renderer:
         template takes none."""
         other = copy.copy(self)
         other.__dict__.pop("_digest", None)
+        other._variants = Variants(other, other._with_template_kwargs)
         other.system_prompt = system_prompt
+        other._texts = PromptTexts(self._template, self._form, self.encoder, self.config.separator, system_prompt)
         other._refuse_untaken_prompt()
         other._assembler = Assembler(self.encoder, self.vocabulary, is_plain=self.mode == "plain")
+        other._prove()
+        return other
+
+    def of(self, candidate: Candidate) -> Renderer:
+        """The renderer of a candidate: this one, or one with the variables of the template that its row brings, proved
+        as this one is. Raises UserError where the template cannot be used with them."""
+        return self if self._template is None or self._variants is None else self._variants.of(candidate)
+
+    def _with_template_kwargs(self, kwargs: dict[str, Any]) -> Renderer:
+        other = copy.copy(self)
+        other.__dict__.pop("_digest", None)
+        other._variants = None
+        variables = {**self.config.template_kwargs, **kwargs}
+        other._template = ChatTemplate(self.tokenizer, self.config.chat_template, variables)
+        other._form = MessageForm(other._template, self.config.reasoning)
+        separator = self.config.separator
+        other._texts = PromptTexts(other._template, other._form, self.encoder, separator, self.system_prompt)
+        other._shared = SharedResponses(other._template, self.vocabulary, self._recorded)
+        other._refuse_untaken_prompt()
+        other._assembler = Assembler(self.encoder, self.vocabulary, is_plain=False)
         other._prove()
         return other
 
@@ -110,7 +144,7 @@ class Renderer:
         return self.vocabulary.size
 
     def token_bytes(self, ids: Iterable[int]) -> list[bytes | None]:
-        """The bytes that each id decodes to inside of a text; None for an id that is no token."""
+        """The bytes that each id decodes to inside of a text; None for an id that is not a token."""
         return self.vocabulary.bytes_of(ids)
 
     def template_digest(self) -> str:
@@ -133,17 +167,51 @@ class Renderer:
             "system_prompt": self.system_prompt,
             "max_tokens": self.max_tokens,
             "turn_end": self.turn_end_id,
+            "reasoning": self.config.reasoning,
             "stop_ids": sorted(self.stop_ids),
         }
         return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     def render(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
         """Tokens and mask of each candidate, in order; candidates of one prompt should stand next to each other."""
+        self._recorded.say_responses(candidates)
+        if self._variants is not None and self._have_kwargs(candidates):
+            return self._variants.each(candidates, lambda own, places: own._render([candidates[p] for p in places]))
+        return self._render(candidates)
+
+    def _have_kwargs(self, candidates: Sequence[Candidate]) -> bool:
+        return self._template is not None and any(candidate.template_kwargs for candidate in candidates)
+
+    def _render(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
         batch = Batch()
         plans: list[Plan | Rejection] = []
         for candidate, prompt in zip(candidates, self._prompts(candidates, batch), strict=True):
             plans.append(prompt if isinstance(prompt, Rejection) else self._plan(candidate, prompt, batch))
         return self._assembler.sequences(plans, batch)
+
+    def render_prompts(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
+        """Tokens of each candidate's prompt, up to where a response begins; nothing has loss."""
+        if self._variants is not None and self._have_kwargs(candidates):
+            return self._variants.each(
+                candidates, lambda own, places: own._render_prompts([candidates[p] for p in places])
+            )
+        return self._render_prompts(candidates)
+
+    def _render_prompts(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
+        batch = Batch()
+        prompts = self._prompts(candidates, batch)
+        contexts = self._assembler.encode_contexts(batch)
+        rendered: list[Rendered | Rejection] = []
+        for prompt in prompts:
+            if isinstance(prompt, Rejection):
+                rendered.append(prompt)
+                continue
+            ids = contexts[prompt]
+            if self.max_tokens is not None and len(ids) >= self.max_tokens:
+                rendered.append(Rejection(TOO_LONG, f"its prompt has {len(ids)} tokens, of {self.max_tokens} at most"))
+                continue
+            rendered.append(Rendered(ids, np.zeros(len(ids), np.uint8), len(ids)))
+        return rendered
 
     def render_behavior(
         self,
@@ -156,21 +224,38 @@ class Renderer:
         The tokens with loss are the target's, as many, with the same mask values. Its turn end is replaced by
         this policy's own: where the ids at LOSS_TURN_END differ, the two log-probabilities cannot be compared.
         """
+        if self._variants is not None and self._have_kwargs(candidates):
+            return self._variants.each(
+                candidates,
+                lambda own, places: own._render_behavior(
+                    [candidates[p] for p in places], [targets[p] for p in places], target_turn_end_id
+                ),
+            )
+        return self._render_behavior(candidates, targets, target_turn_end_id)
+
+    def _render_behavior(
+        self, candidates: Sequence[Candidate], targets: Sequence[Rendered], target_turn_end_id: int | None
+    ) -> list[Rendered | Rejection]:
         batch = Batch()
         plans: list[Plan | Rejection] = []
         prompts = self._prompts(candidates, batch)
         for candidate, target, prompt in zip(candidates, targets, prompts, strict=True):
-            spans = shared_spans(target, target_turn_end_id, self.vocabulary, self.turn_end_id, self.stop_ids)
+            shared = shared_spans(target, target_turn_end_id, self.vocabulary, self.turn_end_id, self.stop_ids)
             if isinstance(prompt, Rejection):
                 plans.append(prompt)
-            elif isinstance(spans, Rejection):
-                plans.append(spans)
-            elif len(spans) == 1:
+                continue
+            if isinstance(shared, Rejection):
+                plans.append(shared)
+                continue
+            read, spans = shared
+            if len(spans) == 1:
                 written = spans[0].ids
                 assert written is not None, "shared spans have ids"
-                plans.append(Plan([self._own_context(candidate, prompt, written, batch)], spans))
+                plans.append(Plan([self._shared.context(self._answer(candidate), prompt, written, batch)], spans))
+            elif isinstance(candidate.response, str):
+                plans.append(self._shared.around_masked(candidate, target, prompt, read, spans, batch))
             else:
-                own = self._plan_trajectory(candidate, prompt, batch)
+                own = self._plan_trajectory(candidate, self._answer(candidate), prompt, batch)
                 if isinstance(own, Plan) and len(own.spans) != len(spans):
                     own = Rejection("rendering cannot be split", "the two policies split the response differently")
                 plans.append(own if isinstance(own, Rejection) else Plan(own.contexts, spans))
@@ -188,18 +273,21 @@ class Renderer:
         return self.encoder.encode_start([text])[0] if self._template is None else self.encoder.whole(text)
 
     def context_of(self, candidate: Candidate) -> tuple[str | None, str]:
-        """What stands before a text response, and the part of it that follows the generation prompt."""
-        text, response = self._prompt_text(candidate), only_text(candidate.response)
+        """What stands before a text response, and what is written of it there."""
+        text, response = self._texts.of(candidate), only_text(self._answer(candidate))
         if isinstance(text, Rejection) or response is None:
             return None, ""
-        header = "" if self._template is None else self._before(response)[0]
-        return text + header, header
+        return (
+            (text, response)
+            if self._template is None
+            else self._template.frame.split(text, response, self.encoder.drops_space)
+        )
 
     def whole_text(self, candidate: Candidate) -> str:
         """The template's rendering of prompt and response. Raises RenderingError."""
         assert self._template is not None, "only a template renders conversations"
-        messages = self._with_system(template_messages(candidate.prompt))
-        answer = {"role": "assistant", "content": only_text(candidate.response)}
+        messages = self._texts.with_system(self._form.prompt(candidate.prompt))
+        answer = {"role": "assistant", "content": only_text(self._answer(candidate))}
         return self._template.render([*messages, answer], candidate.tools)
 
     # Prompts
@@ -210,101 +298,65 @@ class Renderer:
         previous: Candidate | None = None
         for candidate in candidates:
             if previous is None or candidate.prompt != previous.prompt or candidate.tools != previous.tools:
-                text = self._prompt_text(candidate)
+                text = self._texts.of(candidate)
                 prompts.append(text if isinstance(text, Rejection) else batch.add_context(text))
             else:
                 prompts.append(prompts[-1])
             previous = candidate
         return prompts
 
-    def _prompt_text(self, candidate: Candidate) -> str | Rejection:
-        try:
-            messages = template_messages(candidate.prompt)
-            if not any(message["content"] or message.get("tool_calls") for message in messages):
-                return Rejection("empty prompt")
-            if self._template is None:
-                text = self._plain_prompt(candidate, messages)
-            else:
-                text = self._chat_prompt(self._template, messages, candidate.tools)
-        except (MessageError, RenderingError) as error:
-            return Rejection("prompt cannot be rendered", str(error))
-        return text if is_encodable(text) else Rejection("not UTF-8", "the prompt holds a lone surrogate")
-
-    def _chat_prompt(self, template: ChatTemplate, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-        """The rendering of a prompt. Raises RenderingError where it has not all of it."""
-        shown, offered = self._with_system(self.encoder.protect(messages)), self.encoder.protect(tools)
-        text = template.render(shown, offered, generation_prompt=True)
-        if self.encoder.is_cut(text):
-            raise RenderingError("the template cuts the text at a special token that a message holds")
-        missing = left_out_words(text, shown, offered) or left_out_field(template, shown, offered, None)
-        if missing is not None:
-            raise RenderingError(f"the template leaves out {missing}")
-        return text
-
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        if self.system_prompt is None or messages[0].get("role") in ("system", "developer"):
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
-
-    def _plain_prompt(self, candidate: Candidate, messages: list[Message]) -> str:
-        if candidate.tools or any(message.get("tool_calls") for message in messages):
-            raise MessageError("tools need a chat template")
-        return self.config.separator.join([*(message["content"] for message in self._with_system(messages)), ""])
-
     # Responses
 
     def _plan(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
         if candidate.response_ids is not None:
-            return self._plan_ids(candidate, prompt)
+            return self._plan_recorded(candidate, prompt, batch)
         if candidate.recorded_logprobs is not None:
-            return recorded_mismatch("there are no response_ids")
-        text = only_text(candidate.response)
+            return logprobs_mismatch("there are no response_ids")
+        if candidate.response_mask is not None:
+            return Rejection("response_mask does not match response_ids", "there are no response_ids")
+        response = self._answer(candidate)
+        text = only_text(response)
         if text is None:
-            return self._plan_trajectory(candidate, prompt, batch)
+            return self._plan_trajectory(candidate, response, prompt, batch)
         if not text:
             return Rejection("empty response")
         if not is_encodable(text):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
+        spelled = self._spelled(text)
+        if spelled is not None:
+            return spelled
         turn_end = None if candidate.truncated else self.turn_end_id
         if self._template is None:
             return Plan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
         before = batch.contexts[prompt]
-        header, lead = self._before(text)
-        text = text.removeprefix(repeated(before, text)[1])
+        own, text = self._split(before, text)
         if not text:
             return Rejection("empty response", "it only repeats the end of the generation prompt")
-        context = batch.add_context(before + header) if header else prompt
-        return Plan([context], [Span(batch.add_text(lead + text), turn_end=turn_end)])
+        context = prompt if own == before else batch.add_context(own)
+        return Plan([context], [Span(batch.add_text(text), turn_end=turn_end)])
 
-    def _before(self, response: str) -> tuple[str, str]:
-        """What the template puts between generation prompt and response: (as context, as one text with the response).
+    def _plan_recorded(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
+        before, text = batch.contexts[prompt], only_text(candidate.response)
+        own = before if self._template is None or text is None else self._split(before, text)[0]
+        return self._recorded.plan(candidate, before, prompt if own == before else batch.add_context(own))
 
-        A space is one text with the response where decoding drops it, as models with SentencePiece write it.
-        """
+    def _answer(self, candidate: Candidate) -> str | list[Message]:
+        """The response with its thoughts where render.reasoning wants them."""
+        return candidate.response if isinstance(candidate.response, str) else self._form.thoughts(candidate.response)
+
+    def _spelled(self, text: str) -> Rejection | None:
+        """The rejection of a response that spells control tokens, of this tokenizer or another, where there are any."""
+        token = self.encoder.first_special(text) or spelled_token(text)
+        return None if token is None else Rejection("response spells a control token", f"it holds '{token}' as text")
+
+    def _split(self, before: str, response: str) -> tuple[str, str]:
+        """See `AnswerFrame.split`."""
         assert self._template is not None, "only templates have frames"
-        before = self._template.frame.before(response)
-        return ("", before) if before == " " and self.encoder.drops_space else (before, "")
+        return self._template.frame.split(before, response, self.encoder.drops_space)
 
-    def _plan_ids(self, candidate: Candidate, prompt: int) -> Plan | Rejection:
-        if isinstance(candidate.response, list) and len(candidate.response) != 1:
-            return Rejection("rendering cannot be split", "response_ids of several messages do not say which are whose")
-        ids = valid_ids(candidate.response_ids, self.vocabulary)
-        if isinstance(ids, Rejection):
-            return ids
-        recorded = recorded_logprobs(candidate.recorded_logprobs, len(ids))
-        if isinstance(recorded, Rejection):
-            return recorded
-        if int(ids[-1]) in self.stop_ids:
-            if len(ids) == 1:
-                return Rejection("empty response", "response_ids hold a turn end and nothing else")
-            return Plan([prompt], [Span(ids=ids[:-1], turn_end=int(ids[-1]))], recorded)
-        turn_end = None if candidate.truncated else self.turn_end_id
-        if recorded is not None and turn_end is not None:
-            recorded = np.append(recorded, np.float32(np.nan))
-        return Plan([prompt], [Span(ids=ids, turn_end=turn_end)], recorded)
-
-    def _plan_trajectory(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
-        response = candidate.response
+    def _plan_trajectory(
+        self, candidate: Candidate, response: str | list[Message], prompt: int, batch: Batch
+    ) -> Plan | Rejection:
         assert isinstance(response, list), "text is planned elsewhere"
         problem = trajectory_problem(response)
         if problem is not None:
@@ -314,55 +366,28 @@ class Renderer:
         try:
             turns = split_trajectory(
                 self._template,
-                self._with_system(self.encoder.protect(template_messages(candidate.prompt))),
-                self.encoder.protect(template_messages(response)),
+                self._texts.with_system(self.encoder.protect(self._form.prompt(candidate.prompt))),
+                self.encoder.protect(self._form.messages(response)),
                 self.encoder.protect(candidate.tools),
                 self._turn_ends,
+                batch.contexts[prompt],
             )
         except (MessageError, RenderingError) as error:
             return Rejection("response cannot be rendered", str(error))
         except SplitError as error:
-            return Rejection("rendering cannot be split", str(error))
+            return Rejection("rendering cannot be split", f"{error}{self._form.hint(response)}")
+        if not turns:
+            return Rejection("no loss in the response", "each of its messages has weight 0")
         if not all(turn.written for turn in turns):
             return Rejection("empty response", "an assistant message of the response is empty")
         if not all(is_encodable(turn.context) and is_encodable(turn.written) for turn in turns):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
         if any(self.encoder.is_cut(turn.context) or self.encoder.is_cut(turn.written) for turn in turns):
             return Rejection("rendering cannot be split", "the template cuts the text at a special token in a message")
-        if turns[0].context != batch.contexts[prompt]:
-            return Rejection("rendering cannot be split", "the template renders the same prompt in two ways")
-        ends = [self.turn_end_id if turn.turn_end is None else self._id_of_stop[turn.turn_end] for turn in turns]
-        contexts = [prompt, *(batch.add_context(turn.context, end) for turn, end in zip(turns[1:], ends, strict=False))]
-        spans = [
-            Span(batch.add_written(turn.written), is_rendered=True, turn_end=end)
-            for turn, end in zip(turns, ends, strict=True)
-        ]
-        if candidate.truncated:
-            spans[-1].turn_end = None
-        return Plan(contexts, spans)
-
-    def _own_context(self, candidate: Candidate, prompt: int, written: Ids, batch: Batch) -> int:
-        """This policy's context around a response whose tokens are another's.
-
-        What the other's generation prompt holds already, such as <think>, is not among the tokens; what this one's
-        holds and is among them is left out here.
-        """
-        text, before = only_text(candidate.response), batch.contexts[prompt]
-        if self._template is None or text is None:
-            return prompt
-        header, _ = self._before(text)
-        tail, again = repeated(before, text)
-        if not again and not header and int(self.vocabulary.num_bytes([written])[0]) >= len(text.encode()):
-            return prompt  # as nearly always: the tokens hold all of the response
-        stated = b"".join(part or b"" for part in self.vocabulary.bytes_of(written.tolist())).decode(errors="replace")
-        dropped = text[: -len(stated)] if len(stated) < len(text) and text.endswith(stated) else ""
-        if dropped and not again:
-            return batch.add_context(before + header + dropped)
-        if again and not dropped and stated.startswith(again):
-            return batch.add_context(before.removesuffix(tail))
-        if header and not stated.startswith(header):
-            return batch.add_context(before + header)
-        return prompt
+        for text in written_texts(response):
+            if (spelled := self._spelled(text)) is not None:
+                return spelled
+        return plan_turns(turns, batch, prompt, self.turn_end_id, self._id_of_stop, candidate.truncated)
 
     # Construction
 
@@ -371,22 +396,3 @@ class Renderer:
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} takes no system message: remove its system_prompt"
             )
-
-    def _resolve_mode(self) -> Literal["chat", "plain"]:
-        has_template = bool(self.config.chat_template or self.tokenizer.chat_template)
-        if self.config.mode == "chat" and not has_template:
-            raise UserError(
-                f"render.mode is chat but {self.tokenizer.name_or_path} has no chat template: "
-                "set render.chat_template or render.mode: plain"
-            )
-        return "chat" if has_template and self.config.mode != "plain" else "plain"
-
-    def _find_turn_end(self) -> int | None:
-        """The first added token after an assistant's words; in plain mode, or without one, the end of text."""
-        if self._template is not None:
-            added = self.vocabulary.added
-            for id_ in self.encoder.whole(self._template.after_response()).tolist():
-                if id_ in added and not added[id_].isspace():
-                    return id_
-        eos = self.tokenizer.eos_token_id
-        return None if eos is None else int(eos)

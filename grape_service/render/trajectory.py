@@ -1,23 +1,26 @@
 """Splitting a rendered trajectory into what the policy read and what it wrote.
 
-Assistant turn i wrote what the rendering up to and including it has more than the rendering of everything
-before it with a generation prompt, through its turn-end token. That holds only for templates that append:
-each rendering has to begin with the one before it. Where one does not (reasoning stripped from past turns,
-merged messages, rewritten turns), the row cannot be split with certainty.
+With P the rendering of what is before assistant turn i, with a generation prompt, the turn begins in the rendering W of
+the whole conversation where P ends, and ends with its turn-end token. That is certain where W begins with P, and where
+the turn, rendered as the last one, reads the same. Two differences have a reason and are told apart: an empty block of
+thoughts, which templates put before the last turn alone, or into the generation prompt alone; and a turn that ends with
+the token that begins the next role. Any other (thoughts stripped from past turns, merged messages, rewritten turns)
+cannot be split with certainty.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from grape_service.render.conversation import EMPTY_THOUGHTS, ENDS_EMPTY, Lead
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN
 from grape_service.render.fields import left_out_field
+from grape_service.render.layout import Batch, Plan, Span
 from grape_service.render.template import ChatTemplate
-from grape_service.rows.candidate import Message
-from grape_service.rows.messages import tool_names
+from grape_service.rows.candidate import Message, Tool
+from grape_service.rows.messages import THOUGHTS, has_loss, tool_names
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Turn:
     written: str
     turn_end: str | None
     """The turn-end token's text; None where the last turn has none."""
+    after: str | None = None
+    """The turn end that the context follows; None where it begins the sequence."""
 
 
 class SplitError(ValueError):
@@ -44,52 +49,124 @@ def split_trajectory(
     template: ChatTemplate,
     prompt: list[Message],
     response: list[Message],
-    tools: list[dict[str, Any]] | None,
+    tools: list[Tool] | None,
     turn_ends: re.Pattern[str] | None,
+    rendered_prompt: str,
 ) -> list[Turn]:
-    """The turns of a response of assistant and tool messages, which ends with an assistant message.
+    """The turns with loss of a response of assistant and tool messages, which ends with an assistant message.
 
-    Raises SplitError; RenderingError where the template refuses the messages.
+    `rendered_prompt` is the prompt with its generation prompt, as it was rendered alone. Raises SplitError;
+    RenderingError where the template refuses the messages.
     """
+    whole = template.render([*prompt, *response], tools)
     turns: list[Turn] = []
-    text, position = "", 0  # the longest rendering so far, and where the last turn in it ended
-    last_seen = 0
+    position = last_seen = 0  # where the last turn ended
+    after = None
     for index, message in enumerate(response):
         if message["role"] != "assistant":
             continue
+        is_last = index + 1 == len(response)
         before = template.render([*prompt, *response[:index]], tools, generation_prompt=True)
-        if not before.startswith(text):
-            raise SplitError(f"the template rewrites the turns before response message {index}")
-        context = before[position:]
+        if not turns and before != rendered_prompt:
+            raise SplitError("the template renders the same prompt in two ways")
+        start = _start(template, before, whole, message, is_last)
+        if start is None:
+            reason = "does not go on where its generation prompt ends"
+            if turns and not whole.startswith(before[:position]):
+                raise SplitError(f"the template rewrites the turns before response message {index}")
+            raise SplitError(f"response message {index} {reason}")
+        begin, read = start
+        context = whole[position:begin] + read
         for earlier in response[last_seen:index]:
             if earlier["content"].strip() not in context:
                 raise SplitError(f"the template leaves out what is before response message {index}")
-        text = template.render([*prompt, *response[: index + 1]], tools)
-        if not text.startswith(before):
-            raise SplitError(f"response message {index} does not go on where its generation prompt ends")
-        written, turn_end = _cut(text[len(before) :], turn_ends, index, is_last=index + 1 == len(response))
+        alone = whole if is_last else template.render([*prompt, *response[: index + 1]], tools)
+        written = _written_alone(template, before, alone, message, turn_ends, index)
+        if EMPTY_THOUGHTS.match(written) and _thinks(message) and not EMPTY_THOUGHTS.match(message["content"]):
+            raise SplitError(f"the template puts empty thoughts before those of response message {index}")
+        if not whole.startswith(written, begin):
+            raise SplitError(f"the template rewrites response message {index} once others follow")
         _check_complete(written, message, index)
-        turns.append(Turn(context, written, turn_end))
-        position = len(before) + len(written) + len(turn_end or "")
-        last_seen = index + 1
+        end = turn_ends.match(whole, begin + len(written)) if turn_ends is not None else None
+        if end is None and not is_last:
+            raise SplitError(f"response message {index} does not end with one turn-end token")
+        turns.append(Turn(context, written, end[0] if end else None, after))
+        position, after, last_seen = begin + len(written) + len(end[0] if end else ""), turns[-1].turn_end, index + 1
     missing = left_out_field(template, [*prompt, *response], tools, len(prompt))
     if missing is not None:
         raise SplitError(f"the template leaves out {missing}")
-    return turns
+    return _with_loss(turns, [has_loss(message) for message in response if message["role"] == "assistant"])
 
 
-def _cut(rest: str, turn_ends: re.Pattern[str] | None, index: int, is_last: bool) -> tuple[str, str | None]:
-    """What a turn wrote and its turn end, from all that its message added to the text."""
+def _start(template: ChatTemplate, before: str, whole: str, message: Message, is_last: bool) -> tuple[int, str] | None:
+    """Where a turn begins in the whole rendering, and what the policy reads before it that does not stand there."""
+    thinks = _thinks(message)
+    lead = Lead() if thinks else template.frame.plain
+    if (lead.cut or lead.header) and whole.startswith(behind := lead.behind(before)):
+        return len(behind), ""
+    if whole.startswith(before):
+        empty = None if thinks else EMPTY_THOUGHTS.match(whole, len(before))
+        return (empty.end() if empty else len(before)), ""
+    closed = ENDS_EMPTY.search(before)
+    if closed is None or not whole.startswith(before[: closed.start()]):
+        return None
+    return closed.start(), closed[0] if is_last and not thinks else ""
+
+
+def _thinks(message: Message) -> bool:
+    return any(message.get(name) for name in THOUGHTS) or "</think>" in message["content"]
+
+
+def _written_alone(
+    template: ChatTemplate, before: str, alone: str, message: Message, turn_ends: re.Pattern[str] | None, index: int
+) -> str:
+    """What a turn wrote, from the rendering in which it is the last."""
+    start = _start(template, before, alone, message, is_last=True)
+    if start is None:
+        raise SplitError(f"response message {index} does not go on where its generation prompt ends")
+    rest = alone[start[0] :]
     ends = list(turn_ends.finditer(rest)) if turn_ends is not None else []
-    if not ends and is_last:
-        return rest, None
+    if not ends:
+        return rest
     if len(ends) != 1 or rest[ends[0].end() :].strip():
         raise SplitError(f"response message {index} does not end with one turn-end token")
-    return rest[: ends[0].start()], ends[0][0]
+    return rest[: ends[0].start()]
 
 
 def _check_complete(written: str, message: Message, index: int) -> None:
-    parts = [message["content"], message.get("reasoning_content") or "", *tool_names(message)]
+    parts = [message["content"], *(message.get(name) or "" for name in THOUGHTS), *tool_names(message)]
     for part in parts:
         if isinstance(part, str) and part.strip() not in written:
             raise SplitError(f"the template leaves out or rewrites a part of response message {index}")
+
+
+def _with_loss(turns: list[Turn], loss: Sequence[bool]) -> list[Turn]:
+    """The turns with loss; those without are read, those behind the last with loss are left out."""
+    kept: list[Turn] = []
+    read, after = "", None
+    for turn, wanted in zip(turns, loss, strict=True):
+        if not read:
+            after = turn.after
+        if wanted:
+            kept.append(replace(turn, context=read + turn.context, after=after))
+            read = ""
+        else:
+            read += turn.context + turn.written + (turn.turn_end or "")
+    return kept
+
+
+def plan_turns(
+    turns: list[Turn], batch: Batch, prompt: int, turn_end_id: int | None, id_of_stop: dict[str, int], truncated: bool
+) -> Plan:
+    """The plan of a trajectory behind the batch's `prompt`; a last turn without a turn end gets `turn_end_id`."""
+    contexts: list[int] = []
+    spans: list[Span] = []
+    for turn in turns:
+        end = turn_end_id if turn.turn_end is None else id_of_stop[turn.turn_end]
+        after = None if turn.after is None else id_of_stop[turn.after]
+        is_prompt = not contexts and turn.context == batch.contexts[prompt]
+        contexts.append(prompt if is_prompt else batch.add_context(turn.context, after))
+        spans.append(Span(batch.add_written(turn.written), is_rendered=True, turn_end=end))
+    if truncated:
+        spans[-1].turn_end = None
+    return Plan(contexts, spans)

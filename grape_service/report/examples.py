@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.config.methods import SelectConfig
+from grape_service.json_types import JsonObject
+from grape_service.report.facts import ExampleChoice
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_of
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.rows.statistics import LOGPROB
 from grape_service.score.store import ScoreStore
-from grape_service.select.methods import OURS, TokenStatistics, method_scores, select_method, token_statistics
+from grape_service.score.windows import WINDOW_READS
+from grape_service.select.methods import select_method, stored_scores
+from grape_service.select.steps import Tokenizer
 from grape_service.storage.parquet import array_of, open_parquet
 from grape_service.storage.storage import Storage
 
@@ -34,10 +39,60 @@ MAX_TEXT = 1_500
 
 EXAMPLE_KINDS = ("closest", "clearest", "random")
 
-FinalRows = dict[tuple[str, str], dict[str, Any]]
-"""What is known of kept rows, by prompt and candidate: arrays of one value per token with loss."""
+Mode = Literal["logprobs", "ratios", "weights"]
+MODES: dict[Mode, str] = {"logprobs": "log-probability", "ratios": "ratio", "weights": "weight"}
+"""What tokens of a page are shaded by; its script knows them by their place."""
 
-COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "truncated", "messages"]
+MARGINS = ("grape_margin", "select_margin", "margin_at_least")
+
+
+@dataclass(frozen=True)
+class KeptValues:
+    """What is known of a kept row."""
+
+    arrays: dict[str, npt.NDArray]
+    """One value per token with loss, under the names of MODES and of a release's other statistics."""
+    margin: float | None
+    """By the method that chose the row."""
+    margin_at_least: bool
+    """The margin is to a candidate that a race stopped."""
+
+
+FinalRows = dict[tuple[str, str], KeptValues]
+"""Kept rows by prompt and candidate."""
+
+
+class ShownCandidate(TypedDict):
+    """A candidate token by token: lists have one value for each of its first tokens with loss."""
+
+    candidate_id: str
+    source: str | None
+    truncated: bool
+    score: float | None
+    rank: NotRequired[int | None]
+    kept: bool
+    margin: NotRequired[float | None]  # of a kept one, by the method that chose it
+    margin_at_least: NotRequired[bool]
+    num_tokens: int  # with loss, those that are not in the lists among them
+    counted_tokens: int  # of those, the ones that count in the score
+    ids: list[int]
+    logprobs: list[float | None] | None
+    ratios: list[float | None] | None
+    weights: list[float | None] | None
+    texts: NotRequired[list[str]]
+    reason: NotRequired[str]  # why it was kept or not
+
+
+class PromptExample(TypedDict):
+    """A prompt with its candidates, best first."""
+
+    prompt_id: str
+    prompt: str
+    candidates: list[ShownCandidate]
+    kind: NotRequired[str]  # of EXAMPLE_KINDS
+
+
+COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", *WINDOW_READS, "truncated", "messages"]
 
 
 def rows_of_prompts(storage: Storage, paths: Sequence[str], prompt_ids: list[str], columns: list[str]) -> pa.Table:
@@ -65,12 +120,14 @@ def read_examples(
     final_path: str | None,
     max_tokens: int = MAX_TOKENS,
     final: FinalRows | None = None,
-) -> dict[str, dict[str, Any]]:
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, PromptExample]:
     """Prompts of one partition by id, each with its candidates, best first (a Ray task).
 
     `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights;
     `final` is the same already read. Without a `store` only kept rows have scores, of the log-probabilities there.
-    Token values are cut to `max_tokens`; `num_tokens` says how many there are.
+    Token values are cut to `max_tokens`; `num_tokens` says how many there are. `tokenizer` is the target's, for a
+    method that cuts steps: raises UserError where the model is no longer there.
     """
     method = select_method(select)
     own_columns = method.columns if method is not None else ()
@@ -86,32 +143,27 @@ def read_examples(
     counted = np.ones(len(loss_ids), dtype=bool) if select.count_turn_end else loss_kind == LOSS_TOKEN
     logprobs: npt.NDArray[np.float32] | None = None
     has_score = np.zeros(table.num_rows, dtype=bool)
-    scores = np.full(table.num_rows, np.nan)
-    if store is not None:
-        row_keys = array_of(table, "row_key")
-        tables = store.read_statistics(partition, row_keys, select.statistics)
-        finite = {name: one.finite() for name, one in tables.items()}
-        tokens = token_statistics(tables, finite, np.arange(table.num_rows), lengths, row_keys)
-        has_score = tokens.usable
-        logprobs = np.where(np.repeat(has_score, lengths), tokens.values[LOGPROB], np.nan).astype(np.float32)
-        scores = method_scores(method or OURS["grape"], table, tokens, counted)
-    elif "select_score" in table.column_names:
+    if store is None and "select_score" in table.column_names:
         scores = table["select_score"].to_numpy(zero_copy_only=False)
-    elif method is not None and not method.statistics:
-        tokens = TokenStatistics({}, loss_offsets, np.ones(table.num_rows, dtype=bool))
-        scores = method_scores(method, table, tokens, counted)
+    else:
+        tokens, scores = stored_scores(method, table, counted, select, store, partition, tokenizer)
+        if store is not None:
+            has_score = tokens.usable
+            logprobs = np.where(np.repeat(has_score, lengths), tokens.values[LOGPROB], np.nan).astype(np.float32)
     final = _final_rows(storage, final_path, prompt_ids) if final is None else final
-    prompts: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, PromptExample] = {}
     shown = ["prompt_id", "candidate_id", "source", "truncated", "messages"]
     for row, light in enumerate(table.select(shown).to_pylist()):
         span = slice(int(loss_offsets[row]), min(int(loss_offsets[row + 1]), int(loss_offsets[row]) + max_tokens))
         kept = final.get((light["prompt_id"], light["candidate_id"]))
-        candidate = {
+        candidate: ShownCandidate = {
             "candidate_id": light["candidate_id"],
             "source": light["source"],
             "truncated": light["truncated"],
             "score": _number(scores[row]),
             "kept": kept is not None,
+            "margin": kept.margin if kept is not None else None,
+            "margin_at_least": kept is not None and kept.margin_at_least,
             "num_tokens": int(lengths[row]),
             "counted_tokens": int(counted[loss_offsets[row] : loss_offsets[row + 1]].sum()),
             "ids": loss_ids[span].tolist(),
@@ -120,9 +172,11 @@ def read_examples(
             "weights": None,
         }
         if kept is not None:
-            candidate.update({key: _rounded(values[:max_tokens]) for key, values in kept.items()})
-            if store is None and "logprobs" in kept and not select.makes_select_score:
-                known = kept["logprobs"][counted[loss_offsets[row] : loss_offsets[row + 1]]]
+            for mode in MODES:
+                if mode in kept.arrays:
+                    candidate[mode] = _rounded(kept.arrays[mode][:max_tokens])
+            if store is None and "logprobs" in kept.arrays and not select.makes_select_score:
+                known = kept.arrays["logprobs"][counted[loss_offsets[row] : loss_offsets[row + 1]]]
                 candidate["score"] = _number(known.mean()) if len(known) else None
         prompt = prompts.setdefault(
             light["prompt_id"],
@@ -134,7 +188,7 @@ def read_examples(
     return prompts
 
 
-def rank(candidates: list[dict[str, Any]], smallest_wins: bool = False) -> None:
+def rank(candidates: list[ShownCandidate], smallest_wins: bool = False) -> None:
     """Sort candidates, best first; those without a score last. Equal scores: the smaller candidate_id."""
     sign = 1 if smallest_wins else -1
     candidates.sort(key=lambda c: (sign * c["score"] if c["score"] is not None else float("inf"), c["candidate_id"]))
@@ -142,13 +196,16 @@ def rank(candidates: list[dict[str, Any]], smallest_wins: bool = False) -> None:
         candidate["rank"] = place if candidate["score"] is not None else None
 
 
-def reason_of(candidate: dict[str, Any], candidates: list[dict[str, Any]], select: SelectConfig) -> str:
+def reason_of(candidate: ShownCandidate, candidates: list[ShownCandidate], select: SelectConfig) -> str:
     """Why a candidate was kept or not, in words."""
     kept = [c for c in candidates if c["kept"]]
     if candidate["kept"]:
-        return f"kept: number {candidate['rank']} by score" if candidate["rank"] else f"kept by method {select.method}"
+        rank = candidate.get("rank") if select_method(select) is not None else None
+        words = why_kept(rank, candidate.get("margin"), candidate.get("margin_at_least"))
+        return words or f"kept by method {select.method}"
     if select.needs_scores and candidate["score"] is None:
-        return "has no score"
+        stopped = kept and candidate["counted_tokens"]  # a candidate that failed takes its prompt out
+        return "was stopped by score.race: it could no longer be kept" if stopped else "has no score"
     if select.min_response_tokens is not None and candidate["num_tokens"] < select.min_response_tokens:
         return f"shorter than select.min_response_tokens {select.min_response_tokens}"
     if select.max_response_tokens is not None and candidate["num_tokens"] > select.max_response_tokens:
@@ -168,11 +225,22 @@ def reason_of(candidate: dict[str, Any], candidates: list[dict[str, Any]], selec
     return f"its score is {'lower' if sign > 0 else 'higher'} by {behind:.4f}"
 
 
+def why_kept(rank: int | None, margin: float | None, margin_at_least: bool | None) -> str:
+    """By which rank and margin a candidate was kept, in words; empty where nothing ranked it."""
+    if not rank:
+        return ""
+    words = f"kept: number {rank} by score"
+    if margin is None:
+        return words
+    least = "≥ " if margin_at_least else ""
+    return f"{words}, margin {least}{margin:.4f}{' (to one that was stopped)' if least else ''}"
+
+
 def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> FinalRows:
     if path is None:
         return {}
     columns = ["prompt_id", "candidate_id", "target_logprobs", "behavior_logprobs", "weights", "weight_source"]
-    table = rows_of_prompts(storage, [path], prompt_ids, columns)
+    table = rows_of_prompts(storage, [path], prompt_ids, [*columns, *MARGINS])
     return {(row["prompt_id"], row["candidate_id"]): _final_values(row) for row in table.to_pylist()}
 
 
@@ -181,7 +249,8 @@ def release_rows(release: Release, prompt_ids: list[str]) -> FinalRows:
     columns = ["prompt_id", "candidate_id", "loss_mask", "target_logprobs", "behavior_logprobs", "loss_weights"]
     wanted = pc.field("prompt_id").isin(prompt_ids)
     found = {}
-    for row in release.dataset.to_table(columns=[*columns, "weight_source"], filter=wanted).to_pylist():
+    more = [name for name in ("weight_source", *MARGINS) if name in release.schema.names]
+    for row in release.dataset.to_table(columns=[*columns, *more], filter=wanted).to_pylist():
         mask = np.array(row["loss_mask"])
         for name in columns[3:]:
             row[name] = np.array(row[name])[mask] if row[name] is not None else None
@@ -189,8 +258,14 @@ def release_rows(release: Release, prompt_ids: list[str]) -> FinalRows:
     return found
 
 
-def _final_values(row: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def margin_of(row: JsonObject) -> tuple[float | None, bool]:
+    """The margin of a row by the method that chose it, and whether it is only known to be at least so much."""
+    other = row.get("select_margin")
+    return other if other is not None else row.get("grape_margin"), bool(row.get("margin_at_least"))
+
+
+def _final_values(row: JsonObject) -> KeptValues:
+    values: dict[str, npt.NDArray] = {}
     target, behavior = row.get("target_logprobs"), row.get("behavior_logprobs")
     if target is not None:
         values["logprobs"] = np.array(target)
@@ -198,7 +273,7 @@ def _final_values(row: dict[str, Any]) -> dict[str, Any]:
         values["ratios"] = np.array(target) - np.array(behavior)
     if row.get("weights") is not None and row.get("weight_source") != "uniform":
         values["weights"] = np.array(row["weights"])
-    return values
+    return KeptValues(values, *margin_of(row))
 
 
 def prompt_text(messages: str) -> str:
@@ -216,18 +291,18 @@ TokenBytes = Callable[[list[int]], list[bytes | None]]
 
 
 def examples_of_kinds(
-    prompts: dict[str, dict[str, Any]], chosen: dict[str, list[list[Any]]], token_bytes: TokenBytes | None
-) -> list[dict[str, Any]]:
+    prompts: dict[str, PromptExample], chosen: ExampleChoice, token_bytes: TokenBytes | None
+) -> list[PromptExample]:
     """What a page shows: the prompts that were found, with their tokens' texts, by the kind that they were chosen as.
 
-    `chosen` holds [key, order, prompt_id] by kind, as report.statistics.Examples has them.
+    `chosen` holds [key, order, prompt_id] by kind, as report.sums.Examples has them.
     """
-    add_token_texts(prompts.values(), token_bytes)
+    add_token_texts((candidate for prompt in prompts.values() for candidate in prompt["candidates"]), token_bytes)
     found = [(kind, row[2]) for kind in EXAMPLE_KINDS for row in chosen.get(kind, []) if row[2] in prompts]
     return [{**prompts[prompt_id], "kind": kind} for kind, prompt_id in found]
 
 
-def chosen_by_partition(chosen: dict[str, list[list[Any]]], num_partitions: int) -> dict[str, list[str]]:
+def chosen_by_partition(chosen: ExampleChoice, num_partitions: int) -> dict[str, list[str]]:
     """Ids of the prompts in `chosen` (see `examples_of_kinds`) by partition, each once."""
     wanted: dict[str, list[str]] = {}
     for prompt_id in dict.fromkeys(row[2] for rows in chosen.values() for row in rows):
@@ -235,16 +310,15 @@ def chosen_by_partition(chosen: dict[str, list[list[Any]]], num_partitions: int)
     return wanted
 
 
-def add_token_texts(prompts: Iterable[dict[str, Any]], token_bytes: TokenBytes | None) -> None:
+def add_token_texts(candidates: Iterable[ShownCandidate], token_bytes: TokenBytes | None) -> None:
     """Give each candidate `texts`, one per token: a character that several tokens share stands at its last one."""
-    for prompt in prompts:
-        for candidate in prompt["candidates"]:
-            ids = candidate["ids"]
-            if token_bytes is None:
-                candidate["texts"] = [f"[{number}]" for number in ids]
-                continue
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            candidate["texts"] = [decoder.decode(b"\xef\xbf\xbd" if b is None else b) for b in token_bytes(ids)]
+    for candidate in candidates:
+        ids = candidate["ids"]
+        if token_bytes is None:
+            candidate["texts"] = [f"[{number}]" for number in ids]
+            continue
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        candidate["texts"] = [decoder.decode(b"\xef\xbf\xbd" if b is None else b) for b in token_bytes(ids)]
 
 
 def _rounded(values: npt.NDArray) -> list[float | None]:

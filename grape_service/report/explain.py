@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from grape_service.display import short
 from grape_service.errors import UserError
 from grape_service.prepare.shards import shard_paths
 from grape_service.release.candidates import ScoredPool, open_scored_pool
 from grape_service.release.load import Release
 from grape_service.release.some_rows import is_prompt
-from grape_service.report.examples import add_token_texts, prompt_text, read_examples, reason_of, release_rows
+from grape_service.report.examples import (
+    PromptExample,
+    add_token_texts,
+    prompt_text,
+    read_examples,
+    reason_of,
+    release_rows,
+)
 from grape_service.rows.partitions import partition_of
 from grape_service.storage.parquet import read_tables
 
@@ -20,7 +25,7 @@ ALL_TOKENS = 1 << 40
 MAX_NAMED = 8
 
 
-def explain(release: Release, prompt: str) -> dict[str, Any]:
+def explain(release: Release, prompt: str) -> PromptExample:
     """The prompt with its candidates, best first, each with `reason`; token texts where the model is still there.
 
     `prompt` is a prompt_id, the beginning of one, or words of the prompt. Raises UserError where the pool has no such
@@ -36,13 +41,14 @@ def explain(release: Release, prompt: str) -> dict[str, Any]:
     shards = shard_paths(pool.prepared, partition) if partition in pool.prepared.partitions else []
     final = release_rows(release, [prompt_id])
     found = read_examples(
-        pool.workspace, partition, shards, pool.store, [prompt_id], pool.select, None, ALL_TOKENS, final
+        *(pool.workspace, partition, shards, pool.store, [prompt_id], pool.select, None, ALL_TOKENS, final),
+        tokenizer=pool.tokenizer,
     )
     explained = found[prompt_id]
     try:
-        add_token_texts([explained], pool.renderer().token_bytes)
+        add_token_texts(explained["candidates"], pool.renderer().token_bytes)
     except UserError:
-        add_token_texts([explained], None)
+        add_token_texts(explained["candidates"], None)
     for candidate in explained["candidates"]:
         candidate["reason"] = reason_of(candidate, explained["candidates"], pool.select)
     return explained

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from grape_service.display import short
+from grape_service.json_types import JsonObject
+from grape_service.report.facts import Facts, SelectReport, WeightsReport
 from grape_service.report.families import families_of, is_same_model
-
-MIN_PROMPTS = 20
-"""Shares of fewer prompts say nothing."""
-
-
-@dataclass(frozen=True)
-class Warning:
-    """One finding."""
-
-    text: str
-    change: str
+from grape_service.report.misled import misled, own_family
+from grape_service.report.warning import MIN_PROMPTS, Warning, compared_prompts, share
 
 
-def warnings_of(facts: dict[str, Any]) -> list[Warning]:
+def warnings_of(facts: Facts) -> list[Warning]:
     """All warnings of a release, from its manifest's counts, config and statistics."""
     report = facts["statistics"].get("report") or {}
     found = _pool(facts) + _checks(facts)
-    found += _singletons(facts) + _self_written(facts)
+    found += _singletons(facts) + _self_written(facts) + own_family(facts)
     if report.get("select"):
         checked = any(check["name"] == "sources" for check in facts["statistics"].get("checks") or [])
         found += [] if checked else _sources(facts, report["select"])
-        found += _choice(facts, report["select"])
+        found += _choice(facts, report["select"]) + misled(facts, report["select"])
     if report.get("weights"):
         found += _weights(facts, report["weights"])
     return found
 
 
-def share(part: float, whole: float) -> float:
-    """part / whole; 0 of nothing."""
-    return part / whole if whole else 0.0
-
-
-def _pool(facts: dict[str, Any]) -> list[Warning]:
+def _pool(facts: Facts) -> list[Warning]:
     pool, select = facts["counts"].get("pool") or {}, facts["counts"].get("select") or {}
     found = []
     rejected = share(pool.get("rejected", 0), pool.get("rows_in", 0))
@@ -73,7 +58,7 @@ def _pool(facts: dict[str, Any]) -> list[Warning]:
     return found
 
 
-def _singletons(facts: dict[str, Any]) -> list[Warning]:
+def _singletons(facts: Facts) -> list[Warning]:
     """Prompts with nothing to choose from."""
     select = facts["counts"].get("select") or {}
     alone, prompts = select.get("singletons", 0), select.get("kept_prompts", 0)
@@ -87,7 +72,7 @@ def _singletons(facts: dict[str, Any]) -> list[Warning]:
     ]
 
 
-def _self_written(facts: dict[str, Any]) -> list[Warning]:
+def _self_written(facts: Facts) -> list[Warning]:
     """Kept rows that the target, or a model of its family, wrote, as far as names show it."""
     config, select = facts["config"], facts["counts"].get("select") or {}
     target = str((config.get("target") or {}).get("model") or "")
@@ -95,7 +80,8 @@ def _self_written(facts: dict[str, Any]) -> list[Warning]:
     families = families_of(target)
     own = of_family = 0
     for source, counts in (select.get("sources") or {}).items():
-        names = [source, str((writers.get(source) or {}).get("model") or "")]
+        writer = writers.get(source)  # "none" of people
+        names = [source, str(writer.get("model") or "") if isinstance(writer, dict) else ""]
         if target and any(is_same_model(name, target) for name in names):
             own += counts["kept"]
         elif families and any(families & families_of(name) for name in names):
@@ -121,7 +107,7 @@ def _self_written(facts: dict[str, Any]) -> list[Warning]:
     return found
 
 
-def _checks(facts: dict[str, Any]) -> list[Warning]:
+def _checks(facts: Facts) -> list[Warning]:
     found = []
     for check in facts["statistics"].get("checks") or []:
         if check.get("warning"):
@@ -129,7 +115,7 @@ def _checks(facts: dict[str, Any]) -> list[Warning]:
     return found
 
 
-def _sources(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
+def _sources(facts: Facts, select: SelectReport) -> list[Warning]:
     found: list[Warning] = []
     contested = select["contested"]
     method = (facts["config"].get("select") or {}).get("method", "grape")
@@ -148,9 +134,10 @@ def _sources(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
                 )
             )
         elif rate < 0.01:
+            how_often = "almost never" if wins else "never"
             found.append(
                 Warning(
-                    f"Source {short(name)} almost never wins ({wins:,} of {present:,} prompts).",
+                    f"Source {short(name)} {how_often} wins ({wins:,} of {present:,} prompts).",
                     "Scoring it may be a waste: leave it out with pool.where, or check that its rows are rendered "
                     "as the target expects.",
                 )
@@ -158,7 +145,7 @@ def _sources(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
     return found
 
 
-def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
+def _choice(facts: Facts, select: SelectReport) -> list[Warning]:
     found: list[Warning] = []
     if select["contested"] < MIN_PROMPTS or (facts["config"].get("select") or {}).get("method", "grape") != "grape":
         return found
@@ -195,10 +182,11 @@ def _choice(facts: dict[str, Any], select: dict[str, Any]) -> list[Warning]:
             )
         )
     other = (select["agree"] or {}).get("turn end the other way")
-    if other is not None and share(other, select["contested"]) < 0.6:
+    compared = compared_prompts(select)
+    if other is not None and compared >= MIN_PROMPTS and share(other, compared) < 0.6:
         found.append(
             Warning(
-                f"Whether the turn end counts changes {1 - share(other, select['contested']):.0%} of the choices.",
+                f"Whether the turn end counts changes {1 - share(other, compared):.0%} of the choices.",
                 "Answers are very short, or the target does not know the turn end: keep count_turn_end: false for a "
                 "base model and set select.min_response_tokens.",
             )
@@ -219,7 +207,7 @@ NARROW = (
 )
 
 
-def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
+def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     figures = facts["statistics"].get("weights") or {}
     counts = facts["counts"].get("weigh") or {}
     config = facts["config"].get("weights") or {}
@@ -277,7 +265,7 @@ def _weights(facts: dict[str, Any], weights: dict[str, Any]) -> list[Warning]:
 MOST = 0.5
 
 
-def _recorded_numbers(counts: dict[str, Any]) -> list[Warning]:
+def _recorded_numbers(counts: JsonObject) -> list[Warning]:
     """Sources whose recorded numbers are likely not what the config says, and whose ratios a clip holds."""
     found = []
     for name, tokens in (counts.get("recorded_tokens") or {}).items():
@@ -304,7 +292,7 @@ def _recorded_numbers(counts: dict[str, Any]) -> list[Warning]:
     return found
 
 
-def _other_weights(figures: dict[str, Any]) -> list[Warning]:
+def _other_weights(figures: JsonObject) -> list[Warning]:
     """Of weights that compare with no behavior."""
     found = []
     effective = figures.get("effective_share")

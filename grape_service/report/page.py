@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jinja2
 import orjson
 
 from grape_service.config.methods import SelectConfig
-from grape_service.display import cut, short, visible
+from grape_service.display import cut, in_order, short, visible
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
 from grape_service.prepare.shards import shard_paths
 from grape_service.release.candidates import open_scored_pool
+from grape_service.release.changes import since_of
 from grape_service.release.load import Release
 from grape_service.report import plots
 from grape_service.report.examples import (
     MAX_CANDIDATES,
     MAX_TEXT,
+    MODES,
+    PromptExample,
+    ShownCandidate,
     TokenBytes,
     chosen_by_partition,
     examples_of_kinds,
@@ -28,44 +34,17 @@ from grape_service.report.examples import (
     reason_of,
     release_rows,
 )
-from grape_service.report.notices import share, warnings_of
+from grape_service.report.facts import ExampleChoice, Facts, SelectReport, WeightsReport, facts_of_manifest
+from grape_service.report.misled import overlaps
+from grape_service.report.notices import warnings_of
 from grape_service.report.sums import MAX_SOURCES
+from grape_service.report.warning import compared_prompts, share
+from grape_service.weigh.totals import WeightFigures, WeightTotals
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def facts_of_manifest(manifest: Any) -> dict[str, Any]:
-    """What the page tells, from a published manifest."""
-    fields = manifest.model_dump(mode="json")
-    return _facts(fields, manifest.name, manifest.version, manifest.files, manifest.created)
-
-
-def facts_of_fields(fields: Any, name: str, version: str, files: Sequence[Any]) -> dict[str, Any]:
-    """The same before the manifest is published."""
-    return _facts(fields.model_dump(mode="json"), name, version, files, None)
-
-
-def _facts(
-    fields: dict[str, Any], name: str, version: str, files: Sequence[Any], created: str | None
-) -> dict[str, Any]:
-    from grape_service.release.manifest import without_secrets
-
-    return {
-        "name": name,
-        "version": version,
-        "created": created,
-        "rows": sum(file.rows for file in files),
-        "tokens": sum(file.tokens for file in files),
-        "loss_tokens": sum(file.loss_tokens for file in files),
-        "bytes": sum(file.size for file in files),
-        "counts": fields["counts"],
-        "config": without_secrets(fields["config"]),
-        "parents": fields["parents"],
-        "statistics": fields["statistics"],
-    }
-
-
-def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) -> str:
+def render_page(facts: Facts, examples: Sequence[PromptExample] = ()) -> str:
     """The whole page. All text from outside is escaped; nothing is loaded from elsewhere."""
     report = facts["statistics"].get("report") or {}
     figures: dict[str, plots.Figure] = {}
@@ -85,12 +64,16 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
             title=f"{facts['name']} {facts['version']}",
             warnings=warnings_of(facts),
             reasons=reasons_of(facts),
+            race=facts["statistics"].get("race"),
+            since=since_of(facts["counts"]),
             select=report.get("select"),
             sources=source_rows(report.get("select")),
             weights=report.get("weights"),
             weigh=facts["counts"].get("weigh") or {},
             weight_rows=weight_rows(facts),
             noise=scoring_noise(facts),
+            aligned=aligned_rows(facts),
+            overlaps=overlaps(report["select"]) if report.get("select") else [],
             modes=shown_modes(examples),
             engines=engine_rows(facts),
             estimate=facts["statistics"].get("estimate"),
@@ -99,7 +82,7 @@ def render_page(facts: dict[str, Any], examples: Sequence[dict[str, Any]] = ()) 
             checks=facts["statistics"].get("checks") or [],
             examples=[_shown(example, selection) for example in examples],
             config_text=orjson.dumps(facts["config"], option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS).decode(),
-            seconds=facts["statistics"].get("stage_seconds") or {},
+            seconds=in_order(facts["statistics"].get("stage_seconds") or {}),
             plotly_packed=plotly_packed(),
         )
     )
@@ -152,14 +135,14 @@ def percent(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.1%}"
 
 
-def flow_of_rows(facts: dict[str, Any]) -> list[tuple[str, int]]:
+def flow_of_rows(facts: Facts) -> list[tuple[str, int]]:
     """Rows after each stage."""
     pool, select = facts["counts"].get("pool") or {}, facts["counts"].get("select") or {}
     steps = [("in the pool", pool.get("rows_in")), ("usable", pool.get("rows")), ("kept", select.get("kept_rows"))]
     return [*((label, count) for label, count in steps if count is not None), ("released", facts["rows"])]
 
 
-def reasons_of(facts: dict[str, Any]) -> list[tuple[str, str, int]]:
+def reasons_of(facts: Facts) -> list[tuple[str, str, int]]:
     """Stage, reason and rows of everything that was left out."""
     counts = facts["counts"]
     pool, select, weigh = (counts.get(name) or {} for name in ("pool", "select", "weigh"))
@@ -172,8 +155,19 @@ def reasons_of(facts: dict[str, Any]) -> list[tuple[str, str, int]]:
     return [row for row in rows if row[2]]
 
 
-def source_rows(select: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A line per source: candidates, kept, share of contested prompts won, mean score."""
+class SourceRow(TypedDict):
+    """A line of the table of sources."""
+
+    name: str
+    candidates: int
+    kept: int
+    present: int  # prompts with a choice of which a candidate is of the source
+    win_share: float | None  # of those
+    score: float | None  # mean
+
+
+def source_rows(select: SelectReport | None) -> list[SourceRow]:
+    """A line for each source."""
     if not select:
         return []
     return [
@@ -189,16 +183,23 @@ def source_rows(select: dict[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The weights, all and by source, and those that the target against itself would get."""
-    from grape_service.weigh.pear import WeightTotals
+class WeightRow(WeightFigures):
+    """A line of the table of weights."""
 
+    name: str
+    tokens: int | None
+
+
+def weight_rows(facts: Facts) -> list[WeightRow]:
+    """The weights, all and by source, and those that the target against itself would get."""
     weigh = facts["counts"].get("weigh") or {}
-    figures = facts["statistics"].get("weights")
+    figures: WeightFigures | None = facts["statistics"].get("weights")
     if not figures:
         return []
-    rows = [{"name": "all of these weights", "tokens": None, **figures}]
     sources = sorted((weigh.get("sources") or {}).items(), key=lambda item: (-item[1]["tokens"], item[0]))
+    rows: list[WeightRow] = [
+        {"name": "all of these weights", "tokens": sum(sums["tokens"] for _, sums in sources) or None, **figures}
+    ]
     parts = [(f"source {name}", sums) for name, sums in sources[:MAX_SOURCES]]
     compared = (facts["config"].get("weights") or {}).get("method", "pear") == "pear"
     first, second = ("target against itself, exact", "target against itself, scored again")
@@ -209,31 +210,54 @@ def weight_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
     for name, sums in parts:
         if sums.get("tokens"):
             rows.append({"name": name, "tokens": sums["tokens"], **WeightTotals.from_json(sums).figures()})
-    rows[0]["tokens"] = sum(sums["tokens"] for _, sums in sources) or None
     return rows
 
 
-def scoring_noise(facts: dict[str, Any]) -> float | None:
+def aligned_rows(facts: Facts) -> list[JsonObject]:
+    """A line for each source whose behavior policy has another tokenizer: how much of its rows is compared."""
+    from grape_service.weigh.counts import AlignedCounts
+
+    aligned = (facts["counts"].get("weigh") or {}).get("aligned") or {}
+    found = ((name, AlignedCounts.from_json(counts)) for name, counts in sorted(aligned.items()))
+    return [{"name": name, **vars(counts), **counts.figures()} for name, counts in found][:MAX_SOURCES]
+
+
+def scoring_noise(facts: Facts) -> float | None:
     """Root mean square difference per token between two scorings by the target; None where it scored nothing again."""
     weigh = facts["counts"].get("weigh") or {}
     tokens = (weigh.get("self_weights_repeat") or weigh.get("control_twice") or {}).get("tokens")
     return (weigh["noise_squares"] / tokens) ** 0.5 if tokens else None
 
 
-def engine_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What scoring took: replicas, tokens and seconds, by model and engine."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+@dataclass
+class EngineRow:
+    """What scoring took of one model on one engine."""
+
+    model: str
+    engine: str
+    replicas: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return share(self.tokens, self.seconds)
+
+
+def engine_rows(facts: Facts) -> list[EngineRow]:
+    """What scoring took, by model and engine."""
+    found: dict[tuple[str, ...], EngineRow] = {}
     for engine in facts["statistics"].get("engines") or []:
         name = f"{engine['engine']} {engine['version']} on {engine['device']}, {engine['dtype']}"
-        row = {"model": engine["model"], "engine": name, "replicas": 0, "tokens": 0, "seconds": 0.0}
-        row = found.setdefault((engine["policy_id"], name), row)
-        row["replicas"] += 1
-        row["tokens"] += int(engine["stats"].get("tokens", 0))
-        row["seconds"] += engine["stats"].get("seconds", 0.0)
-    return [{**row, "rate": share(row["tokens"], row["seconds"])} for row in found.values()]
+        row = found.setdefault((engine["policy_id"], name), EngineRow(engine["model"], name))
+        row.replicas += 1
+        row.tokens += int(engine["stats"].get("tokens", 0))
+        row.seconds += engine["stats"].get("seconds", 0.0)
+    return list(found.values())
 
 
-def _select_figures(select: dict[str, Any], config: SelectConfig) -> dict[str, plots.Figure]:
+def _select_figures(select: SelectReport, config: SelectConfig) -> dict[str, plots.Figure]:
     names = select["names"]
     figures = {"lengths": plots.lengths(select["lengths"], select["kept_lengths"])}
     if not select["contested"]:
@@ -242,10 +266,10 @@ def _select_figures(select: dict[str, Any], config: SelectConfig) -> dict[str, p
     agree = sorted(select["agree"].items(), key=lambda item: -item[1])
     words = {TURN_END: "turn end not counted" if config.count_turn_end else "turn end counted"}
     labels = [*(words.get(name, name) for name, _ in agree), "random (expected)"]
-    shares = [*(count / select["contested"] for _, count in agree), select["chance"]]
+    shares = [*(share(count, compared_prompts(select, name)) for name, count in agree), select["chance"]]
     rules = {f"this selection, {select['winner_tokens']:.0f} tokens": select["wins"]}
     for name, _ in agree:
-        tokens = select["picked_tokens"][name] / select["contested"]
+        tokens = share(select["picked_tokens"][name], compared_prompts(select, name))
         rules[f"{words.get(name, name)}, {tokens:.0f} tokens"] = select["picked"][name]
     figures |= {
         "scores": plots.scores(names, select["scores"]),
@@ -260,7 +284,7 @@ def _select_figures(select: dict[str, Any], config: SelectConfig) -> dict[str, p
     return figures
 
 
-def _weight_figures(weights: dict[str, Any], clip: list[float] | None) -> dict[str, plots.Figure]:
+def _weight_figures(weights: WeightsReport, clip: list[float] | None) -> dict[str, plots.Figure]:
     if not any(map(sum, weights["weights"])):
         return {}
     return {
@@ -272,17 +296,15 @@ def _weight_figures(weights: dict[str, Any], clip: list[float] | None) -> dict[s
 
 TURN_END = "turn end the other way"
 KIND_NAMES = {"closest": "Closest choice", "clearest": "Clearest choice", "random": "Random prompt"}
-MODES = {"logprobs": "log-probability", "ratios": "ratio", "weights": "weight"}
-"""What tokens can be shaded by; the page's script knows them by their place."""
 
 
-def shown_modes(examples: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Those of which any candidate has values."""
+def shown_modes(examples: Sequence[PromptExample]) -> list[tuple[int, str]]:
+    """What tokens can be shaded by, of which any candidate has values; the page's script knows them by their place."""
     there = [candidate for example in examples for candidate in example["candidates"]]
     return [(n, name) for n, (key, name) in enumerate(MODES.items()) if any(c.get(key) is not None for c in there)]
 
 
-def _shown(example: dict[str, Any], select: SelectConfig) -> dict[str, Any]:
+def _shown(example: PromptExample, select: SelectConfig) -> JsonObject:
     """An example cut to what a page shows."""
     candidates = example["candidates"]
     kept = [c for c in candidates if c["kept"]]
@@ -297,7 +319,7 @@ def _shown(example: dict[str, Any], select: SelectConfig) -> dict[str, Any]:
     }
 
 
-def _tokens(candidate: dict[str, Any]) -> Any:
+def _tokens(candidate: ShownCandidate) -> Iterator[JsonObject]:
     values = [candidate.get(key) for key in MODES]
     for place, text in enumerate(candidate["texts"]):
         numbers = [row[place] if row is not None and place < len(row) else None for row in values]
@@ -315,17 +337,22 @@ def report_page(release: Release, regenerate: bool = False) -> str:
     return render_page(facts_of_manifest(release.manifest), examples_of(release))
 
 
-def examples_of(release: Release) -> list[dict[str, Any]]:
-    """The report's examples read again; none where the workspace or the statistics lack them."""
+def examples_of(release: Release) -> list[PromptExample]:
+    """The report's examples read again; none where the workspace or the statistics lack them, or where the method needs
+    the target's tokenizer, which is gone."""
     select = (release.manifest.statistics.get("report") or {}).get("select")
     pool = open_scored_pool(release)
     if not select or pool is None:
         return []
-    chosen = select["examples"]
-    prompts: dict[str, dict[str, Any]] = {}
+    chosen: ExampleChoice = select["examples"]
+    prompts: dict[str, PromptExample] = {}
     for partition, ids in chosen_by_partition(chosen, pool.num_partitions).items():
         shards, final = shard_paths(pool.prepared, partition), release_rows(release, ids)
-        prompts |= read_examples(pool.workspace, partition, shards, pool.store, ids, pool.select, None, final=final)
+        where = pool.workspace, partition, shards, pool.store, ids, pool.select, None
+        try:
+            prompts |= read_examples(*where, final=final, tokenizer=pool.tokenizer)
+        except UserError:
+            return []
     try:
         token_bytes: TokenBytes | None = pool.renderer().token_bytes
     except UserError:
@@ -333,7 +360,7 @@ def examples_of(release: Release) -> list[dict[str, Any]]:
     return examples_of_kinds(prompts, chosen, token_bytes)
 
 
-def render_comparison(found: dict[str, Any]) -> str:
+def render_comparison(found: JsonObject) -> str:
     """What compare.compare found as one self-contained page."""
     figures: dict[str, plots.Figure] = {}
     names = list(found["sources"])[:12]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from grape_service.display import plot_labels
+from grape_service.json_types import JsonObject
+from grape_service.report.facts import WeightsReport
 from grape_service.report.statistics import (
     LENGTH_EDGES,
     MARGIN_EDGES,
@@ -22,10 +24,10 @@ COLORS = ("#3d7dca", "#d9692b", "#2f9e6e", "#b0589f", "#a8871d", "#6a6fd4", "#c4
 BLUE, ORANGE, GREY = "#3d7dca", "#d9692b", "#8c97a5"
 MOST_BINS = 80
 """More bins than this in a plot are put together."""
-Figure = dict[str, Any]
+Figure = JsonObject
 
 
-def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
+def layout(x: str, y: str, **more: Any) -> JsonObject:
     """The layout that all plots share; the page's style sheet colours texts and lines."""
     axis = {
         "automargin": True,
@@ -58,7 +60,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def log_axis(low: float, high: float) -> dict[str, Any]:
+def log_axis(low: float, high: float) -> JsonObject:
     """A logarithmic axis with ticks at 1, 2 and 5 times powers of ten; of many decades at the powers alone."""
     steps = (1,) if high > 2000 * low else (1, 2, 5)
     powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
@@ -85,7 +87,7 @@ def histograms(
     starts = np.arange(first, end, together)
     bounds = edges[[*starts, end]]
     middles = np.sqrt(bounds[:-1] * bounds[1:]) if log else (bounds[:-1] + bounds[1:]) / 2
-    traces: list[dict[str, Any]] = []
+    traces: list[JsonObject] = []
     for label, row in zip(plot_labels(names), table, strict=True):
         total = sum(row)
         if total:
@@ -233,7 +235,7 @@ def length_scores(table: list[list[int]]) -> Figure:
     filled = part.sum(axis=1) > 0
     shown = np.where(part > 0, np.log10(np.maximum(part, 1)), np.nan).T
     x = [round(float(value), 1) for value in middles_x]
-    heat = {
+    heatmap = {
         "type": "heatmap",
         "x": x,
         "y": [round(float(value), 3) for value in middles_y],
@@ -254,7 +256,7 @@ def length_scores(table: list[list[int]]) -> Figure:
         "hovertemplate": "about %{x:.0f} tokens: mean %{y:.3f}<extra></extra>",
     }
     xaxis = log_axis(middles_x[0], middles_x[-1])
-    return {"data": [heat, line], "layout": layout("response tokens", "score", xaxis=xaxis, showlegend=False)}
+    return {"data": [heatmap, line], "layout": layout("response tokens", "score", xaxis=xaxis, showlegend=False)}
 
 
 def lengths(all_rows: list[int], kept: list[int]) -> Figure:
@@ -292,25 +294,25 @@ def ratios(row: list[int], clip: list[float] | None) -> Figure:
     return figure
 
 
-def positions(stats: dict[str, Any]) -> Figure:
+def positions(stats: WeightsReport) -> Figure:
     """Weights by relative position: mean, median, and the band from the 10% to the 90% quantile."""
     x = [round((place + 0.5) / NUM_POSITIONS, 4) for place in range(NUM_POSITIONS)]
     hover = {"hovertemplate": "at %{x:.0%}: %{y:.3g}<extra>%{fullData.name}</extra>"}
-    kinds: list[tuple[str, str, dict[str, Any]]] = [
-        ("10%", "position_q10", {"line": {"width": 1, "color": GREY}}),
+    kinds: list[tuple[str, Sequence[float | None], JsonObject]] = [
+        ("10%", stats["position_q10"], {"line": {"width": 1, "color": GREY}}),
         (
             "90%",
-            "position_q90",
+            stats["position_q90"],
             {"line": {"width": 1, "color": GREY}, "fill": "tonexty", "fillcolor": "rgba(61,125,202,.18)"},
         ),
-        ("median", "position_q50", {"line": {"color": BLUE, "width": 2}}),
-        ("mean", "position_mean", {"line": {"color": ORANGE, "width": 2, "dash": "dash"}}),
+        ("median", stats["position_q50"], {"line": {"color": BLUE, "width": 2}}),
+        ("mean", stats["position_mean"], {"line": {"color": ORANGE, "width": 2, "dash": "dash"}}),
     ]
     traces = [
-        {"type": "scatter", "mode": "lines", "x": x, **hover, "name": name, "y": stats[key], **more}
-        for name, key, more in kinds
+        {"type": "scatter", "mode": "lines", "x": x, **hover, "name": name, "y": list(heights), **more}
+        for name, heights, more in kinds
     ]
-    values = [value for _, key, _ in kinds for value in stats[key] if value]
+    values = [value for _, heights, _ in kinds for value in heights if value]
     xaxis = {"tickformat": ".0%", "range": [0, 1], "tickvals": [0, 0.5, 1.0]}
     yaxis = log_axis(min(values), max(values)) if values else {}
     return {"data": traces, "layout": layout("position in the response", "weight", xaxis=xaxis, yaxis=yaxis)}

@@ -6,12 +6,15 @@ S sources (the largest by name, then all others together), N candidates, L token
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from grape_service.methods import SELECT
+from grape_service.report.facts import SelectReport, WeightsReport
 from grape_service.report.sums import (
     UNIT,
     Examples,
@@ -34,6 +37,8 @@ FINE = 5
 FINE_WEIGHT_EDGES = np.linspace(-5.05, 3.05, 81 * FINE + 1)
 RATIO_EDGES = np.linspace(-4.0, 4.0, 401)
 NUM_POSITIONS = 20
+METHODS = ("mean", "steps", "rsr")
+"""Rules that a report lays beside each other where their statistics are there; mean is GRAPE."""
 LENGTH_MATCH = 1.25
 """A length-matched choice is among candidates at most this factor away from their prompt's median length."""
 
@@ -62,15 +67,23 @@ class SelectStatistics(Statistics):
     lengths: Int64s  # [bins of LENGTH_EDGES] of all candidates
     kept_lengths: Int64s  # [bins of LENGTH_EDGES]
     length_scores: Int64s  # [bins of LENGTH_EDGES, bins of SCORE_EDGES]
+    stopped: Int64s  # [S] candidates that a race stopped: they have no score
     winner_tokens: int = 0  # of first choices of contested prompts
     rival_tokens: int = 0  # of the other candidates of those prompts, their mean in each, in units
-    contested: int = 0  # kept prompts with two scored candidates or more
+    stepped: int = 0  # contested prompts whose responses were cut into steps
+    winner_step: int = 0  # tokens a step of their first choices, in units
+    rival_step: int = 0  # of the other candidates of those prompts, their mean in each, in units
+    contested: int = 0  # kept prompts with two candidates or more that are scored or were stopped
+    compared: int = 0  # of those, the ones of which no candidate was stopped: other rules choose in them alone
+    at_least: int = 0  # of them, the ones whose margin is to a candidate that was stopped: it is not among the margins
+    compared_steps: int = 0  # of them, the ones that were cut into steps: rules by steps choose in them alone
     chance: int = 0  # expected agreement of a random choice, in units
-    agree: dict[str, int] = field(default_factory=dict)  # another rule -> contested prompts where its choice is kept
+    agree: dict[str, int] = field(default_factory=dict)  # another rule -> compared prompts where its choice is kept
     picked: dict[str, Int64s] = field(
         default_factory=dict
-    )  # another rule -> [S] contested prompts by its choice's source
+    )  # another rule -> [S] compared prompts by its choice's source
     picked_tokens: dict[str, int] = field(default_factory=dict)  # another rule -> tokens of its choices
+    overlap: dict[str, int] = field(default_factory=dict)  # two rules -> compared prompts in which both choose one
     overall: Moments = field(default_factory=Moments)  # log2 length, score
     within: Moments = field(default_factory=Moments)  # the same, less the prompt's means
     examples: Examples = field(default_factory=Examples)
@@ -96,18 +109,43 @@ class SelectStatistics(Statistics):
             lengths=zeros(lengths),
             kept_lengths=zeros(lengths),
             length_scores=zeros(lengths, scores),
+            stopped=zeros(s),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Also the figures that follow from the sums."""
-        plain = super().to_json()
-        plain["overall"], plain["within"] = self.overall.correlation(), self.within.correlation()
-        plain["chance"] = self.chance / UNIT / max(1, self.contested)
-        plain["winner_tokens"] = self.winner_tokens / max(1, self.contested)
-        plain["rival_tokens"] = self.rival_tokens / UNIT / max(1, self.contested)
-        plain["score_mean"] = (self.score_sum / UNIT / np.maximum(1, self.scores.sum(axis=1))).tolist()
-        del plain["score_sum"]
-        return plain
+    def to_json(self) -> SelectReport:
+        """Plain numbers, and the figures that follow from the sums."""
+        return {
+            "names": self.names,
+            "candidates": self.candidates.tolist(),
+            "kept": self.kept.tolist(),
+            "prompts_with": self.prompts_with.tolist(),
+            "wins": self.wins.tolist(),
+            "beats": self.beats.tolist(),
+            "scores": self.scores.tolist(),
+            "score_mean": (self.score_sum / UNIT / np.maximum(1, self.scores.sum(axis=1))).tolist(),
+            "margins": self.margins.tolist(),
+            "lengths": self.lengths.tolist(),
+            "kept_lengths": self.kept_lengths.tolist(),
+            "length_scores": self.length_scores.tolist(),
+            "stopped": self.stopped.tolist(),
+            "contested": self.contested,
+            "compared": self.compared,
+            "compared_steps": self.compared_steps,
+            "at_least": self.at_least,
+            "stepped": self.stepped,
+            "winner_tokens": self.winner_tokens / max(1, self.contested),
+            "rival_tokens": self.rival_tokens / UNIT / max(1, self.contested),
+            "winner_step_tokens": self.winner_step / UNIT / self.stepped if self.stepped else None,
+            "rival_step_tokens": self.rival_step / UNIT / self.stepped if self.stepped else None,
+            "chance": self.chance / UNIT / max(1, self.compared),
+            "agree": self.agree,
+            "picked": {rule: sources.tolist() for rule, sources in self.picked.items()},
+            "picked_tokens": self.picked_tokens,
+            "overlap": self.overlap,
+            "overall": self.overall.correlation(),
+            "within": self.within.correlation(),
+            "examples": self.examples.chosen,
+        }
 
     def add_candidates(self, candidates: Candidates, choice: Choice) -> None:
         """Whole prompts, a prompt's rows next to each other."""
@@ -127,13 +165,15 @@ class SelectStatistics(Statistics):
         if candidates.scores is not None and choice.ranking is not None:
             self._add_scores(candidates, choice, codes, length_bins)
 
-    def _add_scores(self, c: Candidates, choice: Choice, codes: Int64s, length_bins: Int64s) -> None:
+    def _add_scores(self, c: Candidates, choice: Choice, all_codes: Int64s, length_bins: Int64s) -> None:
         detail = c.detail
         assert detail is not None
         assert c.scores is not None
         assert choice.ranking is not None
-        scored = np.flatnonzero(np.isfinite(c.scores))
-        scores, prompts, codes, lengths = c.scores[scored], c.prompts[scored], codes[scored], length_bins[scored]
+        stopped = c.stopped
+        finite = np.isfinite(c.scores) & ~stopped
+        scored = np.flatnonzero(finite)
+        scores, prompts, codes, lengths = c.scores[scored], c.prompts[scored], all_codes[scored], length_bins[scored]
         tokens = detail.counted_tokens[scored]
         bins = _histogram(scores, SCORE_EDGES)
         num_sources, num_bins = len(self.names), len(SCORE_EDGES) - 1
@@ -143,6 +183,12 @@ class SelectStatistics(Statistics):
         self.length_scores += _table(lengths, bins, len(self.lengths), num_bins)
         log_tokens = np.log2(np.maximum(1, tokens))
         self.overall += Moments.of(log_tokens, scores)
+        if stopped.any():
+            scored = np.flatnonzero(finite | stopped)
+            scores, prompts, codes = c.scores[scored], c.prompts[scored], all_codes[scored]
+            tokens = detail.counted_tokens[scored]
+            log_tokens = np.log2(np.maximum(1, tokens))
+            self.stopped += np.bincount(all_codes[stopped], minlength=num_sources)
         if len(scored) == 0:
             return
 
@@ -151,7 +197,8 @@ class SelectStatistics(Statistics):
         sizes = np.diff(np.append(starts, len(prompts)))
         group = np.repeat(np.arange(len(starts)), sizes)
         means = [np.repeat(np.add.reduceat(v, starts) / sizes, sizes) for v in (log_tokens, scores)]
-        many = np.repeat(sizes > 1, sizes)
+        whole = np.add.reduceat(stopped[scored].astype(np.int64), starts) == 0
+        many = np.repeat((sizes > 1) & whole, sizes)
         self.within += Moments.of((log_tokens - means[0])[many], (scores - means[1])[many])
         kept = choice.kept[scored]
         rank = np.where(kept, choice.ranking.rank[scored], np.iinfo(np.int32).max)
@@ -167,7 +214,9 @@ class SelectStatistics(Statistics):
         losers = contested[group] & ~kept
         self.beats += _table(group_winner[group[losers]], codes[losers], num_sources, num_sources)
         margins = choice.ranking.margin[scored[rows]]
-        known = np.isfinite(margins)
+        at_least = choice.ranking.at_least[scored[rows]]
+        self.at_least += int(at_least.sum())
+        known = np.isfinite(margins) & ~at_least
         self.margins += _table(
             codes[rows[known]], _histogram(margins[known], MARGIN_EDGES), num_sources, len(MARGIN_EDGES) - 1
         )
@@ -176,9 +225,20 @@ class SelectStatistics(Statistics):
         totals = np.add.reduceat(tokens, starts)[group[rows]]
         rivals = (totals - tokens[rows]) / (sizes[group[rows]] - 1)
         self.rival_tokens += int(np.rint(rivals * UNIT).sum())
+        if detail.num_steps is not None:
+            num_steps = detail.num_steps[scored]
+            a_step = tokens / np.maximum(1, num_steps)
+            rows_cut = rows[num_steps[rows] >= 0]
+            of_rows = group[rows_cut]
+            others = (np.add.reduceat(a_step, starts)[of_rows] - a_step[rows_cut]) / (sizes[of_rows] - 1)
+            self.stepped += len(rows_cut)
+            self.winner_step += int(np.rint(a_step[rows_cut] * UNIT).sum())
+            self.rival_step += int(np.rint(others * UNIT).sum())
         num_kept = np.add.reduceat(kept.astype(np.int64), starts)
-        self.chance += int(np.rint(num_kept[contested] / sizes[contested] * UNIT).sum())
-        self._add_alternatives(c, scored, starts, group, contested, kept, scores, tokens, codes)
+        compared = contested & whole
+        self.compared += int(compared.sum())
+        self.chance += int(np.rint(num_kept[compared] / sizes[compared] * UNIT).sum())
+        self._add_alternatives(c, scored, starts, group, compared, kept, scores, tokens, codes)
         numbers = prompts[rows[known]]
         self.examples.offer("closest", margins[known], detail.prompt_ids, numbers)
         self.examples.offer("clearest", -margins[known], detail.prompt_ids, numbers)
@@ -189,21 +249,22 @@ class SelectStatistics(Statistics):
         scored: Int64s,
         starts: Int64s,
         group: Int64s,
-        contested: npt.NDArray[np.bool_],
+        compared: npt.NDArray[np.bool_],
         kept: npt.NDArray[np.bool_],
         scores: npt.NDArray[np.float64],
         tokens: Int64s,
         codes: Int64s,
     ) -> None:
-        """How often what another rule would choose first is among what was kept."""
+        """How often what another rule would choose first is among what was kept, of prompts whose candidates all have
+        scores."""
         detail = c.detail
         assert detail is not None
         median = _medians(tokens, group, starts)[group]
         matched = (tokens <= median * LENGTH_MATCH) & (tokens * LENGTH_MATCH >= median)
         keys = {
-            "mean": scores,
-            "sum": scores * tokens,
-            "length-matched": np.where(matched, scores, -np.inf),
+            "mean": np.nan_to_num(scores, nan=-np.inf),
+            "sum": np.nan_to_num(scores * tokens, nan=-np.inf),
+            "length-matched": np.where(matched & ~np.isnan(scores), scores, -np.inf),
             "longest": tokens.astype(np.float64),
             "shortest": -tokens.astype(np.float64),
         }
@@ -212,15 +273,26 @@ class SelectStatistics(Statistics):
         if detail.turn_end_scores is not None:
             keys["turn end the other way"] = np.nan_to_num(detail.turn_end_scores[scored], nan=-np.inf)
         ties = c.ties[scored]
+        choices = {}
+        cut = compared
+        if detail.num_steps is not None:
+            cut = compared & (detail.num_steps[scored][starts] >= 0)
+            self.compared_steps += int(cut.sum())
         for name, key in keys.items():
             best = np.maximum.reduceat(key, starts)
             tied = np.where(key == best[group], ties, np.iinfo(np.int64).max)
             winner = tied == np.minimum.reduceat(tied, starts)[group]
-            found = winner & contested[group]
+            is_cut = name in SELECT and SELECT[name].cuts_steps
+            found = winner & (cut if is_cut else compared)[group]
+            if name in METHODS:
+                choices[name] = found
             by_source = np.bincount(codes[found], minlength=len(self.names))
             self.agree[name] = self.agree.get(name, 0) + int((found & kept).sum())
             self.picked[name] = self.picked.get(name, 0) + by_source
             self.picked_tokens[name] = self.picked_tokens.get(name, 0) + int(tokens[found].sum())
+        for left, right in itertools.combinations(sorted(choices), 2):
+            both = f"{left}|{right}"
+            self.overlap[both] = self.overlap.get(both, 0) + int((choices[left] & choices[right]).sum())
 
 
 def _medians(values: Int64s, group: Int64s, starts: Int64s) -> npt.NDArray[np.float64]:
@@ -261,19 +333,25 @@ class WeighStatistics(Statistics):
             summed,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Also mean, quantiles and share of the weight by position."""
-        plain = super().to_json()
+    def to_json(self) -> WeightsReport:
+        """Plain numbers; mean, quantiles and share of the weight by position."""
         counts = np.maximum(1, self.positions.sum(axis=1))
         sums = np.array([value / WEIGHT_UNIT for value in self.position_sum])
-        plain["position_mean"] = (sums / counts).tolist()
-        for share in (0.1, 0.5, 0.9):
-            logs = [quantile(row, FINE_WEIGHT_EDGES, share) for row in self.positions]
-            plain[f"position_q{share * 100:.0f}"] = [None if log is None else 10**log for log in logs]
         total = sums.sum()
-        plain["last_tenth"] = float(sums[-NUM_POSITIONS // 10 :].sum() / total) if total else None
-        del plain["position_sum"], plain["positions"]
-        return plain
+        return {
+            "names": self.names,
+            "weights": self.weights.tolist(),
+            "ratios": self.ratios.tolist(),
+            "position_mean": (sums / counts).tolist(),
+            "position_q10": self._position_quantiles(0.1),
+            "position_q50": self._position_quantiles(0.5),
+            "position_q90": self._position_quantiles(0.9),
+            "last_tenth": float(sums[-NUM_POSITIONS // 10 :].sum() / total) if total else None,
+        }
+
+    def _position_quantiles(self, share: float) -> list[float | None]:
+        logs = [quantile(row, FINE_WEIGHT_EDGES, share) for row in self.positions]
+        return [None if log is None else 10**log for log in logs]
 
     def add_weights(self, batch: WeightBatch) -> None:
         """Weights [L] of responses [N]."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.report.examples import EXAMPLE_KINDS
+from grape_service.report.facts import ExampleChoice
 from grape_service.rows.columns import NO_SOURCE
 from grape_service.rows.partitions import prompt_order
 from grape_service.rows.ragged import Int64s
@@ -57,10 +58,6 @@ class Statistics:
         }
         return type(self)(self.names, **summed)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
-
 
 def _sum(left: Any, right: Any) -> Any:
     if isinstance(left, dict):
@@ -69,14 +66,6 @@ def _sum(left: Any, right: Any) -> Any:
             for key in sorted(left.keys() | right.keys())
         }
     return left + right
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Examples):
-        return value.chosen
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass
@@ -113,7 +102,7 @@ class Moments:
 class Examples:
     """A few prompts of each kind, [key, order of the id, prompt id], smallest first: the same in any order."""
 
-    chosen: dict[str, list[list[Any]]] = field(default_factory=lambda: {kind: [] for kind in EXAMPLE_KINDS})
+    chosen: ExampleChoice = field(default_factory=lambda: {kind: [] for kind in EXAMPLE_KINDS})
 
     def __add__(self, other: Examples) -> Examples:
         both = {kind: sorted([*self.chosen[kind], *other.chosen[kind]]) for kind in EXAMPLE_KINDS}

@@ -8,8 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from grape_service.json_types import JsonObject
+
 Message = dict[str, Any]
 """A chat message: role, content and, where the pool has them, tool_calls, tool_call_id, name, reasoning_content."""
+Tool = dict[str, Any]
+"""The definition of a function that the policy may call, as the pool has it."""
+Row = dict[str, Any]
+"""A row of a pool or of a release, by column."""
+
+
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""The column of shards and releases that holds template_kwargs as JSON text, where rows have some."""
 
 
 @dataclass(slots=True)
@@ -19,23 +29,27 @@ class Candidate:
     prompt: list[Message]
     """Chat messages up to the response; a text prompt is one user message."""
     response: str | list[Message]
-    """Text, or the assistant and tool messages of a trajectory."""
+    """Text, or the assistant and tool messages of a trajectory; "" beside response_ids is what those say."""
     prompt_id: str
     candidate_id: str
     source: str | None = None
     response_ids: list[int] | None = None
     """The response's token ids, taken as they are."""
-    recorded_logprobs: list[float] | None = None
-    """One for each of response_ids."""
-    sampling: dict[str, Any] | None = None
+    response_mask: list[int] | None = None
+    """One for each of response_ids: 0 where the policy read a token (a tool's answer) and has no loss on it."""
+    recorded_logprobs: list[float | None] | None = None
+    """One for each of response_ids; None, NaN, -inf and -9999 or less where it is not known."""
+    sampling: JsonObject | None = None
     """temperature, top_p, top_k under which the response was sampled."""
     truncated: bool = False
     """finish_reason was 'length': no turn end is added."""
     finish_reason: str | None = None
     """Why it ended, in the words of the pool."""
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     """Tool definitions for the template."""
-    other: dict[str, Any] = field(default_factory=dict)
+    template_kwargs: JsonObject | None = None
+    """Variables of the chat template for this row, over those of the config."""
+    other: Row = field(default_factory=dict)
     """The pool's other columns."""
 
 

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_type_hints
+
+from grape_service.errors import StageError
+from grape_service.json_types import JsonObject
+
+
+def check_sum(what: str, total: int, parts: Mapping[str, int]) -> None:
+    """Raises StageError where `parts` do not add up to `total`: something was lost, or counted twice, on the way."""
+    if sum(parts.values()) != total:
+        told = ", ".join(f"{number:,} {name}" for name, number in parts.items())
+        raise StageError(
+            f"{what}: of {total:,} only these are accounted for: {told}. This is a defect of grape-service, please "
+            "report it; nothing is published"
+        )
 
 
 def add_dicts(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
@@ -22,12 +36,12 @@ class Counts:
             values[item.name] = _sum(getattr(self, item.name), getattr(other, item.name))
         return type(self)(**values)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain numbers and dicts."""
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: JsonObject) -> Self:
         """The inverse of to_json."""
         types = get_type_hints(cls)
         return cls(**{item.name: _typed(types[item.name], value[item.name]) for item in fields(cls)})

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from grape_service.rows.candidate import Message
-from grape_service.rows.messages import response_messages
+from grape_service.json_types import JsonObject
+from grape_service.rows.candidate import Message, Tool
+from grape_service.rows.messages import response_messages, without_notes
 from grape_service.rows.ragged import Int64s
 
 ROW_KEY_BYTES = 16
@@ -23,9 +24,12 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 
-def prompt_id_of(prompt: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
-    """The id of a prompt that came without one: a digest of its messages and the tools it offers."""
-    return json_digest([prompt, tools])
+def prompt_id_of(
+    prompt: list[Message], tools: list[Tool] | None = None, template_kwargs: JsonObject | None = None
+) -> str:
+    """The id of a prompt that came without one: a digest of its messages, the tools it offers, and the variables of the
+    template that it brings."""
+    return json_digest([without_notes(prompt), tools, *([] if template_kwargs is None else [template_kwargs])])
 
 
 def candidate_id_of(prompt_digest: str, source: str | None, response: str | list[Message]) -> str:
@@ -33,7 +37,7 @@ def candidate_id_of(prompt_digest: str, source: str | None, response: str | list
 
     `prompt_digest` is `prompt_id_of` of its prompt, also where the pool gives ids of its own.
     """
-    return json_digest([prompt_digest, source, response_messages(response)])
+    return json_digest([prompt_digest, source, without_notes(response_messages(response))])
 
 
 def row_keys(input_ids: npt.NDArray[np.int32], mask: npt.NDArray, offsets: Int64s) -> pa.FixedSizeBinaryArray:
@@ -49,6 +53,19 @@ def row_keys(input_ids: npt.NDArray[np.int32], mask: npt.NDArray, offsets: Int64
         hashlib.sha256(b"|".join((ids[4 * start : 4 * end], has_loss[start:end]))).digest()[:ROW_KEY_BYTES]
         for start, end in itertools.pairwise(bounds)
     ]
+    return pa.array(keys, pa.binary(ROW_KEY_BYTES))
+
+
+def candidate_keys(prompt_ids: pa.Array, candidate_ids: pa.Array) -> pa.FixedSizeBinaryArray:
+    """Keys of candidates [N], binary(16): rows of one prompt and one candidate have the same, whatever their tokens.
+
+    Two candidates may have the same tokens, and so one row key, while another policy renders their prompts differently.
+    """
+    keys = []
+    for prompt_id, candidate_id in zip(prompt_ids.to_pylist(), candidate_ids.to_pylist(), strict=True):
+        prompt = prompt_id.encode()
+        text = len(prompt).to_bytes(8, "little") + prompt + candidate_id.encode()
+        keys.append(hashlib.sha256(text).digest()[:ROW_KEY_BYTES])
     return pa.array(keys, pa.binary(ROW_KEY_BYTES))
 
 

@@ -6,8 +6,45 @@ from typing import Any
 
 import orjson
 
+from grape_service.json_types import JsonObject
 from grape_service.rows.candidate import Message
 from grape_service.rows.columns import MESSAGE_FIELDS
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that hold what its writer thought; templates of reasoning models leave them out of past turns."""
+
+
+PROMPT_FIELDS = frozenset(
+    {
+        *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "tools", "functions"),
+        *(*THOUGHTS, "thoughts", "refusal", "channel", "recipient", "prefix"),
+        *("parts", "text", "images", "image", "image_url", "videos", "video", "audios", "audio", "files", "file"),
+        *("documents", "attachments", "context", "citations"),
+    }
+)
+"""Fields of a message that could belong into a prompt; all others are notes, which no template has to show."""
+SHOWN_FIELDS = ("role", "content", "name")
+IGNORED = "notes"
+"""The field of a message that holds those of its fields that pool.messages.ignore names: no template sees it."""
+WITHOUT_LOSS = "weight"
+"""A message of the assistant has this field at 0 where it is read and not trained on."""
+
+
+def is_note(name: str) -> bool:
+    """Whether a field of a message only says something about it."""
+    return name not in PROMPT_FIELDS
+
+
+def without_notes(messages: list[Message]) -> list[Message]:
+    """Messages with the fields alone that could belong into a prompt."""
+    if all(len(message) == 2 for message in messages):  # role and content
+        return messages
+    return [{name: value for name, value in message.items() if not is_note(name)} for message in messages]
+
+
+def has_loss(message: Message) -> bool:
+    """Whether a message of the assistant is trained on."""
+    return message.get(WITHOUT_LOSS) != 0
 
 
 def text_of_parts(content: Any) -> str | None:
@@ -41,7 +78,7 @@ def only_text(response: str | list[Message]) -> str | None:
         return response
     if len(response) != 1 or response[0].get("role") != "assistant" or not isinstance(response[0].get("content"), str):
         return None
-    if any(value for key, value in response[0].items() if key not in ("role", "content", "name")):
+    if any(value for key, value in response[0].items() if key in PROMPT_FIELDS and key not in SHOWN_FIELDS):
         return None
     return response[0]["content"]
 
@@ -56,7 +93,7 @@ def field_of(name: str, value: Any) -> str:
 def stored_message(message: Message) -> dict[str, str]:
     """A message as a release keeps it, in MESSAGE_FIELDS."""
     stored: dict[str, str] = {}
-    extra: dict[str, Any] = {}
+    extra: JsonObject = {}
     for name, value in message.items():
         if value is None:
             continue

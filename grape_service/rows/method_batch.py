@@ -35,6 +35,10 @@ class MethodBatch:
     """[L] each: those that the method declares, by name. float32; rank is int64."""
     columns: Mapping[str, pa.Array]
     """[N] each: the pool's columns that the method names."""
+    steps: Int64s | None = None
+    """[L] The step of each token in its response, from 0, for a select method that cuts steps."""
+    local_logprobs: npt.NDArray[np.float32] | None = None
+    """[L] log p of each token in the window of its step, for a select method that scores windows."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -49,6 +53,8 @@ class MethodBatch:
             self.offsets[start : stop + 1] - self.offsets[start],
             {name: values[tokens] for name, values in self.statistics.items()},
             {name: values[start:stop] for name, values in self.columns.items()},
+            None if self.steps is None else self.steps[tokens],
+            None if self.local_logprobs is None else self.local_logprobs[tokens],
         )
 
     def prompt_bounds(self) -> list[int]:

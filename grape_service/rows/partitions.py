@@ -10,6 +10,12 @@ def prompt_order(prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8], "big")
 
 
+def is_drawn(prompt_id: str, share: float, purpose: bytes) -> bool:
+    """Whether a prompt is of a random share of all, another for each purpose: it follows from its id alone."""
+    digest = hashlib.blake2b(prompt_id.encode(), digest_size=8, salt=purpose).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
 def partition_bits(num_partitions: int) -> int:
     """log2 of a number of partitions, which is a power of two."""
     assert num_partitions > 0

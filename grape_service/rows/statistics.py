@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import pyarrow as pa
 
 LOGPROB, ENTROPY, RANK, TOP20_ENTROPY = "logprob", "entropy", "rank", "top20_entropy"
 
@@ -28,21 +27,6 @@ TOP = 20
 
 RANGES = {LOGPROB: (-np.inf, 0.0), ENTROPY: (0.0, np.inf), RANK: (1.0, MAX_RANK), TOP20_ENTROPY: (0.0, np.inf)}
 """Smallest and largest value of each."""
-
-SCORE_FIELDS = {
-    LOGPROB: pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-    ENTROPY: pa.field("entropy", pa.list_(pa.float32()), nullable=False),
-    RANK: pa.field("rank", pa.list_(pa.uint16()), nullable=False),
-    TOP20_ENTROPY: pa.field("top20_entropy", pa.list_(pa.float32()), nullable=False),
-}
-"""The column of a score file that holds each: one value per token with loss."""
-
-TARGET_FIELDS = {
-    ENTROPY: pa.field("target_entropy", pa.list_(pa.float32())),
-    RANK: pa.field("target_rank", pa.list_(pa.int32())),
-    TOP20_ENTROPY: pa.field("target_top20_entropy", pa.list_(pa.float32())),
-}
-"""The column of kept rows and releases that holds each of the target's, beside target_logprobs."""
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:

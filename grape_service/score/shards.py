@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from grape_service.prepare.reduce import shard_path
-from grape_service.prepare.shards import ShardPaths
+from grape_service.prepare.result import Prepared
+from grape_service.prepare.shards import ShardPaths, shard_paths
 from grape_service.rows.ragged import list_offsets_and_values
 from grape_service.storage.parquet import array_of, write_parquet
 from grape_service.storage.storage import Storage
@@ -32,6 +33,15 @@ class Shards:
     def part(self, total: int, place: int) -> int:
         """What one of them has of `rows` or `tokens`, about: they are of one size. All parts add up."""
         return total * (place + 1) // self.number - total * place // self.number
+
+
+def shards_of_pool(prepared: Prepared) -> list[Shards]:
+    """The shards of each partition of a prepared pool that has any."""
+    return [
+        Shards(shard_paths(prepared, partition).folder, partition, totals.num_shards, totals.rows, totals.tokens)
+        for partition, totals in prepared.partitions.items()
+        if totals.num_shards
+    ]
 
 
 class ShardWriter:

@@ -16,9 +16,9 @@ import time
 import uuid
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,41 +26,51 @@ import orjson
 import pyarrow as pa
 
 from grape_service.errors import StageError
-from grape_service.rows.columns import SCORE
-from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
-from grape_service.rows.statistics import LOGPROB, SCORE_FIELDS, ordered
-from grape_service.storage.ahead import map_ahead
-from grape_service.storage.parquet import array_of, open_parquet, open_small, write_parquet
+from grape_service.json_types import JsonObject
+from grape_service.rows.columns import SCORE, SCORE_FIELDS
+from grape_service.rows.ragged import Int64s, list_array
+from grape_service.rows.statistics import LOGPROB, ordered
+from grape_service.score.key_index import KeyIndex, RowKeys
+from grape_service.score.tables import Collector, Found, ScoreTable
+from grape_service.storage.concurrent_map import concurrent_map
+from grape_service.storage.parquet import open_parquet, open_small, write_parquet
 from grape_service.storage.storage import Storage
 
 PARTITION_PATTERN = re.compile(r"b[01]*")
 REPEAT_SUFFIX = "-repeat"
 """After a policy id: repeated scorings of a few rows, which show how much of the weights is the engine's noise."""
+AUDIT_SUFFIX = "-audit"
+"""After a policy id: scores of a few responses that it sampled itself."""
 SHUFFLED_SUFFIX = "-shuffled"
 """After a policy id: scores of a few rows under other prompts. In the policy's own folder, where they belong to no
 partition, every stage would look at them for every partition."""
+STOPPED_SUFFIX = "-stopped"
+"""After a policy id: rows of which a race scored the first tokens alone; see score/stopped.py."""
 COMPLETE = "complete"
 """Folder beside the partitions: names of shards whose rows all have scores."""
 METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
 
-RowKeys: TypeAlias = Any
-"""Keys of rows: a pyarrow array, chunked or not, of type binary(16)."""
 
-
+@dataclass(frozen=True, eq=False)
 class ScoreStore:
     """Scores of rows under one policy."""
 
-    def __init__(self, storage: Storage, policy_id: str, folders: frozenset[str] | None = None):
-        """`folders`: the partitions that have files, where that is known (see `with_folders`)."""
-        self.storage = storage
-        self.policy_id = policy_id
-        self.folder = f"scores/{policy_id}"
-        self.folders = folders
+    storage: Storage
+    policy_id: str
+    folders: frozenset[str] | None = None
+    """The partitions that have files, where that is known: see `with_folders`."""
+    root: str = "scores"
+    """The folder of the workspace that they lie below; samples, which are found in the same way, have another."""
+
+    @property
+    def folder(self) -> str:
+        """Where they lie in the workspace."""
+        return f"{self.root}/{self.policy_id}"
 
     def with_folders(self) -> ScoreStore:
         """This store as a stage's tasks get it: which partitions have files is looked up here, once for all of them."""
-        return ScoreStore(self.storage, self.policy_id, frozenset(self._list_folders()))
+        return replace(self, folders=frozenset(self._list_folders()))
 
     def _list_folders(self) -> list[str]:
         return [name for name in self.storage.folders(self.folder) if PARTITION_PATTERN.fullmatch(name)]
@@ -94,11 +104,11 @@ class ScoreStore:
         Raises StageError on a bad file.
         """
         index = KeyIndex(keys)
-        parts = {name: _Collector(index.num_unique) for name in ordered(names)}
+        parts = {name: Collector(index.num_unique) for name in ordered(names)}
         for found in self._each_file(partition, index, tuple(parts)):
             for name, lists in found.lists.items():
                 parts[name].add(found.rows, lists)
-        return {name: part.table(index) for name, part in parts.items()}
+        return {name: part.table(index.inverse) for name, part in parts.items()}
 
     def missing(self, partition: str, keys: RowKeys, names: Iterable[str] = ()) -> npt.NDArray[np.bool_]:
         """Which of `keys` [N] lack log-probabilities, or another of the statistics `names`."""
@@ -118,9 +128,13 @@ class ScoreStore:
             rows = self._read_file(path, index, (LOGPROB,), keys_only=True).rows
             if (~found[rows]).any():
                 found[rows] = True
-                made_by = self.metadata(path)
-                versions.add(f"{made_by.get('engine')} {made_by.get('version')}")
+                versions.add(self.version_of(path))
         return versions
+
+    def version_of(self, path: str) -> str:
+        """The engine, with its version, that made a file."""
+        made_by = self.metadata(path)
+        return f"{made_by.get('engine')} {made_by.get('version')}"
 
     def write(
         self,
@@ -128,7 +142,7 @@ class ScoreStore:
         keys: RowKeys,
         offsets: Int64s,
         logprobs: npt.NDArray[np.float32],
-        metadata: dict[str, Any],
+        metadata: JsonObject,
         shard: str = "scores",
         statistics: Mapping[str, npt.NDArray] | None = None,
     ) -> str:
@@ -136,10 +150,7 @@ class ScoreStore:
 
         `statistics` [L] by name are what is stored beside log-probabilities.
         """
-        assert PARTITION_PATTERN.fullmatch(partition), partition
-        name = re.sub(r"[^A-Za-z0-9_.]", "-", shard.rsplit("/", 1)[-1].removesuffix(".parquet"))
-        milliseconds = time.time_ns() // 1_000_000
-        path = f"{self.folder}/{partition}/{milliseconds:013d}-{name}-{uuid.uuid4().hex[:8]}.parquet"
+        path = self.new_path(partition, shard)
         keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
         values = {LOGPROB: logprobs, **(statistics or {})}
         columns = {SCORE_FIELDS[name].name: (SCORE_FIELDS[name], values[name]) for name in ordered(values)}
@@ -152,6 +163,13 @@ class ScoreStore:
         schema = schema.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
         write_parquet(self.storage, path, schema, [batch])
         return path
+
+    def new_path(self, partition: str, shard: str) -> str:
+        """Where a new file of a partition goes, that says which shard it is of."""
+        assert PARTITION_PATTERN.fullmatch(partition), partition
+        name = re.sub(r"[^A-Za-z0-9_.]", "-", shard.rsplit("/", 1)[-1].removesuffix(".parquet"))
+        milliseconds = time.time_ns() // 1_000_000
+        return f"{self.folder}/{partition}/{milliseconds:013d}-{name}-{uuid.uuid4().hex[:8]}.parquet"
 
     def is_complete(self, name: str) -> bool:
         """Whether `note_complete(name)` was called and none of the score files of then is gone: one listing."""
@@ -168,6 +186,10 @@ class ScoreStore:
         noted = {"files": len(files), "digest": _digest_of_paths(files)}
         self.storage.write_json(f"{self.folder}/{COMPLETE}/{name}.json", noted)
 
+    def forget_complete(self, name: str) -> None:
+        """Take back `note_complete(name)`: some of those rows turned out to lack a score."""
+        self.storage.delete(f"{self.folder}/{COMPLETE}/{name}.json")
+
     def _files(self) -> list[str]:
         """Every score file, the oldest first."""
         found = [info.path for info in self.storage.list(self.folder) if info.path.endswith(".parquet")]
@@ -180,15 +202,15 @@ class ScoreStore:
 
     def _each_file(
         self, partition: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool = False
-    ) -> Iterator[_Found]:
-        def read(path: str) -> _Found:
+    ) -> Iterator[Found]:
+        def read(path: str) -> Found:
             return self._read_file(path, index, names, keys_only)
 
-        return map_ahead(read, self.partition_files(partition), 16 if self.storage.is_s3 else 2)
+        return concurrent_map(read, self.partition_files(partition), 16 if self.storage.is_s3 else 2)
 
-    def _read_file(self, path: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool) -> _Found:
+    def _read_file(self, path: str, index: KeyIndex, names: tuple[str, ...], keys_only: bool) -> Found:
         """The rows that are looked for, with those of the statistics `names` that the file has."""
-        parts: list[_Found] = []
+        parts: list[Found] = []
         try:
             with open_small(self.storage, path) as file:
                 schema = file.schema_arrow
@@ -208,15 +230,7 @@ class ScoreStore:
             ) from error
         except OSError as error:
             raise StageError(f"the score file {self.storage.url(path)} cannot be read: {error}") from error
-        return _Found.concatenate(parts, names)
-
-
-@dataclass(frozen=True)
-class _Lists:
-    """Values of M rows."""
-
-    lengths: Int64s  # [M]
-    values: npt.NDArray[np.float32]  # flat
+        return Found.concatenate(parts, names)
 
 
 @lru_cache(maxsize=8)
@@ -224,135 +238,5 @@ def _sorted(folders: frozenset[str]) -> list[str]:
     return sorted(folders)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What a file holds of the rows that are looked for."""
-
-    rows: Int64s  # [M] places among the unique keys
-    lists: dict[str, _Lists]  # by statistic
-
-    @classmethod
-    def concatenate(cls, parts: list[_Found], names: tuple[str, ...]) -> _Found:
-        none = _Found(np.zeros(0, dtype=np.int64), dict.fromkeys(names, NO_LISTS))
-        parts = [none, *parts]
-        lists = {
-            name: _Lists(
-                np.concatenate([part.lists[name].lengths for part in parts]),
-                np.concatenate([part.lists[name].values for part in parts]),
-            )
-            for name in names
-        }
-        return cls(np.concatenate([part.rows for part in parts]), lists)
-
-
-NO_LISTS = _Lists(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
-
-
-class _Collector:
-    """Collects one statistic of N unique rows, file after file: what comes first stays."""
-
-    def __init__(self, num_rows: int):
-        self.found = np.zeros(num_rows, dtype=bool)
-        self.starts, self.lengths = np.zeros((2, num_rows), dtype=np.int64)
-        self.values: list[npt.NDArray[np.float32]] = []
-        self.num_values = 0
-
-    def add(self, found_rows: Int64s, lists: _Lists) -> None:
-        """The rows of a file."""
-        fresh, offsets = ~self.found[found_rows], offsets_from_lengths(lists.lengths)
-        # Of equal rows within a file the first wins too: np.unique gives the first place of each.
-        rows, places = np.unique(found_rows[fresh], return_index=True)
-        places = np.flatnonzero(fresh)[places]
-        taken = lists.values[gather_rows(offsets[places], lists.lengths[places])]
-        self.found[rows] = True
-        self.lengths[rows] = lists.lengths[places]
-        self.starts[rows] = self.num_values + offsets_from_lengths(lists.lengths[places])[:-1]
-        self.num_values += len(taken)
-        self.values.append(taken)
-
-    def table(self, index: KeyIndex) -> ScoreTable:
-        """What was collected, in the order of the keys."""
-        flat = np.concatenate(self.values) if self.values else NO_LISTS.values
-        inverse = index.inverse
-        return ScoreTable(self.found[inverse], self.starts[inverse], self.lengths[inverse], flat)
-
-
-class KeyIndex:
-    """Finds 16-byte keys among N keys: sorted by their first halves, told apart by their second."""
-
-    def __init__(self, keys: RowKeys):
-        halves = key_halves(keys)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))
-        ordered = halves[order]
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        self.first, self.second = ordered[new].T.copy()
-        self.inverse = np.empty(len(order), dtype=np.int64)
-        self.inverse[order] = np.cumsum(new) - 1
-        self.num_unique = len(self.first)
-
-    def places(self, keys: RowKeys) -> Int64s:
-        """Place of each of `keys` [M] among the unique ones, -1 where it is not one of them."""
-        wanted = key_halves(keys)
-        first, second = wanted[:, 0], wanted[:, 1]
-        if self.num_unique == 0:
-            return np.full(len(first), -1, dtype=np.int64)
-        place = np.searchsorted(self.first, first)
-        while True:
-            bounded = np.minimum(place, self.num_unique - 1)
-            same_first = (place < self.num_unique) & (self.first[bounded] == first)
-            step = same_first & (self.second[bounded] < second)
-            if not step.any():
-                break
-            place += step
-        return np.where(same_first & (self.second[bounded] == second), bounded, -1)
-
-    def find(self, table: pa.Table, names: tuple[str, ...]) -> _Found:
-        """The rows of a table of scores that are among the keys; without values where it has the keys alone."""
-        places = self.places(table["row_key"])
-        there = np.flatnonzero(places >= 0)
-        lists = dict.fromkeys(names, NO_LISTS)
-        for name in names if table.num_columns > 1 else ():
-            column = array_of(table, SCORE_FIELDS[name].name)
-            if column.null_count or column.values.null_count:
-                raise pa.ArrowInvalid("it holds rows without scores")
-            offsets, values = list_offsets_and_values(column)
-            lengths = np.diff(offsets)[there]
-            taken = values[gather_rows(offsets[there], lengths)].astype(np.float32, copy=False)
-            lists[name] = _Lists(lengths, taken)
-        return _Found(places[there], lists)
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """Scores of N rows, in the order in which they were asked for."""
-
-    found: npt.NDArray[np.bool_]  # [N]
-    starts: Int64s  # [N] into values
-    lengths: Int64s  # [N]; 0 where not found
-    values: npt.NDArray[np.float32]
-
-    def take(self, rows: Int64s) -> npt.NDArray[np.float32]:
-        """Flat scores of rows, one row after the other; nothing for a row that was not found."""
-        return self.values[gather_rows(self.starts[rows], self.lengths[rows])]
-
-    def finite(self) -> npt.NDArray[np.bool_]:
-        """Rows [N] that were found and whose scores are all finite."""
-        bad = np.concatenate([[0], np.cumsum(~np.isfinite(self.values))])
-        return self.found & (bad[self.starts + self.lengths] == bad[self.starts])
-
-
 def _digest_of_paths(paths: list[str]) -> str:
     return hashlib.sha256("\n".join(paths).encode()).hexdigest()
-
-
-def key_halves(keys: RowKeys) -> npt.NDArray[np.uint64]:
-    """Keys of 16 bytes as pairs of big-endian numbers [N, 2], which sort as the bytes do."""
-    if isinstance(keys, pa.ChunkedArray):
-        keys = pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], type=pa.binary(16))
-    assert keys.type == pa.binary(16), "row keys are 16 bytes each"
-    assert keys.null_count == 0, "every row has a key"
-    if len(keys) == 0:
-        return np.zeros((0, 2), dtype=np.uint64)
-    data = np.frombuffer(keys.buffers()[1], dtype=">u8", count=2 * len(keys), offset=16 * keys.offset)
-    return data.reshape(-1, 2).astype(np.uint64)

@@ -15,8 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.config.methods import SelectConfig
+from grape_service.methods.base import Float64s
 from grape_service.rows.ragged import Int64s, gather_rows
-from grape_service.select.grape import Float64s, Ranking, order_within_prompts, places_within_groups, rank_candidates
+from grape_service.select.limits import within_token_limits
+from grape_service.select.ranking import (
+    Ranking,
+    distinct_places,
+    order_within_prompts,
+    pair_numbers,
+    places_within_groups,
+    rank_candidates,
+)
 
 KEPT, FAILED_CANDIDATE, NO_ELIGIBLE, SMALL_MARGIN, SOURCE_SHARE, FEW_CANDIDATES = range(6)
 LEFT_OUT_REASONS = (
@@ -34,6 +43,7 @@ class Detail:
     counted_tokens: Int64s  # [N], tokens that count in the score
     turn_end_scores: Float64s | None  # [N], grape_score if the turn end counted (or did not, where it does)
     others: dict[str, Float64s] = field(default_factory=dict)  # other methods' scores [N], the largest wins
+    num_steps: Int64s | None = None  # [N], of the response; None where none was cut, -1 where a prompt was not drawn
 
     @classmethod
     def concatenate(cls, parts: list[Detail]) -> Detail:
@@ -44,6 +54,9 @@ class Detail:
             np.concatenate([part.counted_tokens for part in parts]),
             np.concatenate(scores) if scores else None,
             {name: np.concatenate([part.others[name] for part in parts]) for name in parts[0].others},
+            np.concatenate([part.num_steps for part in parts if part.num_steps is not None])
+            if parts[0].num_steps is not None
+            else None,
         )
 
 
@@ -64,6 +77,15 @@ class Candidates:
     keep: Int64s | None = None  # [num_prompts], candidates to keep; None: select.keep of each
     method_scores: Float64s | None = None  # [N], of the method that chooses, where that is not GRAPE; NaN where none
     smallest_wins: bool = False  # of method_scores
+    responses: Int64s | None = None  # [N], one number for candidates of a prompt with one response; None: all differ
+    reach: Float64s | None = None  # [N], the most that a candidate that was stopped can have; NaN for the others
+    audit_reach: Float64s | None = None
+    """[N] Of audited prompts: the same where the race stopped, infinite where it did not; NaN of the others."""
+
+    @property
+    def stopped(self) -> npt.NDArray[np.bool_]:
+        """Candidates [N] that were stopped: they have no score, and cannot be kept."""
+        return np.zeros(len(self.prompts), dtype=bool) if self.reach is None else ~np.isnan(self.reach)
 
     @property
     def oriented(self) -> Float64s | None:
@@ -79,12 +101,15 @@ class Candidates:
             self,
             prompts=self.prompts[rows],
             ties=self.ties[rows],
+            responses=None if self.responses is None else self.responses[rows],
             sources=self.sources[rows],
             loss_tokens=self.loss_tokens[rows],
             scores=None if self.scores is None else self.scores[rows],
             failed=self.failed[rows],
             random=None if self.random is None else self.random[rows],
             method_scores=None if self.method_scores is None else self.method_scores[rows],
+            reach=None if self.reach is None else self.reach[rows],
+            audit_reach=None if self.audit_reach is None else self.audit_reach[rows],
             detail=None,
         )
 
@@ -109,6 +134,9 @@ class Candidates:
             if first.method_scores is None
             else np.concatenate([part.method_scores for part in parts]),
             smallest_wins=first.smallest_wins,
+            responses=None if first.responses is None else np.concatenate([part.responses for part in parts]),
+            reach=None if first.reach is None else np.concatenate([part.reach for part in parts]),
+            audit_reach=None if first.audit_reach is None else np.concatenate([part.audit_reach for part in parts]),
         )
 
 
@@ -128,24 +156,30 @@ class Choice:
         rows = slice(start, stop)
         ranking = self.ranking and self.ranking.take(rows)
         by_grape = self.grape_ranking and self.grape_ranking.take(rows)
-        return Choice(self.kept[rows], ranking, self.num_candidates[rows], self.left_out, self.passed_on, by_grape)
+        return replace(
+            self,
+            kept=self.kept[rows],
+            ranking=ranking,
+            num_candidates=self.num_candidates[rows],
+            grape_ranking=by_grape,
+        )
 
 
 def choose(candidates: Candidates, select: SelectConfig) -> Choice:
-    """Keep at most `select.keep` candidates per prompt, or as many as its `keep` says, in the order of the method.
+    """Keep at most `select.keep` distinct responses per prompt, or as many as its `keep` says, in the method's order.
 
     Ranks and margins are among all candidates of the prompt, also those that the token limits keep from
-    winning. A prompt is left out when a candidate of it has failed, when none of its candidates may win,
-    or when its best one that may win leads the next best by less than min_margin; one without a next
-    best has nothing to lead and stays.
+    winning; those that were stopped stand where they could be at most. A prompt is left out when a candidate
+    of it has failed, when none of its candidates may win, or when its best one that may win leads the next
+    best by less than min_margin; one without a next best has nothing to lead and stays.
     """
     c = candidates
     num_candidates = np.bincount(c.prompts, minlength=c.num_prompts).astype(np.int32)[c.prompts]
     keys = c.oriented
-    ranking = rank_candidates(c.prompts, keys, c.ties) if keys is not None else None
+    ranking = rank_candidates(c.prompts, keys, c.ties, c.responses, c.reach) if keys is not None else None
     by_grape = None
     if c.method_scores is not None and c.scores is not None:
-        by_grape = rank_candidates(c.prompts, c.scores, c.ties)
+        by_grape = _without_stopped(c, rank_candidates(c.prompts, c.scores, c.ties, c.responses))
     eligible = _eligible(c, select)
 
     left_out = np.full(c.num_prompts, NO_ELIGIBLE, dtype=np.int8)
@@ -161,10 +195,11 @@ def choose(candidates: Candidates, select: SelectConfig) -> Choice:
     left_out[c.prompts[c.failed]] = FAILED_CANDIDATE
     eligible &= left_out[c.prompts] == KEPT
 
-    order, places = _order(c, select, eligible)
+    order = _order(c, select, eligible)
+    is_first, places = distinct_places(c.prompts[order], c.responses[order] if c.responses is not None else None)
     kept = np.zeros(len(order), dtype=bool)
     most = select.usual_keep if c.keep is None else c.keep[c.prompts[order]]
-    kept[order] = eligible[order] & ((places < most) | (select.method == "all"))
+    kept[order] = eligible[order] & ((is_first & (places < most)) | (select.method == "all"))
     passed_on = 0
     if select.max_source_share is not None:
         passed_on = _limit_source_share(c, select.max_source_share, order, eligible, kept, ranking)
@@ -173,13 +208,25 @@ def choose(candidates: Candidates, select: SelectConfig) -> Choice:
     return Choice(kept, ranking, num_candidates, left_out, passed_on, by_grape)
 
 
+def without(c: Candidates, gone: npt.NDArray[np.bool_]) -> Candidates:
+    """Candidates of which some [N], with an `audit_reach`, count as stopped."""
+    assert c.scores is not None
+    assert c.audit_reach is not None
+    reach = np.where(gone, c.audit_reach, np.nan if c.reach is None else c.reach)
+    own = None if c.method_scores is None else np.where(gone, np.nan, c.method_scores)
+    return replace(c, scores=np.where(gone, np.nan, c.scores), reach=reach, method_scores=own)
+
+
+def _without_stopped(c: Candidates, ranking: Ranking) -> Ranking:
+    """A ranking by scores that candidates which were stopped by another method's may have: nothing of their prompts."""
+    unknown = (np.bincount(c.prompts[c.stopped], minlength=c.num_prompts) > 0)[c.prompts]
+    margin = np.where(unknown, np.nan, ranking.margin)
+    return replace(ranking, rank=np.where(unknown, 0, ranking.rank).astype(np.int32), margin=margin)
+
+
 def _eligible(c: Candidates, select: SelectConfig) -> npt.NDArray[np.bool_]:
     """Candidates [N] that may win."""
-    eligible = np.ones(len(c.prompts), dtype=bool)
-    if select.min_response_tokens is not None:
-        eligible &= c.loss_tokens >= select.min_response_tokens
-    if select.max_response_tokens is not None:
-        eligible &= c.loss_tokens <= select.max_response_tokens
+    eligible = within_token_limits(c.loss_tokens, select)
     if select.method.startswith("source:"):
         same = pc.fill_null(pc.equal(c.sources, select.method.removeprefix("source:")), False)
         eligible &= same.to_numpy(zero_copy_only=False)
@@ -188,8 +235,8 @@ def _eligible(c: Candidates, select: SelectConfig) -> npt.NDArray[np.bool_]:
     return eligible
 
 
-def _order(c: Candidates, select: SelectConfig, eligible: npt.NDArray[np.bool_]) -> tuple[Int64s, Int64s]:
-    """Rows by prompt, those that may win first, best first; and each one's place in its prompt."""
+def _order(c: Candidates, select: SelectConfig, eligible: npt.NDArray[np.bool_]) -> Int64s:
+    """Rows by prompt, those that may win first, best first."""
     keys: npt.NDArray
     if not select.is_unscored:
         assert c.oriented is not None, f"method {select.method} needs scores"
@@ -204,8 +251,7 @@ def _order(c: Candidates, select: SelectConfig, eligible: npt.NDArray[np.bool_])
     else:
         keys = np.zeros(len(c.prompts))
     within = order_within_prompts(c.prompts, keys, c.ties)
-    order = within[np.lexsort((~eligible[within], c.prompts[within]))]  # stable
-    return order, places_within_groups(c.prompts[order])
+    return within[np.lexsort((~eligible[within], c.prompts[within]))]  # stable
 
 
 def _limit_source_share(
@@ -220,14 +266,15 @@ def _limit_source_share(
 
     Again and again, the source that is most over its share loses its least clear wins: those with the
     smallest margin, then in the order of their random keys. Each passes to the next best candidate of its
-    prompt that may win, is of a source with room left, and is not kept already; where there is none, it
-    is dropped. A win without a next best is the clearest. Rows without a source are a source together.
+    prompt that may win, is of a source with room left, and whose response is not kept already; where there is
+    none, it is dropped. A win without a next best is the clearest. Rows without a source are a source together.
     Wins only ever move down their prompt's order, so this ends. It holds within each partition exactly,
     hence over all of them together.
     """
     assert c.random is not None, "max_source_share needs random keys"
     codes = _source_codes(c.sources)
     num_sources = int(codes.max()) + 1 if len(codes) else 0
+    same = None if c.responses is None else pair_numbers(c.prompts, c.responses)
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
     # Where a prompt's candidates that may win end in `order`.
@@ -256,6 +303,7 @@ def _limit_source_share(
         losers = np.repeat(np.arange(len(losing)), lengths)
         room = np.maximum(0, most - counts)
         open_to = ~kept[heirs] & (codes[heirs] != source) & (room[codes[heirs]] > 0)
+        open_to &= ~_is_kept_beside(same, kept, losing, heirs)
         with_heir, first_heir = np.unique(losers[open_to], return_index=True)
         heirs = heirs[open_to][first_heir]
 
@@ -269,6 +317,18 @@ def _limit_source_share(
         kept[heirs[fits]] = True
         passed_on += int(fits.sum())
     return passed_on
+
+
+def _is_kept_beside(
+    same: Int64s | None, kept: npt.NDArray[np.bool_], losing: Int64s, rows: Int64s
+) -> npt.NDArray[np.bool_]:
+    """Which of some rows have the response of a kept row of their prompt, one of those that are `losing` apart; `same`
+    [N] is one number for candidates of a prompt with one response; None: all differ."""
+    if same is None:
+        return np.zeros(len(rows), dtype=bool)
+    stays = kept.copy()
+    stays[losing] = False
+    return np.isin(same[rows], same[stays])
 
 
 def _source_codes(sources: pa.Array) -> Int64s:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from decimal import Decimal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
-from grape_service.pool.filters import nearest
+from grape_service.pool.filters import nearest, number_of
 from grape_service.rows.columns import OUR_COLUMNS
 from grape_service.rows.ragged import Int64s
+from grape_service.select.ranking import pair_numbers
 from grape_service.storage.parquet import array_of
+
+
+def within_token_limits(loss_tokens: Int64s, select: SelectConfig) -> npt.NDArray[np.bool_]:
+    """Which candidates [N] with so many tokens with loss may be kept."""
+    within = np.ones(len(loss_tokens), dtype=bool)
+    if select.min_response_tokens is not None:
+        within &= loss_tokens >= select.min_response_tokens
+    if select.max_response_tokens is not None:
+        within &= loss_tokens <= select.max_response_tokens
+    return within
 
 
 def keep_column(select: SelectConfig) -> str | None:
@@ -36,8 +49,8 @@ def check_keep_column(select: SelectConfig, other_columns: Iterable[str]) -> Non
 def distinct_responses(prompts: Int64s, num_prompts: int, row_keys: pa.Array) -> Int64s:
     """Distinct responses of each prompt [num_prompts]: rows [N] of the same tokens are one, whatever their source."""
     codes = row_keys.dictionary_encode().indices.to_numpy().astype(np.int64)
-    pairs = np.unique(prompts * (int(codes.max(initial=0)) + 1) + codes)
-    return np.bincount(pairs // (int(codes.max(initial=0)) + 1), minlength=num_prompts)
+    _, first = np.unique(pair_numbers(prompts, codes), return_index=True)
+    return np.bincount(prompts[first], minlength=num_prompts)
 
 
 def kept_of_prompts(table: pa.Table, prompts: Int64s, num_prompts: int, select: SelectConfig) -> Int64s:
@@ -48,11 +61,12 @@ def kept_of_prompts(table: pa.Table, prompts: Int64s, num_prompts: int, select: 
     name = keep_column(select)
     assert name is not None, "select.keep names a column"
     kept = np.zeros(num_prompts, dtype=np.int64)
-    for place, value in enumerate(table[name].to_pylist()):
+    for place, given in enumerate(table[name].to_pylist()):
         prompt, prompt_id = int(prompts[place]), table["prompt_id"][place].as_py()
+        value = number_of(str(given)) if isinstance(given, str | Decimal) else given  # a cell of a .csv, a decimal
         if not isinstance(value, int | float) or isinstance(value, bool) or not float(value).is_integer() or value < 1:
             raise UserError(
-                f"select.keep: prompt {prompt_id!a} has {value!a} in the column '{name}', not a whole number of 1 or "
+                f"select.keep: prompt {prompt_id!a} has {given!a} in the column '{name}', not a whole number of 1 or "
                 "more: filter such rows with pool.where, or give keep a number"
             )
         if kept[prompt] not in (0, int(value)):

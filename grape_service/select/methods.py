@@ -1,52 +1,26 @@
-"""Select methods by name: what each makes of a candidate's statistics, and whether its largest or smallest wins."""
+"""A select method, of ours or a user's, on a table of candidates: its statistics in, one number a candidate out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from grape_service.config.methods import SELECT_STATISTICS, SelectConfig
+from grape_service.config.methods import SelectConfig
 from grape_service.errors import StageError
+from grape_service.methods import SELECT
+from grape_service.methods.base import Float64s, SelectMethod
 from grape_service.rows.method_batch import MethodBatch
-from grape_service.rows.ragged import Int64s, offsets_from_lengths, segment_sums
-from grape_service.rows.statistics import LOGPROB, RANK, ordered
-from grape_service.score.store import ScoreTable
-from grape_service.select.grape import Float64s, grape_scores
-from grape_service.select.rsr import rsr_scores
-from grape_service.select.surprise import surprise_scores
+from grape_service.rows.ragged import Int64s, list_offsets_and_values, offsets_from_lengths, segment_sums
+from grape_service.rows.statistics import RANK
+from grape_service.score.store import ScoreStore
+from grape_service.score.tables import ScoreTable
+from grape_service.select.steps import Tokenizer, token_steps
+from grape_service.select.windows import LocalTokens, WindowScores, window_keys
 from grape_service.storage.parquet import array_of
-
-
-@dataclass(frozen=True)
-class SelectMethod:
-    """A method that gives each candidate a number."""
-
-    name: str
-    score: Callable[[MethodBatch], Float64s]
-    statistics: tuple[str, ...]  # that its batch holds
-    columns: tuple[str, ...]  # the pool's, that its batch holds
-    better: Literal["largest", "smallest"]
-
-    def oriented(self, scores: Float64s) -> Float64s:
-        """Scores such that the largest wins."""
-        return -scores if self.better == "smallest" else scores
-
-
-def _grape(batch: MethodBatch) -> Float64s:
-    logprobs = batch.statistics[LOGPROB]
-    return grape_scores(logprobs, np.ones(len(logprobs), dtype=bool), batch.offsets)
-
-
-OURS = {
-    "grape": SelectMethod("grape", _grape, ordered(SELECT_STATISTICS["grape"]), (), "largest"),
-    "rsr": SelectMethod("rsr", rsr_scores, ordered(SELECT_STATISTICS["rsr"]), (), "smallest"),
-    "surprise": SelectMethod("surprise", surprise_scores, ordered(SELECT_STATISTICS["surprise"]), (), "largest"),
-}
 
 
 def select_method(select: SelectConfig) -> SelectMethod | None:
@@ -55,8 +29,8 @@ def select_method(select: SelectConfig) -> SelectMethod | None:
         return None
     own = select.own
     if own is None:
-        return OURS[select.method]
-    return SelectMethod(own.name, own, own.statistics, own.columns, own.better)
+        return SELECT[select.method]
+    return SelectMethod(own.name, lambda batch, _: own(batch), own.statistics, own.better, own.columns)
 
 
 @dataclass(frozen=True)
@@ -94,33 +68,113 @@ def token_statistics(
     return TokenStatistics(values, offsets_from_lengths(loss_tokens), usable)
 
 
+def stored_scores(
+    method: SelectMethod | None,
+    table: pa.Table,
+    counted: npt.NDArray[np.bool_],
+    select: SelectConfig,
+    store: ScoreStore | None,
+    partition: str,
+    tokenizer: Tokenizer | None,
+) -> tuple[TokenStatistics, Float64s]:
+    """The tokens' statistics and the number of each row [N] of some rows of a partition, whole prompts of a shard with
+    WINDOW_READS, read again from where they are stored: grape_score where `method` is None.
+
+    NaN where nothing is stored. Raises UserError where the method cuts steps and the target is no longer there.
+    """
+    offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
+    lengths = segment_sums(mask > 0, offsets)
+    tokens = TokenStatistics({}, offsets_from_lengths(lengths), np.ones(table.num_rows, dtype=bool))
+    if store is None and (method is None or method.statistics):
+        return tokens, np.full(table.num_rows, np.nan)
+    if store is not None:
+        row_keys = array_of(table, "row_key")
+        tables = store.read_statistics(partition, row_keys, select.statistics)
+        finite = {name: one.finite() for name, one in tables.items()}
+        tokens = token_statistics(tables, finite, np.arange(table.num_rows), lengths, row_keys)
+    method = method or SELECT["grape"]
+    steps, local = None, None
+    if method.cuts_steps:
+        assert tokenizer is not None, "this method cuts steps"
+        vocabulary = tokenizer.vocabulary()
+        steps = token_steps(table, vocabulary, select.step_end)
+        if select.windows is not None:
+            assert store is not None, "windows are scored"
+            keys = window_keys([table], vocabulary, select.step_end, select.windows)
+            local = WindowScores(store, partition, keys, None).take(steps, tokens.offsets)
+    return tokens, method_scores(method, table, tokens, counted, select, steps, local)
+
+
 def method_scores(
-    method: SelectMethod, table: pa.Table, tokens: TokenStatistics, counted: npt.NDArray[np.bool_]
+    method: SelectMethod,
+    table: pa.Table,
+    tokens: TokenStatistics,
+    counted: npt.NDArray[np.bool_],
+    select: SelectConfig,
+    steps: Int64s | None = None,
+    local: LocalTokens | None = None,
 ) -> Float64s:
     """The method's number for each row [N] of a table of whole prompts; `counted` [L] are the tokens that count.
 
-    NaN where a statistic is missing or no token counts. `table` has prompt_id, candidate_id and the method's columns.
+    NaN where a statistic is missing or no token counts. `table` has prompt_id, candidate_id and the method's columns;
+    `steps` [L] is that of `token_steps`, for a method that cuts steps; `local` is for one that scores windows.
     """
+    assert steps is not None or not method.cuts_steps, "this method cuts steps"
+    assert local is not None or not method.scores_windows, "this method scores windows"
     num_counted = segment_sums(counted, tokens.offsets)
     there = tokens.usable & (num_counted > 0)
+    if local is not None:
+        there &= local.usable
     scores = np.full(table.num_rows, np.nan)
-    rows = np.flatnonzero(there)
-    if len(rows):
-        taken = counted & np.repeat(there, np.diff(tokens.offsets))
-        statistics = {
-            name: tokens.values[name][taken].astype(np.int64 if name == RANK else np.float32)
-            for name in method.statistics
-        }
-        light = table.select(["prompt_id", "candidate_id", *method.columns]).take(pa.array(rows))
-        prompt_ids = array_of(light, "prompt_id")
-        scores[rows] = method.score(
-            MethodBatch(
-                prompt_ids.dictionary_encode().indices.to_numpy().astype(np.int64),
-                prompt_ids,
-                array_of(light, "candidate_id"),
-                offsets_from_lengths(num_counted[rows]),
-                statistics,
-                {name: array_of(light, name) for name in method.columns},
-            )
-        )
+    if there.any():
+        scores[there] = method.score(_batch(method, table, tokens, counted, there, steps, local), select)
     return scores
+
+
+def method_bounds(
+    method: SelectMethod,
+    table: pa.Table,
+    tokens: TokenStatistics,
+    counted: npt.NDArray[np.bool_],
+    known: npt.NDArray[np.bool_],
+) -> Float64s:
+    """The most that the method's number can be for each row [N] of which only the tokens `known` [L] have statistics.
+
+    Infinite where no token counts: nothing is known of such a row. For a method that has a bound.
+    """
+    assert method.bound is not None, f"method {method.name} has no bound"
+    totals = segment_sums(counted, tokens.offsets)
+    bounds = np.full(table.num_rows, np.inf)
+    there = totals > 0
+    if there.any():
+        bounds[there] = method.bound(_batch(method, table, tokens, counted & known, there), totals[there])
+    return bounds
+
+
+def _batch(
+    method: SelectMethod,
+    table: pa.Table,
+    tokens: TokenStatistics,
+    taken: npt.NDArray[np.bool_],
+    there: npt.NDArray[np.bool_],
+    steps: Int64s | None = None,
+    local: LocalTokens | None = None,
+) -> MethodBatch:
+    """The tokens `taken` [L] of the rows `there` [N]."""
+    rows = np.flatnonzero(there)
+    taken = taken & np.repeat(there, np.diff(tokens.offsets))
+    statistics = {
+        name: tokens.values[name][taken].astype(np.int64 if name == RANK else np.float32) for name in method.statistics
+    }
+    light = table.select(["prompt_id", "candidate_id", *method.columns]).take(pa.array(rows))
+    prompt_ids = array_of(light, "prompt_id")
+    return MethodBatch(
+        prompt_ids.dictionary_encode().indices.to_numpy().astype(np.int64),
+        prompt_ids,
+        array_of(light, "candidate_id"),
+        offsets_from_lengths(segment_sums(taken, tokens.offsets)[rows]),
+        statistics,
+        {name: array_of(light, name) for name in method.columns},
+        steps[taken] if steps is not None and method.cuts_steps else None,
+        local.logprobs[taken] if local is not None and method.scores_windows else None,
+    )

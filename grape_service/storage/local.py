@@ -1,4 +1,4 @@
-"""Files of a local folder, with the two conditional writes. What s3.py is for S3; used through storage.py only."""
+"""Files of a local folder, with the two conditional writes."""
 
 from __future__ import annotations
 
@@ -11,41 +11,21 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO
 
 import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
 from grape_service.errors import UserError
+from grape_service.storage.files import FileInfo, FileInfos, Names, refuse_longer
 
 TEMPORARY = ".tmp-"
 """First letters of files that are being written, and of locks; a listing leaves them out."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One file of a listing; `path` is relative to the storage's root."""
-
-    path: str
-    size: int
-    etag: str  # changes when the file does; read_with_etag gives the one that compare_and_swap takes
-    modified: float  # seconds since 1970
-
-
-FileInfos: TypeAlias = list[FileInfo]
-Names: TypeAlias = list[str]
-
-
-def refuse_longer(address: str, size: int, max_bytes: int) -> None:
-    """Raises UserError for a file that nobody should read into memory."""
-    if size > max_bytes:
-        raise UserError(f"{address} has {size} bytes: such a file has at most {max_bytes}; restore it")
-
-
 class LocalFiles:
-    """Files below the folder `base`; every path taken is a full one."""
+    """`Files` of the folder `base`."""
 
     def __init__(self, base: str):
         self.base = base
@@ -115,6 +95,14 @@ class LocalFiles:
     def delete(self, full: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._sentences(full, "delete"):
             os.unlink(full)
+
+    def write_in_parts(self, full: str, data: bytes) -> None:
+        with self.open_write(full) as file:
+            file.write(data)
+
+    def delete_many(self, fulls: Names) -> None:
+        for full in fulls:
+            self.delete(full)
 
     def delete_folder(self, full: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._sentences(full, "delete"):
@@ -199,6 +187,8 @@ class LocalFiles:
                 raise UserError(f"{full} grew larger than this disk or account allows: raise the limit") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise UserError(f"no permission to {doing} {full}: allow it or choose another folder") from error
+            if error.errno == errno.ENOTDIR and doing == "read":  # below a file there is nothing
+                raise FileNotFoundError(errno.ENOENT, "no such file", full) from error
             if error.errno in (errno.ENOTDIR, errno.EEXIST) and doing == "write":
                 raise UserError(f"{full} cannot be written: a part of its path is a file, not a folder") from error
             if error.errno == errno.ENOENT and doing == "write":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grape_service.errors import StageError, UserError
-from grape_service.storage.ahead import map_ahead
+from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.storage import Storage
 
 ROW_GROUP_BYTES = 32 * 2**20
@@ -22,28 +21,23 @@ READ_BYTES = 32 * 2**20
 """Bytes in memory that a stage works on at a time, about."""
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """What write_parquet wrote."""
-
-    path: str
-    num_rows: int
-
-
 def write_parquet(
     storage: Storage,
     path: str,
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch | pa.Table],
     row_group_bytes: int = ROW_GROUP_BYTES,
-) -> WrittenFile:
-    """Write batches as one file, whole or not at all. Row groups are cut by bytes; nothing depends on the clock."""
+) -> int:
+    """Write batches as one file, whole or not at all; the number of rows.
+
+    Row groups are cut by bytes; nothing depends on the clock.
+    """
     num_rows = 0
     with storage.open_write(path) as file, open_writer(file, schema) as writer:
         for group in row_groups(batches, schema, row_group_bytes):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
             num_rows += group.num_rows
-    return WrittenFile(path, num_rows)
+    return num_rows
 
 
 def open_writer(file: object, schema: pa.Schema) -> pq.ParquetWriter:
@@ -72,6 +66,8 @@ def row_groups(
     for batch in batches:
         table = (batch if isinstance(batch, pa.Table) else pa.Table.from_batches([batch])).select(schema.names)
         table = table.cast(schema) if table.schema != schema else table
+        if table.num_rows == 0:
+            continue
         ends = np.cumsum(row_bytes(table)) + filled
         start = 0
         while start < table.num_rows and ends[-1] >= target_bytes:
@@ -135,7 +131,7 @@ def _lengths(array: pa.Array) -> np.ndarray:
 def open_parquet(storage: Storage, path: str) -> pq.ParquetFile:
     """A Parquet file for reading; on S3 what is asked of a row group comes in one request, not one for each column.
 
-    Raises FileNotFoundError, pa.ArrowInvalid for a file that is none."""
+    Raises FileNotFoundError, pa.ArrowInvalid for a file that is not Parquet."""
     return pq.ParquetFile(
         storage.full(path), filesystem=storage.arrow, page_checksum_verification=True, pre_buffer=storage.is_s3
     )
@@ -179,7 +175,7 @@ def read_tables(
     """
     waiting: list[pa.Table] = []
     waiting_bytes = 0
-    for table in map_ahead(partial(_read_file, storage, columns=columns), paths, 8 if storage.is_s3 else 2):
+    for table in concurrent_map(partial(_read_file, storage, columns=columns), paths, 8 if storage.is_s3 else 2):
         if table.num_rows == 0:
             continue
         waiting.append(table)

@@ -15,33 +15,43 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import IO, Any
 
+import aiobotocore.session
 import orjson
 import pyarrow.fs as pafs
 import s3fs
 from fsspec.asyn import sync_wrapper
 
+from grape_service.addresses import ask_loopback_directly
 from grape_service.errors import UserError
-from grape_service.loopback import ask_loopback_directly
+from grape_service.json_types import JsonObject
 from grape_service.storage.arrow_io import ArrowHandler
-from grape_service.storage.local import FileInfo, FileInfos, Names, refuse_longer
-from grape_service.storage.patience import first_answer_seconds
+from grape_service.storage.concurrent_map import concurrent_map
+from grape_service.storage.files import FileInfo, FileInfos, Names, refuse_longer
+from grape_service.storage.options import first_answer_seconds
 from grape_service.storage.s3_errors import (
     TRANSIENT_ERRORS,
     StorageUnavailable,
     condition_failed,
+    error_code,
+    expired,
+    has_expired,
     is_answer,
     is_transient,
+    may_be_of_old_credentials,
     no_answer,
     plain_error,
+    refused_delete,
 )
 from grape_service.storage.s3_upload import UploadFile
 
 RETRY_SECONDS = 60.0
 """How long a request is tried again while the server is down, throttles or answers 5xx."""
 UPLOADS_A_PAGE = 1000
+DELETED_AT_ONCE = 1000
+DELETES_IN_FLIGHT = 16
 HAVE_ETAG = ("get_object", "head_object", "put_object")
 """Each answer of an S3 server to these has one."""
 
@@ -55,11 +65,15 @@ class RetryingS3(s3fs.S3FileSystem):
         self.retry_seconds = retry_seconds or RETRY_SECONDS
         # When the present outage began and was last seen: what follows a request that waited in vain waits no more.
         self._outage = (0.0, 0.0)
+        self._generation = 0  # of credentials, which may be renewed in their file
+        self._has_worked = False
 
-    async def _call_s3(self, method: str, *akwarglist: dict[str, Any], **kwargs: Any) -> Any:
+    async def _call_s3(self, method: str, *akwarglist: JsonObject, **kwargs: Any) -> Any:
         start, attempts = time.monotonic(), 0
+        renewed = False  # since the last wait: where each session is given keys of its own, there are always others
         while True:
             attempts += 1
+            generation = self._generation
             try:
                 client = await self._client(kwargs.get("Bucket"))
                 if method == "delete_objects":
@@ -70,19 +84,26 @@ class RetryingS3(s3fs.S3FileSystem):
                 if method in HAVE_ETAG and "ETag" not in answer:
                     address = f"s3://{kwargs['Bucket']}/{kwargs['Key']}"
                     raise UserError(f"{address}: {self._address()} is not an S3 server: correct the address")
-                self._outage, self._first_seconds = (0.0, 0.0), None
+                self._outage, self._first_seconds, self._has_worked = (0.0, 0.0), None, True
                 return answer
             except UserError:
                 raise
             except Exception as error:
                 self._first_seconds = None if is_answer(error) else self._first_seconds
-                if not is_transient(error):
+                if not renewed and may_be_of_old_credentials(error) and await self._renewed(generation):
+                    renewed = True
+                    continue
+                waits = is_transient(error) or (has_expired(error) and self._has_worked)
+                if not waits:
                     raise plain_error(error, method, kwargs, attempts, self._address()) from error
                 wait = min(0.1 * 1.7**attempts, 5.0) * random.uniform(0.5, 1.0)
                 if not self._worth_waiting(start, wait):
                     address = f"s3://{kwargs.get('Bucket', '')} at {self._address()}"
+                    if has_expired(error):
+                        raise expired(address, error) from error
                     raise no_answer(address, error, self.retry_seconds, self._first_seconds) from error
             await asyncio.sleep(wait)
+            renewed = False
 
     call_s3 = sync_wrapper(_call_s3)
 
@@ -92,6 +113,24 @@ class RetryingS3(s3fs.S3FileSystem):
             return await self.get_s3(bucket)
         except (TypeError, ValueError) as error:  # of a library that is given an option which it does not take
             raise UserError(f"the storage options for s3://{bucket} are not valid: {error}") from error
+
+    async def _renewed(self, generation: int) -> bool:
+        """Whether there are other credentials than those of a request that was refused: they are read again, as
+        whoever rotates them replaces their file. Requests from now on take them."""
+        async with self._renewing:
+            if generation != self._generation:
+                return True
+            old = self.session
+            fresh = aiobotocore.session.AioSession(**self.kwargs)
+            if await _frozen(old) == await _frozen(fresh):
+                return False
+            await self.set_session(refresh=True)
+            self._generation += 1
+            return True
+
+    @cached_property
+    def _renewing(self) -> asyncio.Lock:
+        return asyncio.Lock()
 
     def _worth_waiting(self, start: float, wait: float) -> bool:
         now = time.monotonic()
@@ -131,9 +170,9 @@ class RetryingS3(s3fs.S3FileSystem):
 
 
 class S3Files:
-    """Files below `base`, "bucket/folder"; every path taken is a full one. What local.LocalFiles is for a folder."""
+    """`Files` of `base`, "bucket/folder"."""
 
-    def __init__(self, base: str, options: dict[str, Any]):
+    def __init__(self, base: str, options: JsonObject):
         self.base = base
         self._options_json = orjson.dumps(options, option=orjson.OPT_SORT_KEYS)
 
@@ -175,7 +214,7 @@ class S3Files:
             entry["Prefix"].rstrip("/").rsplit("/", 1)[-1] for page in pages for entry in page.get("CommonPrefixes", [])
         ]
 
-    def _pages(self, bucket: str, prefix: str, more: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _pages(self, bucket: str, prefix: str, more: JsonObject) -> Iterator[JsonObject]:
         more = {**more, "Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
         while True:
             page = self.fs.call_s3("list_objects_v2", **more)
@@ -198,14 +237,31 @@ class S3Files:
         with contextlib.suppress(FileNotFoundError):
             self.fs.call_s3("delete_object", **_target(full))
 
+    def write_in_parts(self, full: str, data: bytes) -> None:
+        with contextlib.closing(UploadFile(self.fs, full, part_bytes=max(1, len(data)))) as file:
+            file.write(data)
+
+    def delete_many(self, fulls: Names) -> None:
+        """A thousand in a request; one by one where the server knows no such request."""
+        for start in range(0, len(fulls), DELETED_AT_ONCE):
+            some = fulls[start : start + DELETED_AT_ONCE]
+            try:
+                self._delete_at_once(some)
+            except (UserError, OSError) as error:
+                if error_code(error)[1] not in (400, 405, 501):
+                    raise
+                for _ in concurrent_map(self.delete, some, DELETES_IN_FLIGHT):
+                    pass
+
+    def _delete_at_once(self, fulls: Names) -> None:
+        bucket, _ = _bucket_and_key(fulls[0])
+        objects = [{"Key": _bucket_and_key(full)[1]} for full in fulls]
+        answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+        for failed in answer.get("Errors", []):
+            raise refused_delete(f"s3://{bucket}/{failed.get('Key')}", failed)
+
     def delete_folder(self, full: str) -> None:
-        bucket, _ = _bucket_and_key(full)
-        keys = [info.path for info in self.list(full)]
-        for start in range(0, len(keys), 1000):
-            objects = [{"Key": _bucket_and_key(f"{self.base}/{key}")[1]} for key in keys[start : start + 1000]]
-            answer = self.fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
-            for failed in answer.get("Errors", []):
-                raise UserError(f"cannot delete s3://{bucket}/{failed.get('Key')}: {failed.get('Message')}")
+        self.delete_many([f"{self.base}/{info.path}" for info in self.list(full)])
 
     def now(self) -> float:
         """The server's clock, to the second."""
@@ -221,7 +277,7 @@ class S3Files:
         """Uploads below a folder that began before a moment of the server's clock; `etag` is an upload's id."""
         bucket, prefix = _bucket_and_key(full)
         found: FileInfos = []
-        more: dict[str, Any] = {"Bucket": bucket, "MaxUploads": UPLOADS_A_PAGE}
+        more: JsonObject = {"Bucket": bucket, "MaxUploads": UPLOADS_A_PAGE}
         more["Prefix"] = f"{prefix}/" if prefix else ""
         while True:
             page = self.fs.call_s3("list_multipart_uploads", **more)
@@ -238,7 +294,7 @@ class S3Files:
             more |= marks
 
     def _bytes_of_upload(self, bucket: str, key: str, upload_id: str) -> int:
-        target: dict[str, Any] = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+        target: JsonObject = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
         size = 0
         while True:
             try:
@@ -281,12 +337,18 @@ class S3Files:
         except FileNotFoundError:
             return False
 
-    def _file_info(self, full: str, size: int, entry: dict[str, Any]) -> FileInfo:
+    def _file_info(self, full: str, size: int, entry: JsonObject) -> FileInfo:
         path = full[len(self.base) :].lstrip("/")
         return FileInfo(path, int(size), str(entry.get("ETag", "")).strip('"'), entry["LastModified"].timestamp())
 
 
-def _add_md5(params: dict[str, Any], **_: Any) -> None:
+async def _frozen(session: Any) -> Any:
+    """Key, secret and token that a session signs with; None where it has none."""
+    credentials = await session.get_credentials()
+    return None if credentials is None else await credentials.get_frozen_credentials()
+
+
+def _add_md5(params: JsonObject, **_: Any) -> None:
     """Content-MD5, which botocore no longer sends and many servers want for this one request."""
     body = params["body"]
     digest = hashlib.md5(body.encode() if isinstance(body, str) else body, usedforsecurity=False).digest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import botocore.exceptions as boto_errors
@@ -39,6 +41,42 @@ TRANSIENT_ERRORS = (
 
 class StorageUnavailable(StageError):
     """The server did not answer for as long as a request is tried again; a later run goes on."""
+
+
+EXPIRED = frozenset(["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"])
+REFUSED = frozenset(["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"])
+SKEWED = frozenset(["RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture"])
+ELSEWHERE = frozenset(["PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"])
+SKEW_SECONDS = 14 * 60
+"""S3 refuses requests that are dated a quarter of an hour before or after its own time."""
+
+
+def may_be_of_old_credentials(error: BaseException) -> bool:
+    """Whether a request may have been refused because its credentials were replaced meanwhile. An answer to HEAD has
+    no body that would say so."""
+    code, status = error_code(error)
+    return code in EXPIRED | REFUSED or (code.isdigit() and status in (400, 403))
+
+
+def has_expired(error: BaseException) -> bool:
+    """Whether the server says that the credentials have expired."""
+    return error_code(error)[0] in EXPIRED
+
+
+def expired(address: str, error: BaseException) -> StorageUnavailable:
+    """What to raise then: whoever renews them need not be whoever runs this, so that a later try may go on."""
+    code = error_code(error)[0]
+    return StorageUnavailable(
+        f"the credentials for {address} have expired ({code}) and there are no newer ones: renew them and run again; "
+        "finished work is kept"
+    )
+
+
+def refused_delete(address: str, answer: dict[str, Any]) -> UserError:
+    """What one of many deletes was answered."""
+    if answer.get("Code") == "AccessDenied":
+        return UserError(f"these credentials may not delete {address}: allow it or use other credentials")
+    return UserError(f"cannot delete {address}: {answer.get('Message') or answer.get('Code')}")
 
 
 def no_answer(address: str, error: Exception, seconds: float, first_seconds: float | None) -> Exception:
@@ -87,6 +125,8 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
     code, status = error_code(error)
     bucket = kwargs.get("Bucket", "")
     address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
+    if (sentence := _of_clock_or_region(error, address, endpoint)) is not None:
+        return UserError(sentence)
     has_body = not method.startswith("head_")  # in which an S3 server says what is wrong, with a code of its own
     if code.isdigit() and has_body and status not in (403, 409, 412, 416) and (method, status) != ("get_object", 404):
         return UserError(
@@ -94,10 +134,12 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
         )
     if code == "NoSuchBucket" or (method == "head_bucket" and status == 404):
         return UserError(f"the bucket of {address} does not exist: create '{bucket}' or correct the address")
-    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+    if code in EXPIRED:
+        return expired(address, error)
+    if code in REFUSED:
         return UserError(f"the credentials for {address} are refused ({code}): check AWS_ACCESS_KEY_ID and its secret")
     if status == 403:
-        doing = "read" if method.startswith(("get_", "head_", "list_")) else "write"
+        doing = {"get": "read", "head": "read", "list": "read", "delete": "delete"}.get(method.split("_")[0], "write")
         return UserError(f"these credentials may not {doing} {address}: allow it or use other credentials")
     if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
         return UserError(f"no credentials for {address}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
@@ -108,3 +150,33 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
     translated: Exception = translate_boto_error(error, set_cause=False)
     translated.attempts = attempts  # type: ignore[attr-defined]
     return translated
+
+
+def _of_clock_or_region(error: Exception, address: str, endpoint: str) -> str | None:
+    """The sentence where a clock is wrong, or the bucket is not where it was asked for."""
+    code, status = error_code(error)
+    response = getattr(error, "response", None) or {}
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    apart = _seconds_apart(headers.get("date"))
+    if code in SKEWED or (status == 403 and apart > SKEW_SECONDS):
+        by = f"by {apart / 60:.0f} minutes" if apart > SKEW_SECONDS else "by more than the server allows"
+        return f"{address}: the clock of this machine and that of {endpoint} differ {by}: set this machine's clock"
+    details = response.get("Error", {})
+    region = headers.get("x-amz-bucket-region") or details.get("Region")
+    # An answer to HEAD has no code of its own.
+    if code in ELSEWHERE or (300 <= status < 400 and (region or not code.isdigit())) or (code == "400" and region):
+        where = f", {region}," if region else ""
+        other = f" and the endpoint to {details['Endpoint']}" if details.get("Endpoint") else ""
+        return (
+            f"the bucket of {address} is in another region{where} than {endpoint} serves: set AWS_DEFAULT_REGION or "
+            f"storage.client_kwargs.region_name to it{other or ', and an endpoint of that region'}"
+        )
+    return None
+
+
+def _seconds_apart(date: str | None) -> float:
+    """How far a server's clock is from this machine's; 0 where it tells no time."""
+    try:
+        return abs(parsedate_to_datetime(date or "").timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0

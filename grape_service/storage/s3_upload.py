@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from grape_service.errors import StageError, UserError
-
-if TYPE_CHECKING:
-    from grape_service.storage.s3 import RetryingS3
 
 PART_BYTES = 16 * 2**20
 PARTS_IN_FLIGHT = 2
 MAX_PARTS = 10_000
+
+
+class Requests(Protocol):
+    """What sends requests, and tries them again."""
+
+    def call_s3(self, method: str, **kwargs: Any) -> Any:
+        """The answer to a request."""
+        ...
+
+    def submit(self, method: str, **kwargs: Any) -> Future[Any]:
+        """A request that runs in the background."""
+        ...
 
 
 class UploadFile(io.RawIOBase):
@@ -23,9 +32,9 @@ class UploadFile(io.RawIOBase):
     Small files are one PUT. `abandon` leaves nothing behind, not even parts.
     """
 
-    def __init__(self, fs: RetryingS3, full: str, part_bytes: int = PART_BYTES):
+    def __init__(self, requests: Requests, full: str, part_bytes: int = PART_BYTES):
         super().__init__()
-        self._fs = fs
+        self._requests = requests
         self._bucket, _, self._key = full.partition("/")
         self._part_bytes = part_bytes
         self._buffer = bytearray()
@@ -53,14 +62,14 @@ class UploadFile(io.RawIOBase):
     def _send_part(self, data: bytes) -> None:
         target = {"Bucket": self._bucket, "Key": self._key}
         if self._upload_id is None:
-            self._upload_id = self._fs.call_s3("create_multipart_upload", **target)["UploadId"]
+            self._upload_id = self._requests.call_s3("create_multipart_upload", **target)["UploadId"]
         if len(self._parts) >= PARTS_IN_FLIGHT:
             self._parts[-PARTS_IN_FLIGHT].result()
         if len(self._parts) >= MAX_PARTS:
             raise UserError(f"s3://{self._bucket}/{self._key} is larger than {MAX_PARTS} parts: use more partitions")
         number = len(self._parts) + 1
         self._parts.append(
-            self._fs.submit("upload_part", **target, UploadId=self._upload_id, PartNumber=number, Body=data)
+            self._requests.submit("upload_part", **target, UploadId=self._upload_id, PartNumber=number, Body=data)
         )
 
     def close(self) -> None:
@@ -70,7 +79,7 @@ class UploadFile(io.RawIOBase):
         target = {"Bucket": self._bucket, "Key": self._key}
         if self._upload_id is None:
             self._end()
-            self._fs.call_s3("put_object", **target, Body=bytes(self._buffer))
+            self._requests.call_s3("put_object", **target, Body=bytes(self._buffer))
             return
         try:
             if self._buffer:
@@ -82,12 +91,12 @@ class UploadFile(io.RawIOBase):
         upload_id, size = self._upload_id, self._position
         self._end()
         try:
-            self._fs.call_s3(
+            self._requests.call_s3(
                 "complete_multipart_upload", **target, UploadId=upload_id, MultipartUpload={"Parts": parts}
             )
         except FileNotFoundError:
             # Completed by an earlier attempt whose answer was lost.
-            if self._fs.call_s3("head_object", **target)["ContentLength"] != size:
+            if self._requests.call_s3("head_object", **target)["ContentLength"] != size:
                 raise
 
     def abandon(self) -> None:
@@ -100,7 +109,7 @@ class UploadFile(io.RawIOBase):
         self._end()
         if upload_id is not None:
             with contextlib.suppress(StageError, OSError, UserError):  # gc aborts what this does not
-                self._fs.call_s3("abort_multipart_upload", Bucket=self._bucket, Key=self._key, UploadId=upload_id)
+                self._requests.call_s3("abort_multipart_upload", Bucket=self._bucket, Key=self._key, UploadId=upload_id)
 
     def _end(self) -> None:
         self._ended = True

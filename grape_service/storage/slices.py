@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from grape_service.storage.ahead import map_ahead
+from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.storage import Storage
 
 Int64s = npt.NDArray[np.int64]
@@ -63,7 +63,9 @@ def read_slice(storage: Storage, files: SliceFiles, number: int, schema: pa.Sche
     def read(place: tuple[str, int, int]) -> pa.RecordBatch:
         return pa.ipc.read_record_batch(pa.py_buffer(storage.read_range(*place)), schema)
 
-    batches = list(map_ahead(read, wanted, READS_IN_FLIGHT)) if storage.is_s3 else [read(place) for place in wanted]
+    batches = (
+        list(concurrent_map(read, wanted, READS_IN_FLIGHT)) if storage.is_s3 else [read(place) for place in wanted]
+    )
     return pa.Table.from_batches(batches, schema)
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import fsspec
@@ -20,19 +19,20 @@ import orjson
 import pyarrow.fs as pafs
 
 from grape_service.errors import StageError, UserError
-from grape_service.storage.local import FileInfo, FileInfos, LocalFiles, Names
-from grape_service.storage.options import check_options
+from grape_service.storage.files import FileInfo, FileInfos, Files, Names
+from grape_service.storage.local import LocalFiles
+from grape_service.storage.options import StorageOptions, check_options
 
-__all__ = ["FileInfo", "Storage", "check_writable", "json_bytes", "normal_url"]
+__all__ = ["FileInfo", "Storage", "json_bytes", "normal_url"]
 
 
 class Storage:
     """A folder, local or s3://, that is read and written. Paths are relative to it, with '/'."""
 
-    def __init__(self, root: str, options: dict[str, Any] | None = None):
+    def __init__(self, root: str, options: StorageOptions | None = None):
         """`options`: those of s3fs, and `retry_seconds`.
 
-        Raises UserError where conditional writes do not exist, and for `options` that hold a secret or are none."""
+        Raises UserError where conditional writes do not exist, and for `options` that hold a secret or do not exist."""
         check_options(options)
         self.options = dict(options or {})
         self.root = normal_url(root)
@@ -41,7 +41,7 @@ class Storage:
         if self.is_s3:
             from grape_service.storage.s3 import S3Files
 
-            self._files: Any = S3Files(self._base, self.options)
+            self._files: Files = S3Files(self._base, self.options)
         else:
             self._files = LocalFiles(self._base)
 
@@ -86,8 +86,7 @@ class Storage:
 
     def read_with_etag(self, path: str) -> tuple[bytes, str]:
         """All bytes of a file and the etag that compare_and_swap takes. Raises FileNotFoundError."""
-        found: tuple[bytes, str] = self._files.read_with_etag(self.full(path))
-        return found
+        return self._files.read_with_etag(self.full(path))
 
     def read_json(self, path: str, max_bytes: int | None = None) -> Any:
         """A JSON file's value. Raises FileNotFoundError, and UserError if it is not JSON or longer than `max_bytes`."""
@@ -98,20 +97,18 @@ class Storage:
 
     def open(self, path: str) -> IO[bytes]:
         """A file for reading. Raises FileNotFoundError."""
-        file: IO[bytes] = self._files.open(self.full(path))
-        return file
+        return self._files.open(self.full(path))
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file, in one request. Raises FileNotFoundError, StageError where there are fewer."""
-        data: bytes = self._files.read_range(self.full(path), start, end)
+        data = self._files.read_range(self.full(path), start, end)
         if len(data) != end - start:
             raise StageError(f"{self.url(path)} is cut off: bytes {start} to {end} are not there; run again")
         return data
 
     def info(self, path: str) -> FileInfo:
         """Size, etag and time. Raises FileNotFoundError."""
-        found: FileInfo = self._files.info(self.full(path))
-        return found
+        return self._files.info(self.full(path))
 
     def exists(self, path: str) -> bool:
         """Whether there is a file (not a folder) of that name."""
@@ -154,9 +151,17 @@ class Storage:
         with self._files.open_write(self.full(path)) as file:
             yield file
 
+    def write_in_parts(self, path: str, data: bytes) -> None:
+        """Write a file as a large one is written, whatever its size: on S3 as an upload of parts."""
+        self._files.write_in_parts(self.full(path), data)
+
     def delete(self, path: str) -> None:
         """Delete a file; no error if it is not there."""
         self._files.delete(self.full(path))
+
+    def delete_files(self, paths: Sequence[str]) -> None:
+        """Delete many files; no error for those that are not there."""
+        self._files.delete_many([self.full(path) for path in paths])
 
     def delete_folder(self, prefix: str) -> None:
         """Delete everything below a folder; no error if it is not there."""
@@ -164,13 +169,11 @@ class Storage:
 
     def now(self) -> float:
         """Seconds since 1970 by the clock that dates the files here: the server's, not this machine's."""
-        seconds: float = self._files.now()
-        return seconds
+        return self._files.now()
 
     def unfinished(self, prefix: str = "", older_than: float = 86_400) -> FileInfos:
         """What killed writers left, begun more than `older_than` seconds ago: temporary files, parts of uploads."""
-        found: FileInfos = self._files.unfinished(self.full(prefix.rstrip("/")), self.now() - older_than)
-        return found
+        return self._files.unfinished(self.full(prefix.rstrip("/")), self.now() - older_than)
 
     def delete_unfinished(self, found: FileInfos) -> None:
         """Delete what `unfinished` found."""
@@ -181,35 +184,13 @@ class Storage:
 
         If the answer of the server is lost, it counts as won when the file holds exactly `data`: writers whose
         victories must be told apart put their own id into it."""
-        created: bool = self._files.create_if_absent(self.full(path), data)
-        return created
+        return self._files.create_if_absent(self.full(path), data)
 
     def compare_and_swap(self, path: str, data: bytes, etag: str | None) -> bool:
         """Replace a file if its etag is still `etag` (None: if it does not exist); False if it is not."""
         if etag is None:
             return self.create_if_absent(path, data)
-        swapped: bool = self._files.swap(self.full(path), data, etag)
-        return swapped
-
-
-def check_writable(storage: Storage) -> None:
-    """Create and delete a probe, before any work is done. Raises UserError where that is not allowed, where the
-    bucket does not exist or the disk is full, and where the server ignores the condition of a conditional write.
-    """
-    probe, data = f".grape-probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
-    try:
-        is_made = storage.create_if_absent(probe, data)
-    except UserError as error:
-        raise UserError(str(error).replace(f"/{probe}", "")) from error
-    if not is_made:
-        raise UserError(f"the server of {storage.root} is not an S3 server: it says that a new file exists already")
-    try:
-        if storage.create_if_absent(probe, data + b"again"):
-            raise UserError(
-                f"the server of {storage.root} ignores conditional writes (If-None-Match): use one that honours them"
-            )
-    finally:
-        storage.delete(probe)
+        return self._files.swap(self.full(path), data, etag)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -8,18 +8,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from grape_service.config.schema import NAME_PATTERN
 from grape_service.errors import StageError, UserError
 from grape_service.release.catalog import CatalogEntry, list_datasets, read_catalog
-from grape_service.release.load import Release, load, resolve_version
+from grape_service.release.load import Release, load, refuse_candidates, resolve_version
+from grape_service.release.made_by import MadeBy
 from grape_service.release.manifest import Manifest, read_manifest
 from grape_service.release.reference import Reference, check_name
 from grape_service.release.tags import Tag, read_tag
-from grape_service.report.notices import Warning, warnings_of
-from grape_service.report.page import facts_of_manifest
+from grape_service.report.facts import facts_of_manifest
+from grape_service.report.notices import warnings_of
+from grape_service.report.warning import Warning
+from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import FileInfo, Storage
+from grape_service.storage.workspace import refuse_newer
 
 READERS = 32
 """Requests to storage at the same time."""
@@ -36,8 +39,8 @@ class Summary:
     rows: int = 0
     tokens: int = 0
     created: str = ""
-    target: str = ""
-    method: str = ""
+    made_by: MadeBy = field(default_factory=MadeBy)
+    since: str = ""
     warnings: int | None = None
     problem: str = ""
 
@@ -45,7 +48,7 @@ class Summary:
 class Folder:
     """A folder of datasets, or one dataset of it, with the workspace that its releases were made in."""
 
-    def __init__(self, path: str, options: dict[str, Any] | None = None, workspace: str | None = None):
+    def __init__(self, path: str, options: StorageOptions | None = None, workspace: str | None = None):
         """Raises UserError for a place that cannot hold releases."""
         storage = Storage(path, options)
         if not storage.is_s3 and not Path(storage.root).is_dir():
@@ -56,7 +59,7 @@ class Folder:
             storage = Storage(parent, options)
         self.storage = storage
         self.workspaces = [Storage(workspace or f"{storage.root}/.grape", options)]
-        self._told: dict[tuple[str, str, str], tuple[str, str, int | None]] = {}
+        self._told: dict[tuple[str, str, str], int | None] = {}
         self._tags: dict[str, tuple[str, Tag | None]] = {}
         self._summaries: dict[str, tuple[float, Summary | None]] = {}
         self._lock = threading.Lock()
@@ -124,23 +127,34 @@ class Folder:
         self.check(name)
         return load(Reference(self.storage.root, name, version_or_tag), self.storage.options)
 
+    def training_set(self, name: str, version_or_tag: str) -> Release:
+        """A version that is a training set, opened. Raises UserError, also for candidates."""
+        release = self.release(name, version_or_tag)
+        refuse_candidates(release)
+        return release
+
     def version_of(self, name: str, version_or_tag: str) -> str:
         """The version that a tag points to. Raises UserError."""
         self.check(name)
         return resolve_version(self.storage, name, version_or_tag)
 
     def check(self, name: str) -> None:
-        """Raises UserError for a name that is none, or of another dataset than the one that is shown."""
+        """Raises UserError for a name that is not valid, or is of another dataset than the one that is shown."""
         check_name(name)
         if self.only and name != self.only:
             raise UserError(f"there is no dataset '{name}' in {self.address}")
 
     def workspace_with(self, path: str) -> Storage | None:
-        """The workspace that holds this path. Those that manifests name are not looked at: they open no doors."""
-        return next((workspace for workspace in self.workspaces if workspace.exists(path)), None)
+        """The workspace that holds this path. Those that manifests name are not looked at: they open no doors.
+
+        Raises UserError where a newer grape-service has written there."""
+        found = next((workspace for workspace in self.workspaces if workspace.exists(path)), None)
+        if found is not None:
+            refuse_newer(found)
+        return found
 
     def _summary(self, name: str) -> Summary | None:
-        """A dataset in a line; None for a folder that is none."""
+        """A dataset in a line; None for a folder that holds none."""
         try:
             entries = read_catalog(self.storage, name)
             if not entries:
@@ -148,8 +162,8 @@ class Folder:
                     return None
                 return Summary(name, problem="no version was finished yet")
             newest = entries[-1]
-            tags = self.tags_of(name, newest.version)
-            target, method, warnings = self._tell(name, newest)
+            tags = [t.name if t.version == newest.version else f"{t.name}: {t.version}" for t in self.tags(name)[0]]
+            warnings = self._tell(name, newest)
         except (UserError, StageError, OSError) as error:
             return Summary(name, problem=str(error))
         return Summary(
@@ -160,31 +174,22 @@ class Folder:
             newest.rows,
             newest.tokens,
             newest.created,
-            target,
-            method,
+            newest.made_by,
+            newest.since(entries[-2] if len(entries) > 1 else None),
             warnings,
         )
 
-    def _tell(self, name: str, entry: CatalogEntry) -> tuple[str, str, int | None]:
-        """Target, method and number of warnings; kept, since a manifest never changes."""
+    def _tell(self, name: str, entry: CatalogEntry) -> int | None:
+        """The number of warnings; kept, since a manifest never changes."""
         key = (name, entry.version, entry.content_digest)
         with self._lock:
             if key in self._told:
                 return self._told[key]
-        manifest = read_manifest(self.storage, name, entry.version)
-        warnings = warnings_in(manifest)
-        target, method = settings_of(manifest)
-        told = target, method, None if warnings is None else len(warnings)
+        warnings = warnings_in(read_manifest(self.storage, name, entry.version))
+        told = None if warnings is None else len(warnings)
         with self._lock:
             self._told[key] = told
         return told
-
-
-def settings_of(manifest: Manifest) -> tuple[str, str]:
-    """The target's model, and how rows were selected and weighed."""
-    select, weights, target = (_section(manifest.config, key) for key in ("select", "weights", "target"))
-    method = " + ".join(str(part["method"]) for part in (select, weights) if part.get("method"))
-    return str(target.get("model") or ""), method
 
 
 def warnings_in(manifest: Manifest) -> list[Warning] | None:
@@ -193,8 +198,3 @@ def warnings_in(manifest: Manifest) -> list[Warning] | None:
         return warnings_of(facts_of_manifest(manifest))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError):
         return None
-
-
-def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}

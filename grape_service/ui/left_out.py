@@ -10,9 +10,12 @@ import pyarrow as pa
 
 from grape_service.errors import StageError, UserError
 from grape_service.release.load import Release
-from grape_service.report.page import facts_of_manifest, reasons_of
+from grape_service.report.facts import facts_of_manifest
+from grape_service.report.page import reasons_of
+from grape_service.rows.candidate import Row
 from grape_service.storage.parquet import open_parquet
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import refuse_newer
 from grape_service.ui.folder import Folder
 
 EXAMPLES = 5
@@ -45,8 +48,11 @@ def left_out(folder: Folder, release: Release) -> tuple[list[Reason], str]:
     for stage, place in tables:
         for workspace in folder.workspaces:
             try:
+                refuse_newer(workspace)
                 _add_examples(workspace, place, stage, found)
-            except (UserError, StageError, pa.ArrowException, OSError) as error:
+            except UserError as error:
+                note = str(error)
+            except (StageError, pa.ArrowException, OSError) as error:
                 note = f"the examples in {workspace.url(place)} cannot be read: {type(error).__name__}"
     if not note and not any(reason.examples for reason in found) and any(r.stage == "prepare" for r in found):
         known = f"; the run's was {parents.workspace}" if parents.workspace else ""
@@ -69,7 +75,15 @@ def _add_examples(workspace: Storage, place: str, stage: str, found: list[Reason
                         found.append(reasons[name])
                     if len(reasons[name].examples) < EXAMPLES:
                         row.pop("row_key", None)
-                        reasons[name].examples.append(row)
+                        reasons[name].examples.append(with_line(row))
                 full = all(len(reason.examples) >= EXAMPLES for reason in reasons.values())
                 if full or time.monotonic() > deadline:
                     return
+
+
+def with_line(row: Row) -> dict[str, Any]:
+    """An example with the file and its line, counted from 1 as editors do, in one; others as they are."""
+    if row.get("file") is None or row.get("row") is None:
+        return row
+    others = {name: value for name, value in row.items() if name not in ("file", "row")}
+    return {"file:line": f"{row['file']}:{row['row'] + 1}", **others}

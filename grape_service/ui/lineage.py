@@ -10,6 +10,7 @@ from grape_service.release.lineage import trained_version, training_runs
 from grape_service.release.load import Release
 from grape_service.release.manifest import PolicyUse
 from grape_service.release.reference import parse_reference
+from grape_service.ui.guard import root
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 230, 54, 70, 14, 4
 MAX_BOXES = 12
@@ -101,7 +102,7 @@ def _link(release: Release) -> str:
         return ""
     if parent.path != release.storage.root:
         return ""
-    return f"/datasets/{parent.name}/{parent.version_or_tag}"
+    return f"{root()}/datasets/{parent.name}/{parent.version_or_tag}"
 
 
 def _few(boxes: list[Box], what: str) -> list[Box]:

@@ -6,11 +6,12 @@ import datetime
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 import jinja2
 import yaml
+from annotated_types import Interval
 from fastapi.responses import HTMLResponse
 from markdown_it import MarkdownIt
 from rich import filesize
@@ -18,16 +19,19 @@ from rich import filesize
 from grape_service.display import counted, visible
 from grape_service.progress.reporter import duration
 from grape_service.report.page import environment as report_environment
+from grape_service.ui.guard import root
 
 FILES = Path(__file__).resolve().parent
+Place = Annotated[int, Interval(ge=0, le=2**53)]
+"""The number of a row, a version or a dataset in an address."""
 
 
 @cache
 def environment() -> jinja2.Environment:
     """The templates, which escape all that they are given."""
-    made = report_environment().overlay(loader=jinja2.FileSystemLoader(FILES / "templates"), trim_blocks=True)
-    made.filters = {
-        **made.filters,
+    environment = report_environment().overlay(loader=jinja2.FileSystemLoader(FILES / "templates"), trim_blocks=True)
+    environment.filters = {
+        **environment.filters,
         "age": age,
         "size": filesize.decimal,
         "duration": duration,
@@ -35,7 +39,8 @@ def environment() -> jinja2.Environment:
         "query": urlencode,
         "counted": counted,
     }
-    return made
+    environment.globals = {**environment.globals, "root": root}
+    return environment
 
 
 def page(template: str, status: int = 200, **values: Any) -> HTMLResponse:

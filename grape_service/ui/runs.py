@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
+from grape_service.display import in_order, short
 from grape_service.errors import StageError, UserError
 from grape_service.release.claim import STALE_SECONDS
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import refuse_newer
 from grape_service.ui.folder import Folder
 
 LATE_SECONDS = 90.0
 """A run that gave no sign of life for so long is stuck or gone."""
 MAX_ENDED = 20
+RUN_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
+OF_A_RUN = ("end.json", "heartbeat.json", "config.json")
+"""Files of a run's folder that say what it is; a folder of a workspace's runs with none of them is no run."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,16 @@ def runs_of(folder: Folder, now: float | None = None) -> tuple[list[RunUnderWay]
     problem = ""
     for workspace in folder.workspaces:
         try:
+            refuse_newer(workspace)
             paths = [info.path for info in workspace.list("runs")]
         except (UserError, StageError, OSError) as error:
             problem = str(error)
             continue
-        beats = {path.split("/")[1] for path in paths if path.endswith("/heartbeat.json") and path.count("/") == 2}
+        parts = [path.split("/") for path in paths if path.count("/") == 2]
+        files = {(run_id, name) for _, run_id, name in parts if RUN_ID.fullmatch(run_id) and name in OF_A_RUN}
+        beats = {run_id for run_id, name in files if name == "heartbeat.json"}
         alive += [run for run in (_read(workspace, run_id, now) for run_id in sorted(beats)) if run is not None]
-        ended += sorted({path.split("/")[1] for path in paths if path.count("/") >= 2} - beats)
+        ended += {run_id for run_id, _ in files} - beats
     alive.sort(key=lambda run: run.run_id, reverse=True)
     return alive, sorted(ended, reverse=True)[:MAX_ENDED], problem
 
@@ -73,3 +82,41 @@ def _read(workspace: Storage, run_id: str, now: float) -> RunUnderWay | None:
         return None
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return RunUnderWay(run_id, "", "damaged heartbeat", "", 0, 0, "", None, None, 0.0)
+
+
+def run_record(folder: Folder, run_id: str) -> dict[str, Any]:
+    """What is known of a run: how it ended, or for one under way its last sign of life, with `state` and `events`.
+
+    Raises UserError where there is no such run.
+    """
+    for workspace in folder.workspaces:
+        check_run_id(run_id)
+        for name in OF_A_RUN:
+            try:
+                value = workspace.read_json(f"runs/{run_id}/{name}")
+            except FileNotFoundError:
+                continue
+            except UserError as error:
+                value = {"error": str(error)}
+            if not isinstance(value, dict) or value.keys() == {"error"}:
+                return {"run_id": run_id, "state": "damaged record", **(value if isinstance(value, dict) else {})}
+            if name == "end.json":
+                return {**value, "run_id": run_id, "stage_seconds": in_order(value.get("stage_seconds") or {})}
+            if name == "heartbeat.json":
+                alive = _read(workspace, run_id, time.time())
+                return {**value, "run_id": run_id, "state": alive.state if alive else "ended"}
+            return {"run_id": run_id, "name": value.get("name", ""), "state": "ended without a word"}
+    raise UserError(f"there is no run '{run_id}' in {folder.address}: see `grape runs list {folder.address}`")
+
+
+def log_files(folder: Folder, run_id: str) -> list[tuple[str, int]]:
+    """(address, bytes) of the log files that tasks and engines of a run have left."""
+    check_run_id(run_id)
+    found = [(workspace, info) for workspace in folder.workspaces for info in workspace.list(f"runs/{run_id}/logs")]
+    return [(workspace.url(info.path), info.size) for workspace, info in found]
+
+
+def check_run_id(run_id: str) -> None:
+    """Raises UserError for what is not the id of a run."""
+    if not RUN_ID.fullmatch(run_id):
+        raise UserError(f"{short(run_id, 60)!r} is not a run: ids are those of `grape runs list`")

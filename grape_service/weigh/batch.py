@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from grape_service.errors import UserError
+from grape_service.methods.base import TokenWeights
+from grape_service.methods.weights.pear import log_ratios
 from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TURN_END
 from grape_service.rows.method_batch import MethodBatch
 from grape_service.rows.ragged import (
@@ -29,7 +32,9 @@ from grape_service.weigh.lookup import (
     PartitionScores,
     check_lengths,
 )
-from grape_service.weigh.pear import TokenWeights, log_ratios
+
+SMALLEST_WEIGHT = np.finfo(np.float32).tiny
+"""Smaller numbers lose digits in float32."""
 
 UNIFORM = "uniform"
 """weight_source of rows without weights of their own; of the others it is the method's name."""
@@ -64,7 +69,7 @@ class Batch:
                 self._put(self.target[name], array_of(table, column), np.arange(len(rows)))
 
         self.behavior = self._unknown()
-        scores.behavior.fill(self.behavior, self.offsets, rows, self.keys)
+        scores.behavior.fill(self.behavior, self.offsets, rows, self.keys, self.target[LOGPROB])
         differs = np.repeat(scores.turn_end_differs[rows], self.lengths)
         self.behavior[differs & (mask[mask > 0] == LOSS_TURN_END)] = np.nan
         recorded = np.flatnonzero(behaviors.policy[rows] == RECORDED)
@@ -91,7 +96,7 @@ class Batch:
         check_lengths(lengths, self.lengths[rows], self.keys, rows)
         flat[gather_rows(self.offsets[rows], lengths)] = values[gather_rows(offsets[rows], lengths)]
 
-    def output(self, weighed: TokenWeights, made: list[pa.Field], method: str) -> pa.Table:
+    def output(self, weighed: TokenWeights, added: list[pa.Field], method: str) -> pa.Table:
         """The table with the target's statistics, and of the columns `made` behavior_logprobs, weights, weight_source.
 
         Where the behavior's log-probability is not known, the target's stands in its place: a delta of 0.
@@ -109,13 +114,17 @@ class Batch:
         is_weighed[self.weighed_rows] = True
         weights = np.ones(int(self.offsets[-1]), dtype=np.float32)
         weights[self.weighed_tokens] = weighed.weights
+        if (weighed.weights[weights[self.weighed_tokens] < SMALLEST_WEIGHT] > 0).any():
+            raise UserError(
+                "a weight is smaller than a float32 holds: give weights.weight_clip a lower bound of -87 or more"
+            )
         columns = {
             "behavior_logprobs": lists_of(self.offsets, self.behavior, is_weighed),
             "weights": list_array(self.offsets, weights, pa.float32()),
             "weight_source": pa.array([UNIFORM, method]).take(pa.array(is_weighed.astype(np.int8))),
             BEHAVIOR_KNOWN.name: lists_of(self.offsets, is_known, is_weighed),
         }
-        for item in made:
+        for item in added:
             table = table.append_column(item, columns[item.name])
         return table
 

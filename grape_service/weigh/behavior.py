@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,16 @@ from grape_service.storage.storage import Storage
 
 RECORDED = -1
 NOT_ASKED = 1 << 40
-NO_POLICY, NOT_RECORDED, CUT_SUPPORT, GREEDY, NOT_FINITE, NOT_RENDERED = range(-2, -8, -1)
+NO_POLICY, NOT_RECORDED, CUT_SUPPORT, GREEDY, NOT_FINITE, NOT_RENDERED, SAID_NONE, LOW_COVERAGE = range(-2, -10, -1)
 MISSING_REASONS = {
     NO_POLICY: "source has no behavior",
     NOT_RECORDED: "no log-probabilities recorded",
     CUT_SUPPORT: "sampled with top-p, top-k or min-p, which cut the support",
     GREEDY: "sampled at temperature 0",
     NOT_FINITE: "a recorded log-probability is infinite",
-    NOT_RENDERED: "its behavior policy's template cannot render it",
+    NOT_RENDERED: "its behavior policy cannot render it as the target does",
+    SAID_NONE: "behavior.sources says none",
+    LOW_COVERAGE: "fewer of its tokens than behavior.min_coverage are compared one with one",
 }
 """Why a row has no behavior policy."""
 
@@ -37,8 +39,11 @@ MISSING_REASONS = {
 NUMBERS = (None, "raw", "processed")
 """What recorded log-probabilities are said to be."""
 
-BEHAVIOR_COLUMNS = ["row_key", "prompt_id", "source", "sampling", "recorded_logprobs"]
+BEHAVIOR_READS = ["row_key", "prompt_id", "candidate_id", "source", "sampling", "recorded_logprobs"]
 """The kept columns that say whose behavior a row is."""
+
+CANDIDATE = ["prompt_id", "candidate_id"]
+"""What tells kept rows apart: two of them may have the same tokens, and so one row key."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +53,24 @@ class RowBehaviors:
     policy: Int64s  # [N]: the place in config.behavior.policies(), RECORDED, NOT_ASKED, or one of MISSING_REASONS
     temperature: npt.NDArray[np.float64]  # [N], at which a recorded row was sampled; 1 for others
     sources: pa.Array  # [N]
+    candidates: pa.Table  # [N], prompt_id and candidate_id
 
     @classmethod
     def not_asked(cls, table: pa.Table) -> RowBehaviors:
         """Of rows whose weights compare with no behavior: none of them misses one."""
         num_rows = table.num_rows
-        return cls(np.full(num_rows, NOT_ASKED, dtype=np.int64), np.ones(num_rows), array_of(table, "source"))
+        policy = np.full(num_rows, NOT_ASKED, dtype=np.int64)
+        return cls(policy, np.ones(num_rows), array_of(table, "source"), candidates_of(table))
 
     def missing(self) -> npt.NDArray[np.bool_]:
         """Rows [N] that are nobody's."""
         return self.policy < RECORDED
 
-    def without_rendering(self, rows: Int64s) -> RowBehaviors:
-        """The same, but `rows` are nobody's, as their policy could not render them."""
+    def without(self, rows: Int64s, reason: int) -> RowBehaviors:
+        """The same, but `rows` are nobody's, for one of MISSING_REASONS."""
         policy = self.policy.copy()
-        policy[rows] = NOT_RENDERED
-        return RowBehaviors(policy, self.temperature, self.sources)
+        policy[rows] = reason
+        return replace(self, policy=policy)
 
     def census(self) -> dict[str, dict[str, int]]:
         """Rows without a behavior by source and reason."""
@@ -76,13 +83,18 @@ class RowBehaviors:
         return census
 
 
+def candidates_of(table: pa.Table) -> pa.Table:
+    """The columns that tell kept rows apart, of those that a table has."""
+    return table.select([name for name in CANDIDATE if name in table.column_names])
+
+
 def row_behaviors(table: pa.Table, behavior: BehaviorConfig) -> RowBehaviors:
-    """Whose behavior each row of a table with BEHAVIOR_COLUMNS is."""
+    """Whose behavior each row of a table with BEHAVIOR_READS is."""
     sources = array_of(table, "source")
     policies = behavior.policies()
     encoded = sources.dictionary_encode()
     names = [*encoded.dictionary.to_pylist(), None]
-    codes = np.array([_source_code(behavior.of_source(name), policies) for name in names], dtype=np.int64)
+    codes = np.array([_source_code(name, behavior, policies) for name in names], dtype=np.int64)
     policy = codes[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False).astype(np.int64)]
     temperature = np.ones(table.num_rows)
 
@@ -94,13 +106,13 @@ def row_behaviors(table: pa.Table, behavior: BehaviorConfig) -> RowBehaviors:
         kind, sampled_at = _recorded(table, numbers)
         policy = np.where(recorded, kind, policy)
         temperature = np.where(policy == RECORDED, sampled_at, 1.0)
-    return RowBehaviors(policy, temperature, sources)
+    return RowBehaviors(policy, temperature, sources, candidates_of(table))
 
 
 def behavior_census(storage: Storage, kept_path: str, behavior: BehaviorConfig) -> dict[str, dict[str, int]]:
     """Kept rows of a partition without a behavior, by source and reason; add them up with `add_census`."""
     census: dict[str, dict[str, int]] = {}
-    for table in read_row_groups(storage, kept_path, BEHAVIOR_COLUMNS):
+    for table in read_row_groups(storage, kept_path, BEHAVIOR_READS):
         census = add_census(census, row_behaviors(table, behavior).census())
     return census
 
@@ -108,7 +120,7 @@ def behavior_census(storage: Storage, kept_path: str, behavior: BehaviorConfig) 
 def recorded_temperatures(storage: Storage, kept_path: str, behavior: BehaviorConfig) -> list[float]:
     """Temperatures other than 1 at which kept rows were sampled and so have to be scored again."""
     found: set[float] = set()
-    for table in read_row_groups(storage, kept_path, BEHAVIOR_COLUMNS):
+    for table in read_row_groups(storage, kept_path, BEHAVIOR_READS):
         found |= set(np.unique(row_behaviors(table, behavior).temperature).tolist())
     return sorted(found - {1.0})
 
@@ -119,19 +131,23 @@ def add_census(left: dict[str, dict[str, int]], right: dict[str, dict[str, int]]
 
 
 def refuse_missing(census: dict[str, dict[str, int]]) -> None:
-    """Raises UserError naming a source whose rows have no behavior, for `missing: error`."""
+    """Raises UserError naming a source whose rows have no behavior, for `missing: error`; a source of which the config
+    says so is as it should be."""
     for source, reasons in census.items():
         for reason, number in reasons.items():
+            if reason == MISSING_REASONS[SAID_NONE]:
+                continue
             raise UserError(
                 f"{number} kept {'row' if number == 1 else 'rows'} of source '{source}' cannot be weighed ({reason}): "
                 "give it another behavior, or set behavior.missing to uniform or drop"
             )
 
 
-def _source_code(behavior: PolicyConfig | RecordedBehavior | None, policies: list[PolicyConfig]) -> int:
-    if behavior is None:
-        return NO_POLICY
-    return RECORDED if isinstance(behavior, RecordedBehavior) else policies.index(behavior)
+def _source_code(source: str | None, behavior: BehaviorConfig, policies: list[PolicyConfig]) -> int:
+    found = behavior.of_source(source)
+    if found is None:
+        return SAID_NONE if behavior.has_no_policy(source) else NO_POLICY
+    return RECORDED if isinstance(found, RecordedBehavior) else policies.index(found)
 
 
 def _recorded(table: pa.Table, numbers: Int64s) -> tuple[Int64s, npt.NDArray[np.float64]]:
@@ -157,10 +173,25 @@ def _recorded(table: pa.Table, numbers: Int64s) -> tuple[Int64s, npt.NDArray[np.
     said = np.array([NUMBERS.index(one) if one in NUMBERS else 0 for one in own])[codes]
     said = np.where(said > 0, said, numbers)
     kind = np.where(kind == RECORDED, sampled, kind)
+    needs = np.array([_needs_temperature(setting) for setting in settings] + [False])[codes]
+    if ((kind == RECORDED) & needs & (said != NUMBERS.index("raw"))).any():
+        raise UserError(_UNKNOWN_TEMPERATURE)
     unsaid = (kind == RECORDED) & (temperature != 1) & (said == 0)
     if unsaid.any():
         refuse_unsaid(float(temperature[unsaid][0]))
     return kind, np.where(NUMBERS.index("raw") == said, 1.0, temperature)
+
+
+_UNKNOWN_TEMPERATURE = (
+    "the pool has log-probabilities that its trainer recorded, and no row says at which temperature they were sampled: "
+    "say it with pool.sampling: {temperature: ...}, with logprobs: raw or processed beside it where the trainer's "
+    "default was changed, or score the rows again with behavior: {model: ...}"
+)
+
+
+def _needs_temperature(setting: dict[str, Any]) -> bool:
+    """Whether numbers may have been taken after a temperature that is not told."""
+    return setting.get("logprobs") in ("processed", "unsaid") and setting.get("temperature") is None
 
 
 def refuse_unsaid(temperature: float) -> None:
@@ -179,6 +210,8 @@ def unsaid_temperature(sampling: Iterable[str | None], behavior: BehaviorConfig)
         return None
     for text in sampling:
         setting = orjson.loads(text) if text else None
+        if isinstance(setting, dict) and _needs_temperature(setting):
+            raise UserError(_UNKNOWN_TEMPERATURE)
         if not isinstance(setting, dict) or setting.get("logprobs") in NUMBERS[1:]:
             continue
         kind, temperature = _sampled(setting)

@@ -7,7 +7,31 @@ from dataclasses import dataclass, field
 
 from grape_service.config.methods import WeightsConfig
 from grape_service.rows.counts import Counts
-from grape_service.weigh.pear import WeightTotals
+from grape_service.weigh.totals import WeightTotals
+
+
+@dataclass
+class AlignedCounts(Counts):
+    """How rows of other tokens than the target's were compared."""
+
+    rows: int = 0
+    rows_below: int = 0
+    """Of which less was compared one with one than behavior.min_coverage."""
+    tokens: int = 0
+    """The target's, with loss."""
+    single: int = 0
+    """Those of them in spans of one token each."""
+    spans: dict[str, int] = field(default_factory=dict)
+    """Spans by how many of the target's tokens they have."""
+
+    def figures(self) -> dict[str, float]:
+        """What a report shows: the share of tokens compared one with one, the mean and the longest span."""
+        compared = sum(int(size) * number for size, number in self.spans.items())
+        return {
+            "coverage": self.single / self.tokens if self.tokens else float("nan"),
+            "mean_span": compared / sum(self.spans.values()) if self.spans else float("nan"),
+            "longest_span": max(map(int, self.spans), default=0),
+        }
 
 
 @dataclass
@@ -22,6 +46,8 @@ class WeighCounts(Counts):
     uniform_rows: int = 0
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
     """Kept rows without a behavior policy, by source and reason, whether they have weight 1 or are left out."""
+    aligned: dict[str, AlignedCounts] = field(default_factory=dict)
+    """By source, rows whose behavior policy has another tokenizer, those below behavior.min_coverage among them."""
     dropped_rows: int = 0
     """Rows left out because they have no behavior policy."""
     failed_rows: dict[str, int] = field(default_factory=dict)

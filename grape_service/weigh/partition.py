@@ -18,7 +18,9 @@ import pyarrow as pa
 
 from grape_service.config.methods import WeightsConfig
 from grape_service.config.schema import Config
-from grape_service.rows.columns import BEHAVIOR_KNOWN, NO_SOURCE
+from grape_service.methods.base import TokenWeights
+from grape_service.methods.weights.pear import log_ratios
+from grape_service.rows.columns import BEHAVIOR_KNOWN, NO_SOURCE, TARGET_FIELDS, WEIGHED_COLUMNS
 from grape_service.rows.ragged import (
     Int64s,
     gather_rows,
@@ -26,13 +28,13 @@ from grape_service.rows.ragged import (
     offsets_from_lengths,
     segment_sums,
 )
-from grape_service.rows.statistics import LOGPROB, TARGET_FIELDS
-from grape_service.score.store import ScoreStore, ScoreTable
+from grape_service.rows.statistics import LOGPROB
+from grape_service.score.tables import ScoreTable
 from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.batch import Batch, method_batch
 from grape_service.weigh.behavior import (
-    BEHAVIOR_COLUMNS,
+    BEHAVIOR_READS,
     NOT_ASKED,
     RECORDED,
     RowBehaviors,
@@ -43,26 +45,19 @@ from grape_service.weigh.counts import WeighCounts
 from grape_service.weigh.lookup import (
     BehaviorScores,
     PartitionScores,
+    Stores,
     find_behavior_rows,
     read_columns,
     read_scores,
 )
-from grape_service.weigh.methods import token_weights
-from grape_service.weigh.pear import TokenWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
+from grape_service.weigh.methods import compared_weights, token_weights
+from grape_service.weigh.totals import WeightTotals, totals_by_group
 
 SAME_LOGPROB = 0.02
 """Log-probabilities that differ by less are one policy's, scored by two engines in half precision."""
 
 REPEAT_PARTITION = "b"
 """The one partition of repeated scorings: they are few."""
-
-WEIGHED_COLUMNS = [
-    pa.field("behavior_logprobs", pa.list_(pa.float32())),  # one per token with loss; null without a behavior
-    pa.field("weights", pa.list_(pa.float32()), nullable=False),  # one per token with loss
-    pa.field("weight_source", pa.string(), nullable=False),
-]
-"""What a weighed row has after the kept row's columns; the first only where its weights compare with a behavior.
-BEHAVIOR_KNOWN follows, one for each token with loss, where some behavior of the partition is not known."""
 
 
 @dataclass(frozen=True)
@@ -81,98 +76,104 @@ class WeighObserver(Protocol):
     def add_weights(self, batch: WeightBatch) -> None: ...
 
 
-def weigh_partition(
-    storage: Storage,
-    partition: str,
-    kept_path: str,
-    target_store: ScoreStore | None,
-    behavior_scores: list[BehaviorScores],
-    config: Config,
-    out_path: str,
-    at_temperature: dict[float, ScoreStore] | None = None,
-    observer: WeighObserver | None = None,
-    repeat_store: ScoreStore | None = None,
-) -> WeighCounts:
-    """Write the kept rows of a partition with their weights to `out_path`, in the same order.
+@dataclass(frozen=True)
+class WeighContext:
+    """What weigh is given for all partitions."""
 
-    `target_store` is None where the kept rows bring their target_logprobs. `behavior_scores` are in the
-    order of `config.behavior.policies()`. `at_temperature` holds the target's scores with its logits
-    divided by a temperature, for rows that were recorded at that one. `repeat_store` holds a second scoring
-    of some rows by the target, for the comparison of the target with itself. A prompt of which a row could not
-    be scored is left out whole. Raises UserError for rows without a behavior where `missing` is error,
-    StageError where scores do not fit their rows.
+    storage: Storage
+    config: Config
+    stores: Stores
+
+
+@dataclass(frozen=True)
+class WeighPartition:
+    """A partition that weigh works on."""
+
+    name: str
+    kept_path: str
+    behavior_rows: Sequence[Sequence[str]]
+    """For each behavior policy the files with the rows that it scored; see BehaviorScores."""
+    out_path: str
+
+
+def weigh_partition(
+    context: WeighContext, partition: WeighPartition, observer: WeighObserver | None = None
+) -> WeighCounts:
+    """Write the kept rows of a partition with their weights to its `out_path`, in the same order: WEIGHED_COLUMNS are
+    added, BEHAVIOR_KNOWN where some behavior is not known, and the target's statistics where it scored them now.
+
+    A prompt of which a row could not be scored is left out whole. Raises UserError for rows without a behavior where
+    `missing` is error, StageError where scores do not fit their rows.
     """
+    storage, config, stores = context.storage, context.config, context.stores
     assert config.weights is not None, "weighing needs weights"
     weights, behavior = config.weights, config.compared_behavior
     assert behavior is not None or not weights.needs_behavior, "PEAR needs a behavior"
     missing = behavior.missing if behavior is not None else None
     counts = WeighCounts()
-    with open_parquet(storage, kept_path) as file:
+    with open_parquet(storage, partition.kept_path) as file:
         kept_schema = file.schema_arrow.remove_metadata()
     target_columns = {LOGPROB: "target_logprobs"}
     target_columns |= {name: item.name for name, item in TARGET_FIELDS.items() if item.name in kept_schema.names}
-    light_columns = BEHAVIOR_COLUMNS if target_store is not None else [*BEHAVIOR_COLUMNS, *target_columns.values()]
-    light = read_columns(storage, [kept_path], pa.schema([kept_schema.field(name) for name in light_columns]))
+    light_columns = BEHAVIOR_READS if stores.target is not None else [*BEHAVIOR_READS, *target_columns.values()]
+    light = read_columns(storage, [partition.kept_path], pa.schema([kept_schema.field(name) for name in light_columns]))
     keys = array_of(light, "row_key")
     behaviors = row_behaviors(light, behavior) if behavior is not None else RowBehaviors.not_asked(light)
-    behavior_rows, behaviors = find_behavior_rows(storage, keys, behaviors, behavior_scores)
+    behavior_rows, behaviors = find_behavior_rows(
+        storage,
+        keys,
+        behaviors,
+        list(map(BehaviorScores, stores.behaviors, partition.behavior_rows)),
+        behavior.min_coverage if behavior is not None else 0.0,
+        counts.aligned,
+    )
     counts.missing = behaviors.census()
     if missing == "error":
         refuse_missing(counts.missing)
 
-    scores = read_scores(
-        storage,
-        partition,
-        keys,
-        behaviors,
-        target_store,
-        tuple(target_columns),
-        behavior_scores,
-        behavior_rows,
-        at_temperature or {},
-    )
+    scores = read_scores(stores, partition.name, keys, behaviors, behavior_rows, tuple(target_columns))
     says_known = behavior is not None and _has_unknown(light, behaviors, scores)
     kept = _rows_to_keep(light, behaviors, scores, missing == "drop", counts, list(target_columns.values()))
     del light
     repeat = None
-    if repeat_store is not None:
-        repeat = repeat_store.read_statistics(REPEAT_PARTITION, keys, weights.statistics)
+    if stores.repeat is not None:
+        repeat = stores.repeat.read_statistics(REPEAT_PARTITION, keys, weights.statistics)
     own = weights.own
     columns = own.columns if own is not None else ()
-    made = WEIGHED_COLUMNS if behavior is not None else WEIGHED_COLUMNS[1:]
-    made = [*made, BEHAVIOR_KNOWN] if says_known else made
+    added = WEIGHED_COLUMNS if behavior is not None else WEIGHED_COLUMNS[1:]
+    added = [*added, BEHAVIOR_KNOWN] if says_known else added
 
     def weighed_tables() -> Iterator[pa.Table]:
         row = 0
-        for table in read_row_groups(storage, kept_path):
+        for table in read_row_groups(storage, partition.kept_path):
             rows = np.flatnonzero(kept[row : row + table.num_rows])
             batch = Batch(table.take(rows), rows + row, behaviors, scores, target_columns)
             if behavior is not None:
-                made_weights = pear_weights(batch.ratios, batch.weighed_offsets, weights)
+                result = compared_weights(batch.ratios, batch.weighed_offsets, weights)
             else:
-                made_weights = token_weights(
+                result = token_weights(
                     method_batch(batch.table, batch.offsets, batch.target, weights.statistics, columns), weights
                 )
             if len(batch.weighed_rows):
-                _count_weights(counts, batch, made_weights, weights)
+                _count_weights(counts, batch, result, weights)
                 if observer is not None:
                     observer.add_weights(
-                        WeightBatch(batch.sources, batch.weighed_offsets, made_weights.weights, batch.ratios)
+                        WeightBatch(batch.sources, batch.weighed_offsets, result.weights, batch.ratios)
                     )
             if repeat is not None and behavior is not None:
                 _count_repeat(counts, batch, repeat[LOGPROB], rows + row, weights)
             elif repeat is not None:
-                _count_both_scorings(counts, batch, made_weights, repeat, rows + row, weights, columns)
-            yield batch.output(made_weights, made, weights.method)
+                _count_both_scorings(counts, batch, result, repeat, rows + row, weights, columns)
+            yield batch.output(result, added, weights.method)
             row += table.num_rows
 
-    write_parquet(storage, out_path, pa.schema([*kept_schema, *made]), weighed_tables())
+    write_parquet(storage, partition.out_path, pa.schema([*kept_schema, *added]), weighed_tables())
     return counts
 
 
 def _has_unknown(light: pa.Table, behaviors: RowBehaviors, scores: PartitionScores) -> bool:
     """Whether there are rows with a behavior of which a token's log-probability is not known."""
-    if scores.turn_end_differs.any():
+    if scores.turn_end_differs.any() or scores.behavior.has_unknown:
         return True
     recorded = array_of(light, "recorded_logprobs").filter(pa.array(behaviors.policy == RECORDED))
     return bool(np.isnan(list_offsets_and_values(recorded)[1]).any())
@@ -216,16 +217,16 @@ def _rows_to_keep(
     return kept
 
 
-def _count_weights(counts: WeighCounts, batch: Batch, pear: TokenWeights, weights: WeightsConfig) -> None:
+def _count_weights(counts: WeighCounts, batch: Batch, result: TokenWeights, weights: WeightsConfig) -> None:
     encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
-    for name, totals in zip(names, totals_by_group(pear, batch.weighed_offsets, codes, len(names)), strict=True):
+    for name, totals in zip(names, totals_by_group(result, batch.weighed_offsets, codes, len(names)), strict=True):
         counts.sources[name] = counts.sources.get(name, WeightTotals()) + totals
     if not weights.needs_behavior:
         return
     counts.unknown_tokens += int(np.isnan(batch.ratios).sum())
     _count_recorded(counts, batch, names, codes)
-    exact = pear_weights(np.zeros(len(batch.ratios)), batch.weighed_offsets, weights)
+    exact = compared_weights(np.zeros(len(batch.ratios)), batch.weighed_offsets, weights)
     counts.self_weights += _totals(exact, batch.weighed_offsets)
 
 
@@ -255,7 +256,7 @@ def _count_repeat(counts: WeighCounts, batch: Batch, repeat: ScoreTable, rows: I
     ratios = log_ratios(first, repeat.take(rows[there]))
     counts.noise_squares += float(np.square(ratios).sum())
     offsets = offsets_from_lengths(batch.lengths[there])
-    counts.self_weights_repeat += _totals(pear_weights(ratios, offsets, weights), offsets)
+    counts.self_weights_repeat += _totals(compared_weights(ratios, offsets, weights), offsets)
 
 
 def _count_both_scorings(
@@ -280,8 +281,8 @@ def _count_both_scorings(
     held = TokenWeights(first.weights[tokens], *(of[there] for of in first.held()))
     counts.self_weights += _totals(held, offsets)
     table = batch.table.take(pa.array(there))
-    made = token_weights(method_batch(table, offsets, second, weights.statistics, columns), weights)
-    counts.self_weights_repeat += _totals(made, offsets)
+    result = token_weights(method_batch(table, offsets, second, weights.statistics, columns), weights)
+    counts.self_weights_repeat += _totals(result, offsets)
 
 
 def _scored_twice(batch: Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
@@ -293,5 +294,5 @@ def _scored_twice(batch: Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> 
     return usable
 
 
-def _totals(pear: TokenWeights, offsets: Int64s) -> WeightTotals:
-    return totals_by_group(pear, offsets, np.zeros(len(offsets) - 1, dtype=np.int64), 1)[0]
+def _totals(result: TokenWeights, offsets: Int64s) -> WeightTotals:
+    return totals_by_group(result, offsets, np.zeros(len(offsets) - 1, dtype=np.int64), 1)[0]

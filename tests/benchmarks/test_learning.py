@@ -77,7 +77,7 @@ def test_an_arm_runs_to_its_result_once(tmp_path: Path) -> None:
     assert result["grad_norm"] > 0
     assert 0 < result["ess"] <= 1
     for stage in ("sft", "rl"):
-        assert is_whole(Output(str(tmp_path / "arms" / "grape+token-0" / stage / "model"), {}).storage)
+        assert is_whole(Output(str(tmp_path / "arms" / "grape+token-0" / stage / "model"), {}, {}).storage)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors"))
     assert experiment.run(arm, seed=0) == result
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.safetensors")) == before

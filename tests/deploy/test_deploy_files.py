@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
+from flows.one_run import GONE
 from grape_service.cli.app import app
 from grape_service.config.loading import parse_config
 from tests.jobs import ROOT
@@ -106,6 +108,7 @@ def test_the_compose_file_follows_its_schema() -> None:
         "postgres",
         "prefect-server",
         "prefect-worker",
+        "prefect-metrics",
         "seaweedfs",
         "ray-head",
         "ray-worker",
@@ -121,10 +124,21 @@ def test_the_compose_file_follows_its_schema() -> None:
     for one in services.values():
         for port in one.get("ports", []):
             assert port.startswith("127.0.0.1:"), "nothing is open to the network unless somebody says so"
-    scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"][0]
-    for target in scraped["targets"]:
-        host, _, port = target.partition(":")
-        assert f"--metrics-export-port={port}" in services[host]["command"]
+    for scraped in yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]:
+        for target in scraped["static_configs"][0]["targets"]:
+            host, _, port = target.partition(":")
+            option = f"--metrics-export-port={port}" if scraped["job_name"] == "ray" else port
+            assert option in services[host]["command"]
+
+
+def test_every_client_of_prefect_has_the_password_and_no_job_of_the_cluster() -> None:
+    services = COMPOSE["services"]
+    password = services["prefect-server"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"]
+    assert password.startswith("grape:${PREFECT_PASSWORD:?")
+    for name, one in services.items():
+        environment = one.get("environment", {})
+        assert environment.get("PREFECT_API_AUTH_STRING") == (password if "PREFECT_API_URL" in environment else None)
+        assert not (name.startswith("ray-") and any("PREFECT" in variable for variable in environment))
 
 
 def test_addresses_name_services_and_their_ports() -> None:
@@ -153,14 +167,15 @@ def test_environment_variables_exist_in_the_code() -> None:
 
 
 def test_prefect_settings_exist() -> None:
-    from prefect.settings import get_current_settings
+    import prefect.settings
+    from prefect.server.utilities import encryption
 
-    known = set(get_current_settings().to_environment_variables(exclude_unset=False))
-    known |= {"PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_UI_API_URL", "PREFECT_API_URL"}
+    assert "PREFECT_SERVER_ENCRYPTION_KEY" in inspect.getsource(encryption)  # read there alone
+    others = {"PREFECT_SERVER_ENCRYPTION_KEY", "PREFECT_PASSWORD"}  # the second is the compose file's own
     for path in DEPLOY.rglob("*"):
         if path.is_file():
-            for name in set(re.findall(r"\bPREFECT_[A-Z_]+\b", path.read_text())):
-                assert name in known, f"{path.name}: {name}"
+            for name in set(re.findall(r"\bPREFECT_[A-Z_]+\b", path.read_text())) - others:
+                assert hasattr(prefect.settings, name), f"{path.name}: {name}"
 
 
 def test_automations_are_what_prefect_takes() -> None:
@@ -168,10 +183,16 @@ def test_automations_are_what_prefect_takes() -> None:
 
     found = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
     made = {one["name"]: AutomationCore.model_validate(one) for one in found}
-    assert set(made) == {"grape-lost-runs", "grape-start-again"}
+    assert set(made) == {"grape-lost-runs", "grape-never-started"}
     frequency = yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["definitions"]["work_pool"]["job_variables"]
     beat = int(frequency["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
-    assert made["grape-lost-runs"].trigger.within.total_seconds() >= 3 * beat
+    # A server that is away for two minutes, and two beats of a busy machine.
+    assert made["grape-lost-runs"].trigger.within.total_seconds() >= 120 + 3 * beat
+    for automation in made.values():  # of the run itself: another run would have the deployment's parameters
+        assert [(action.type, action.state.value) for action in automation.actions] == [
+            ("change-flow-run-state", "SCHEDULED")
+        ]
+        assert automation.actions[0].message.startswith(GONE)
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
@@ -186,7 +207,55 @@ def test_container_files_copy_what_exists_and_their_shell_is_clean(name: str, tm
     checker = Path(sys.executable).parent / "shellcheck"
     done = subprocess.run([str(checker), str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "USER grape" in text
+    assert "USER 10001" in text  # a number, by which Kubernetes knows that it is not root
+    installed = re.findall(r"pip install (.*?)(?:&&|$)", " ".join(commands))
+    assert all("--no-deps" in one and ("--require-hashes" in one or "-e ." in one) for one in installed), installed
+
+
+def _pods() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pod templates of the manifests."""
+    for name, manifest in _manifests():
+        spec = manifest.get("spec", {})
+        spec = spec.get("rayClusterSpec", spec)
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if "headGroupSpec" in spec else [spec]
+        for group in groups:
+            if "template" in group:
+                yield (
+                    f"{name}-{group.get('groupName', 'head' if 'rayStartParams' in group else 'pod')}",
+                    group["template"],
+                )
+
+
+@pytest.mark.parametrize(("name", "pod"), list(_pods()), ids=lambda value: value if isinstance(value, str) else "")
+def test_pods_are_closed(name: str, pod: dict[str, Any]) -> None:
+    spec, labels = pod["spec"], pod["metadata"]["labels"]
+    assert spec["automountServiceAccountToken"] is False
+    context = spec["securityContext"]
+    assert context["runAsNonRoot"]
+    assert context["runAsUser"] > 0
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in spec["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert "kubernetes-token" not in str(container.get("volumeMounts"))  # the autoscaler's alone
+        assert "memory" in container["resources"]["limits"]
+        is_rays = labels["app"] == "grape-ray"  # to which KubeRay gives probes
+        assert is_rays or "livenessProbe" in container
+    assert labels["app.kubernetes.io/part-of"] == "grape"
+
+
+def test_network_policies_close_every_pod_and_open_the_ports_that_are_there() -> None:
+    policies = {m["metadata"]["name"]: m["spec"] for name, m in _manifests() if m["kind"] == "NetworkPolicy"}
+    assert policies["grape-closed"] == {
+        "podSelector": {"matchLabels": {"app.kubernetes.io/part-of": "grape"}},
+        "policyTypes": ["Ingress"],
+    }
+    apps = {pod["metadata"]["labels"]["app"] for _, pod in _pods()}
+    for name, spec in policies.items():
+        selected = spec["podSelector"]["matchLabels"].get("app")
+        assert selected in apps or name == "grape-closed"
+        for way in spec.get("ingress", []):
+            named = [one["podSelector"]["matchLabels"].get("app") for one in way["from"] if "podSelector" in one]
+            assert {one for one in named if one} <= apps
 
 
 def test_the_run_in_the_rayjob_has_a_good_config() -> None:

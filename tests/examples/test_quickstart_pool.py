@@ -13,7 +13,8 @@ from sample_pool import SAMPLERS, as_messages
 
 from grape_service.config.loading import load_config
 from grape_service.config.policy import PolicyConfig, RecordedBehavior
-from grape_service.pool.candidates import Accepted, Normaliser, Rejected
+from grape_service.pool.candidates import Normaliser
+from grape_service.pool.outcomes import Accepted, Rejected
 from grape_service.render.loading import load_renderer
 from grape_service.rows.candidate import Rejection, Rendered
 from tests.smollm2 import smollm2_folder

@@ -11,7 +11,7 @@ import grape_service
 from tests import tiny_models
 from tests.jobs import pool_rows, tiny_job
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 def findings(folder: Path, check: str) -> list[dict[str, str]]:

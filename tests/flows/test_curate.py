@@ -17,7 +17,7 @@ from grape_service.weigh.counts import WeighCounts
 from tests import tiny_models
 from tests.jobs import Job, Terminal, pool_rows, tiny_job, write_jsonl
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,23 @@ def test_the_number_of_workers_does_not_change_a_byte(tmp_path: Path, model: str
     assert digests[0] == digests[1]
 
 
+def test_a_damaged_version_stops_no_new_one(tmp_path: Path, model: str) -> None:
+    with tiny_job(tmp_path, model, pool_rows(6)) as job:
+        job.run()
+        for path in (tmp_path / "datasets" / "tiny" / "versions" / "v0001" / "data").iterdir():
+            path.write_bytes(path.read_bytes()[:-9] + b"different")
+        second = grape_service.load(job.run("--force")["reference"])
+        assert second.version == "v0002"
+        changes = second.manifest.counts["changes"]
+        assert changes["since"] == "v0001"
+        assert "v0001/data/part-00000.parquet is not the file that its manifest names" in changes["unreadable"]
+        assert not second.storage.exists(f"{second.folder}/changes.parquet")
+        card = second.storage.read(f"{second.folder}/README.md").decode()
+        assert "Since `v0001`: changes are not known, as" in card
+        report = second.storage.read(f"{second.folder}/report.html").decode()
+        assert "changes are not known, as" in report
+
+
 def test_ctrl_c_ends_within_15_seconds_and_the_next_run_goes_on(tmp_path: Path, model: str) -> None:
     with tiny_job(tmp_path, model, pool_rows(60)) as job:
         job.environment = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "0.3"}
@@ -162,7 +179,7 @@ def num_scores(job: Job) -> int:
     return sum(pq.ParquetFile(path).metadata.num_rows for path in score_files(job))
 
 
-@pytest.mark.parametrize("process", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("process", ["gcs_server", pytest.param("raylet", marks=pytest.mark.long)])
 def test_ray_that_is_killed_ends_the_run(tmp_path: Path, model: str, process: str) -> None:
     slow = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "0.5"}
     with tiny_job(tmp_path, model, pool_rows(60), workers={"shard_tokens": 200}) as job:

@@ -3,137 +3,23 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx
 import orjson
 import pytest
-import yaml
 from transformers import AutoTokenizer
 
 from tests import tiny_models
 from tests.flows.test_curate import num_scores, wait_for_scores
 from tests.grape_service.test_webhooks import Receiver
-from tests.jobs import ROOT, Job, Terminal, pool_rows, tiny_job, write_jsonl
-from tests.ray_cluster import free_port
+from tests.jobs import Job, Terminal, pool_rows, write_jsonl
+from tests.prefect_service import Service, prefect_service
 
-pytestmark = pytest.mark.timeout(1500)
-
-PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
-FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
-
-
-class Service:
-    """A Prefect server and a worker of a job's own; both carry the job's mark."""
-
-    def __init__(self, job: Job):
-        self.job = job
-        temporary = job.folder / "tmp"  # Prefect's runners share a folder in it, which may be another user's
-        temporary.mkdir()
-        port = free_port()
-        self.api = f"http://127.0.0.1:{port}/api"
-        job.environment |= {
-            "PREFECT_API_URL": self.api,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-            "GRAPE_HOME": str(ROOT),
-            "TMPDIR": str(temporary),
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
-            "PREFECT_RUNNER_POLL_FREQUENCY": "2",
-        }
-        self.client = httpx.Client(base_url=self.api, timeout=60)
-        self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
-        self.wait(self._healthy, 180, "the server does not start")
-
-    def _healthy(self) -> bool:
-        try:
-            return self.client.get("/health").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """`prefect ARGUMENTS`, its output in a file."""
-        log = (self.job.folder / f"prefect-{arguments[0]}.log").open("ab")
-        return subprocess.Popen(
-            [*PREFECT, *arguments], env=self.job.environ(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-
-    def prefect(self, *arguments: str) -> None:
-        """`prefect ARGUMENTS` to its end, which must be a good one."""
-        done = subprocess.run(
-            [*PREFECT, *arguments], env=self.job.environ(), cwd=ROOT, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-    @staticmethod
-    def wait(done: Any, seconds: float, what: str) -> Any:
-        deadline = time.monotonic() + seconds
-        while (value := done()) is None or value is False:
-            assert time.monotonic() < deadline, what
-            time.sleep(0.5)
-        return value
-
-    def deployment(self, name: str) -> dict[str, Any]:
-        answer = self.client.get(f"/deployments/name/{name}")
-        answer.raise_for_status()
-        return answer.json()
-
-    def run(self, name: str, **body: Any) -> str:
-        """Ask for a run now; its id."""
-        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
-        answer = self.wait(lambda: self._unless_busy(path, body), 60, "the server is too busy")
-        assert answer.status_code in (200, 201), answer.text
-        return answer.json()["id"]
-
-    def run_by_schedule(self, deployment_id: str) -> str:
-        """Have a deployment run by itself once, in some seconds; the id of the run, which has begun."""
-        soon = (datetime.now(UTC) + timedelta(seconds=8)).isoformat()
-        # A server may look at a new schedule only a minute later: there is a next time soon then.
-        schedule = {"schedule": {"interval": 60, "anchor_date": soon, "timezone": "UTC"}, "active": True}
-        path = f"/deployments/{deployment_id}/schedules"
-        answer = self.wait(lambda: self._unless_busy(path, [schedule]), 60, "the server is too busy")
-        assert answer.status_code in (200, 201), answer.text
-        of_deployment = {"deployments": {"id": {"any_": [deployment_id]}}}
-
-        def begun() -> Any:
-            found = self._unless_busy("/flow_runs/filter", of_deployment)
-            runs = found.json() if found is not None else []
-            return next((run["id"] for run in runs if run["auto_scheduled"] and run["state_type"] != "SCHEDULED"), None)
-
-        run_id: str = self.wait(begun, 200, "no scheduled run begins")
-        schedule_path = f"{path}/{answer.json()[0]['id']}"  # with the runs that it had to come
-        self.wait(lambda: self.client.delete(schedule_path).status_code in (204, 404), 60, "the server is too busy")
-        return run_id
-
-    def _unless_busy(self, path: str, body: Any) -> httpx.Response | None:
-        answer = self.client.post(path, json=body)
-        return answer if answer.status_code != 503 else None
-
-    def state(self, run_id: str) -> dict[str, Any]:
-        return self.client.get(f"/flow_runs/{run_id}").json()
-
-    def wait_final(self, run_id: str, seconds: float = 400) -> dict[str, Any]:
-        return self.wait(
-            lambda: (run := self.state(run_id))["state_type"] in FINAL and run, seconds, f"run {run_id} does not end"
-        )
-
-    def logs(self, run_id: str) -> list[str]:
-        body = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200}
-        return [entry["message"] for entry in self.client.post("/logs/filter", json=body).json()]
-
-    def artifacts(self, run_id: str) -> dict[str, dict[str, Any]]:
-        body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "limit": 100}
-        found = self.client.post("/artifacts/filter", json=body).json()
-        newest = {one["key"]: one for one in sorted(found, key=lambda one: one["created"])}
-        # Prefect may hold one thing twice: after a request that was sent again, or a run that was tried again.
-        assert all(one["type"] == newest[one["key"]]["type"] for one in found), "one key for two things"
-        return newest
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Service]:
-    with tiny_job(tmp_path_factory.mktemp("prefect"), model, pool_rows(4)) as job:
-        made = Service(job)
-        made.prefect("work-pool", "create", "grape", "--type", "process")
-        made.prefect("work-pool", "set-concurrency-limit", "grape", "1")
-        values = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
-        for deployment in values["deployments"]:
-            environment = deployment["work_pool"]["job_variables"]["env"]
-            environment["PREFECT_FLOWS_DEFAULT_RETRY_DELAY_SECONDS"] = "3"
-            deployment["schedules"] = []
-            if "config" in deployment["parameters"]:
-                deployment["parameters"]["config"] = job.config
-        path = job.folder / "prefect.yaml"
-        path.write_text(yaml.safe_dump(values))
-        made.prefect("deploy", "--all", "--prefect-file", str(path))
-        made.start("worker", "start", "--pool", "grape", "--type", "process", "--limit", "1")
+    with prefect_service(tmp_path_factory.mktemp("prefect"), model) as made:
+        made.start_worker()
         yield made
 
 
@@ -181,6 +54,22 @@ def test_a_scheduled_run_starts_by_itself_and_shows_what_it_did(service: Service
         60,  # lines come in batches, on a busy machine after the run's end
         "no line of the score stage",
     )
+
+
+def test_who_does_not_say_who_they_are_gets_nothing(service: Service) -> None:
+    stranger = httpx.Client(base_url=service.api, timeout=60)
+    for path in ("flow_runs/filter", "block_documents/filter", "deployments/filter", "work_pools/filter"):
+        assert stranger.post(path, json={}).status_code == 401, path
+    assert stranger.get("health").status_code == 200
+    for password in ("", "grape:wrong"):
+        job = Job(service.job.folder, service.job.config, {**service.job.environment})
+        job.environment["PREFECT_API_AUTH_STRING"] = password
+        refused = job.grape("deploy", str(job.config_path), "--pool", "grape")
+        assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.strip() == (
+            f"error: the Prefect server at {service.api} refuses us: "
+            "set PREFECT_API_AUTH_STRING to its PREFECT_SERVER_API_AUTH_STRING"
+        )
 
 
 def test_the_form_shows_every_key_and_refuses_bad_values(service: Service) -> None:
@@ -212,6 +101,7 @@ def test_one_command_deploys_a_config(service: Service) -> None:
         assert done.returncode == 0, done.stderr
     made = orjson.loads(done.stdout)
     assert made["name"] == "curate/nightly"
+    assert made["warnings"] == []
     assert made["url"] == f"{service.api.removesuffix('/api')}/deployments/deployment/{made['id']}"
     deployment = service.deployment("curate/nightly")
     assert [one["schedule"]["cron"] for one in deployment["schedules"]] == ["0 4 * * 1"]
@@ -219,6 +109,9 @@ def test_one_command_deploys_a_config(service: Service) -> None:
     assert deployment["parameter_openapi_schema"]["definitions"]["PoolConfig"]["properties"]["path"]["description"]
     variable = deployment["job_variables"]["env"]["GRAPE_CONFIG_SECRETS"]
     assert variable == "{{ prefect.blocks.secret.grape-nightly }}"
+    found = [one["name"] for one in service.client.post("/automations/filter", json={}).json()]
+    assert sorted(found) == ["grape-lost-runs", "grape-never-started"]
+    assert service.make_automations() == "changed: nothing\n"
     assert secret.encode() not in b"".join(path.read_bytes() for path in (service.job.folder / "prefect").glob("*.db*"))
 
 
@@ -230,6 +123,7 @@ def test_a_user_error_is_final(service: Service, tmp_path: Path) -> None:
     assert run["name"] == "mistaken"
 
 
+@pytest.mark.long
 def test_an_outage_is_tried_again(service: Service, tmp_path: Path, model: str) -> None:
     drill = tmp_path / "drill.json"
     receiver = Receiver()
@@ -254,6 +148,27 @@ def test_an_outage_is_tried_again(service: Service, tmp_path: Path, model: str) 
     receiver.server.shutdown()
     told = [orjson.loads(body)["event"] for _, body in receiver.got]
     assert told == ["completed"]  # and not one for each try
+
+
+@pytest.mark.long
+def test_a_run_whose_process_is_killed_is_the_same_run_again(service: Service, tmp_path: Path) -> None:
+    slow = {"GRAPE_ENGINE_CLASS": "tests.drill_engines:SlowEngine", "DRILL_SECONDS": "1"}
+    environment = service.deployment("curate/curate")["job_variables"]["env"]
+    config = {**service.job.config, "name": "killed", "output": {"path": str(tmp_path / "datasets")}}
+    parameters = {"config": config, "until": "select", "force": True}  # not those of the deployment
+    run_id = service.run("curate/curate", parameters=parameters, job_variables={"env": {**environment, **slow}})
+    before = service.state(run_id)["parameters"]
+    wait_for_scores(Job(tmp_path, config), files=1, seconds=300)
+    pid = service.process_of(run_id)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    service.wait(lambda: service.state(run_id)["run_count"] == 2, 300, "it is not started again")
+    run = service.wait_final(run_id)
+    assert run["state_type"] == "COMPLETED", "\n".join(service.logs(run_id))
+    assert (run["parameters"], run["run_count"]) == (before, 2)
+    assert not list((tmp_path / "datasets").rglob("manifest.json"))
+    runs = service.client.post("/flow_runs/filter", json={"flow_runs": {"name": {"any_": ["killed"]}}}).json()
+    assert [one["id"] for one in runs] == [run_id]
 
 
 def test_ctrl_c_in_a_terminal_while_prefect_watches(service: Service, tmp_path: Path) -> None:

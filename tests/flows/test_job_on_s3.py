@@ -13,7 +13,7 @@ from tests import tiny_models
 from tests.jobs import Job, pool_rows, tiny_job, write_jsonl
 from tests.seaweed import BUCKET, SeaweedServer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 def on_s3(job: Job, base: str, rows: int) -> None:

@@ -23,7 +23,7 @@ from tests import tiny_models
 from tests.flows.test_curate import wait_for_scores
 from tests.jobs import Job, pool_rows, tiny_job
 
-pytestmark = [pytest.mark.drill, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.alone, pytest.mark.drill, pytest.mark.timeout(900)]
 
 KILLS = 4
 
@@ -127,6 +127,7 @@ def test_no_engine_outlives_its_driver(tmp_path: Path, whole: Whole) -> None:
             time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_the_release_is_the_same(tmp_path: Path, whole: Whole) -> None:
     seed = random.randrange(2**32)
     moments = random.Random(seed)

@@ -12,23 +12,29 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from transformers import AutoTokenizer
 
 import grape_service
 from grape_service.rows.columns import release_schema
 from tests.jobs import ROOT, Job, pool_rows, tiny_job
 from tests.tiny_models import make_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 EXAMPLE = ROOT / "examples" / "own_method"
 
 
 def plain(model: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the plain script says of release rows."""
     lines = []
+    tokenizer = AutoTokenizer.from_pretrained(model)
     for row in rows:
         counted = list(row["loss_mask"])
         counted[max(place for place, has_loss in enumerate(counted) if has_loss)] = False  # the turn end
-        lines.append(json.dumps({"input_ids": row["input_ids"], "loss_mask": row["loss_mask"], "counted": counted}))
+        begin, starts = counted.index(True), [False] * len(counted)
+        for place in range(begin, begin + sum(counted)):
+            starts[place] = place == begin or tokenizer.decode(row["input_ids"][begin:place]).endswith(".")
+        row = {"input_ids": row["input_ids"], "loss_mask": row["loss_mask"], "counted": counted, "starts": starts}
+        lines.append(json.dumps(row))
     script = [sys.executable, str(ROOT / "tests" / "plain_formulas.py"), model]
     done = subprocess.run(script, input="\n".join(lines), capture_output=True, text=True, timeout=200, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -72,9 +78,9 @@ def test_every_method_from_one_workspace(tmp_path: Path) -> None:
                 lead = ranked[prompt, rank + 1]["select_score"] - row["select_score"]
                 assert row["select_margin"] == pytest.approx(lead, abs=1e-12)
                 assert lead >= 0
-        assert set(manifest.statistics["report"]["select"]["agree"]) >= {"mean", "surprise"}
+        assert set(manifest.statistics["report"]["select"]["agree"]) >= {"mean", "surprise", "steps"}
         best = {}
-        for method, sign in (("grape", -1), ("rsr", 1), ("surprise", -1)):
+        for method, sign in (("grape", -1), ("rsr", 1), ("surprise", -1), ("steps", -1)):
             scored = sorted(
                 (sign * numbers[method], row["candidate_id"], row["prompt_id"])
                 for row, numbers in zip(kept, expected, strict=True)
@@ -83,8 +89,9 @@ def test_every_method_from_one_workspace(tmp_path: Path) -> None:
 
         auto = {"statistics": "auto"}
         references = [first["reference"]]
-        for select, weights in (("surprise", "entropy"), ("grape", None)):
-            answer = run(job, score=auto, select={"method": select}, weights=weights and {"method": weights})
+        for select, weights in (("surprise", "entropy"), ("steps", None), ("grape", None)):
+            keys = {"method": select, **({"step_end": r"\."} if select == "steps" else {})}
+            answer = run(job, score=auto, select=keys, weights=weights and {"method": weights})
             assert answer["scored"] == 0
             chosen, _ = release(job, answer)
             assert {row["prompt_id"]: row["candidate_id"] for row in chosen} == best[select]
@@ -92,6 +99,14 @@ def test_every_method_from_one_workspace(tmp_path: Path) -> None:
                 for row, numbers in zip(chosen, plain(model, chosen), strict=True):
                     made = np.array(row["loss_weights"])[np.array(row["loss_mask"])]
                     assert made == pytest.approx(np.array(numbers["entropy_weights"]), rel=1e-3)
+            if select == "steps":
+                for row, numbers in zip(chosen, plain(model, chosen), strict=True):
+                    assert row["select_score"] == pytest.approx(numbers["steps"], abs=1e-4)
+                    assert row["select_score"] != pytest.approx(row["grape_score"], abs=1e-3)
+                told = job.grape("explain", answer["reference"], chosen[0]["prompt_id"], "--json")
+                assert told.returncode == 0, told.stderr
+                (winner,) = [one for one in orjson.loads(told.stdout)["candidates"] if one["kept"]]
+                assert (winner["rank"], winner["score"]) == (1, pytest.approx(chosen[0]["select_score"]))
             references.append(answer["reference"])
         grape = grape_service.load(references[-1])
         assert "select_score" not in grape.schema.names

@@ -13,13 +13,13 @@ from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.storage.storage import Storage
 from tests import tiny_models
-from tests.flows.test_deployments import Service
 from tests.flows.test_job_on_s3 import on_s3
 from tests.jobs import tiny_job
+from tests.prefect_service import Service
 from tests.ray_cluster import free_port
 from tests.seaweed import SECRET, SeaweedServer
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 CANARIES = ("canary-webhook-key-5e1f", "canary-webhook-address-77ac", "canary-token-90bd", SECRET)
 

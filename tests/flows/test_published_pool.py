@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import orjson
+import pytest
 
 from tests.jobs import tiny_job
-from tests.published_pools import PUBLISHED
+from tests.published_rollouts import PUBLISHED
 from tests.tiny_models import make_model
+
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 
 def test_from_a_published_pool_to_a_release_without_an_edit(tmp_path: Path) -> None:

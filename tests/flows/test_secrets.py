@@ -9,6 +9,8 @@ from flows.secrets import VARIABLE, hidden, kept, restored, secrets_of
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 
+pytestmark = pytest.mark.alone
+
 WEBHOOK = "https://hooks.example/T0KEN"
 CONFIG = Config.model_validate(
     {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import subprocess
 import sys
@@ -9,22 +10,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows.deployments import PrefectDeployments
 from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError, UserError
-from tests.flows.test_deployments import Service
+from grape_service.release.ancestry import lineage_of_checkpoint
 from tests.jobs import pool_rows, tiny_job
+from tests.prefect_service import PASSWORD, Service
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 from workers.stages import train as train_stage
-from workers.training.records import lineage
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 FLOW = """
 import shutil, sys, time
@@ -78,10 +81,11 @@ def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None
         assert stages[stage]["checkpoint"] in shown.stdout
     assert any(record["id"] in line and "succeeded" in line for line in shown.stdout.splitlines())
 
-    origin = lineage(stages["rl"]["checkpoint"])
-    assert origin["checkpoint"]["model"] == stages["sft"]["checkpoint"]
-    assert origin["dataset"] == outcome["reference"]
-    assert origin["parents"]["pool"][0]["path"].endswith("pool.jsonl")
+    origin = lineage_of_checkpoint(stages["rl"]["checkpoint"], {}).render_text().splitlines()
+    assert origin[0].startswith(f"{stages['rl']['checkpoint']}  rl, ")
+    assert any(f"{stages['sft']['checkpoint']}  sft, " in line for line in origin)
+    assert sum(outcome["reference"] in line for line in origin) == 2
+    assert any("pool.jsonl" in line for line in origin)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +125,7 @@ def reference(tmp_path: Path, model: str) -> str:
 @pytest.fixture
 def deployments(service: Service) -> Iterator[PrefectDeployments]:
     """In this process, with the server's address set."""
-    with temporary_settings({PREFECT_API_URL: service.api}):
+    with temporary_settings({PREFECT_API_URL: service.api, PREFECT_API_AUTH_STRING: PASSWORD}):
         yield PrefectDeployments()
 
 
@@ -172,3 +176,24 @@ def test_a_deployment_is_cancelled(service: Service, deployments: PrefectDeploym
     stage = train_stage.read(reference, sft(seconds=500))["stages"]["sft"]
     assert stage["state"] == "cancelled"
     assert service.wait_final(stage["flow_run"], 60)["state_name"] == "Cancelled"
+
+
+def test_a_flow_run_that_is_deleted_has_failed(
+    service: Service, deployments: PrefectDeployments, reference: str
+) -> None:
+    before = len(starts(service))
+
+    def delete_when_started() -> None:
+        service.wait(lambda: len(starts(service)) > before, 90, "it does not start")
+        run_id = train_stage.read(reference, sft(seconds=30))["stages"]["sft"]["flow_run"]
+        with get_client(sync_client=True) as client:
+            client.delete_flow_run(UUID(run_id))
+
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(contextvars.copy_context().run, delete_when_started)
+        with pytest.raises(StageError, match="ended as a flow run that Prefect does not know any more"):
+            train_stage.train(reference, sft(seconds=30), deployments=deployments, say=said.append)
+        asked.result()
+    assert any(line.startswith("sft: Prefect says '") for line in said), said
+    assert train_stage.read(reference, sft(seconds=30))["stages"]["sft"]["state"] == "failed"

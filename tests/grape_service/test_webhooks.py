@@ -28,6 +28,8 @@ from grape_service.webhooks import (
 )
 from tests.prepared_pools import make_config
 
+pytestmark = pytest.mark.quick
+
 
 class Receiver:
     """Answers with the statuses it is given, then 200, and keeps what it got."""

@@ -17,13 +17,13 @@ from grape_service.prepare.plan import PreparePlan
 from grape_service.prepare.shards import shard_paths
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.score.shards import Shards
-from grape_service.select.partition import SelectCounts
+from grape_service.select.counts import SelectCounts
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import make_config
 from workers.run import MAX_EVENTS, Events
 from workers.scoring.queue import WorkQueue
 from workers.scoring.replicas import Work
-from workers.stages.score import Left
+from workers.scoring.unscored import Unscored
 
 PARTITIONS = 2**16
 SHARDS = 31  # of a partition
@@ -49,8 +49,8 @@ def hold(folder: Path) -> None:
         Shards(shard_paths(prepared, name).folder, name, one.num_shards, one.rows, one.tokens)
         for name, one in prepared.partitions.items()
     ]
-    left = [Left(one) for one in shards]
-    queue = WorkQueue((Work(unit, "policy") for one in left for unit in one.units()), SHARDS * PARTITIONS)
+    unscored = [Unscored(one) for one in shards]
+    queue = WorkQueue((Work(unit, "policy") for one in unscored for unit in one.units()), SHARDS * PARTITIONS)
     first = queue.popleft()
     queue.appendleft(first)
     tokens = paths = 0

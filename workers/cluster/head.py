@@ -15,6 +15,8 @@ from typing import Any
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from grape_service.storage.options import StorageOptions
+
 LOOPBACK = "127.0.0.1"
 LOOK_SECONDS = 1.0
 """How often it is seen whether Ray's processes are alive."""
@@ -32,7 +34,7 @@ def start(
     folder: str, num_cpus: int, dashboard_port: int | None, object_store_bytes: int
 ) -> tuple[PrivateNode, dict[str, Any]]:
     """Start Ray in `folder`; its node, its address, and that of its Jobs API where a dashboard port is given."""
-    options: dict[str, Any] = {
+    options: StorageOptions = {
         "node_ip_address": LOOPBACK,
         "num_cpus": num_cpus,
         "object_store_memory": object_store_bytes,

@@ -15,6 +15,7 @@ from typing import Any
 
 from grape_service.config.schema import jobs_address
 from grape_service.errors import StageError, UserError
+from workers.cluster.closed import refuse_open_folders
 from workers.cluster.ray import IN_CLUSTER, import_path, private_ray, usable_cores
 
 PRIVATE = "private"
@@ -22,6 +23,12 @@ PRIVATE = "private"
 
 AGENT_SECONDS = 60.0
 """How long a head may take, after its start, until its agent takes jobs."""
+
+ANSWER_SECONDS = 10.0
+"""How long a head may take to answer the first question."""
+
+NODE_SECONDS = 10.0
+"""How long a head may take, after its start, until it tells of its first node."""
 
 _STATES = {"SUCCEEDED": "succeeded", "FAILED": "failed", "STOPPED": "cancelled"}
 
@@ -52,6 +59,7 @@ class JobServer:
         self._client = client
         self.address = address
         self.num_gpus = num_gpus  # of a private Ray; None on a cluster
+        self._started: set[str] = set()  # jobs that are known to have started
 
     @property
     def is_private(self) -> bool:
@@ -63,9 +71,12 @@ class JobServer:
         return sys.executable if self.is_private else "python"
 
     def submit(self, request: JobRequest) -> None:
-        """Start a job; nothing happens if one of its id is known. Raises StageError if Ray refuses it."""
+        """Start a job; nothing happens if one of its id is known. Raises StageError if Ray refuses it, UserError if
+        other users of this machine can write to the folders that Ray runs it from, or it does not take the job's
+        working folder."""
         if self.state(request.id) is not None:
             return
+        self.refuse_open_folders()
         environment = dict(request.environment)
         if self.is_private:
             environment.setdefault("PYTHONPATH", os.pathsep.join(import_path()))
@@ -77,6 +88,8 @@ class JobServer:
         deadline = time.monotonic() + AGENT_SECONDS
         while True:
             try:
+                if self.state(request.id) is not None:
+                    return
                 self._client.submit_job(
                     entrypoint=shlex.join(request.command),
                     submission_id=request.id,
@@ -88,12 +101,47 @@ class JobServer:
                     metadata={"grape_job": request.id},
                 )
                 return
-            except RuntimeError as error:
-                if self.state(request.id) is not None:  # another was faster with the same job
+            except ValueError as error:
+                raise UserError(f"Ray does not take the job {request.id}: {_last_line(error)}") from error
+            except (RuntimeError, OSError) as error:  # the head may be away, and may have taken it all the same
+                is_away = isinstance(error, OSError) or "No available agent" in str(error)
+                if not is_away and self.state(request.id) is not None:  # another was faster with the same job
                     return
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                if not is_away or time.monotonic() > deadline:
                     raise StageError(f"Ray did not take the job {request.id}: {_last_line(error)}") from error
                 time.sleep(1.0)
+
+    def refuse_open_folders(self) -> tuple[int, int]:
+        """Nodes of the cluster, and those whose folders were seen here; a job looks at those of its nodes itself.
+
+        Raises UserError where other users of this machine can write to one.
+        """
+        deadline = time.monotonic() + NODE_SECONDS
+        while not (sessions := self._sessions()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return len(sessions), sum(refuse_open_folders(session) for session in sessions)
+
+    def _sessions(self) -> list[str]:
+        """The session folder of each node."""
+        answer = self._client._do_request("GET", "/nodes?view=summary")
+        nodes = answer.json().get("data", {}).get("summary", []) if answer.status_code == 200 else []
+        found = [node.get("raylet", {}) for node in nodes]
+        return [node["sessionDir"] for node in found if node.get("sessionDir") and node.get("state") == "ALIVE"]
+
+    def node_resources(self) -> list[dict[str, float]]:
+        """What each node has, in Ray's names; none where an autoscaler may add another, or nothing is told of nodes."""
+        try:
+            nodes = self._client._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+            living = [node["raylet"] for node in nodes if node["raylet"].get("state") == "ALIVE"]
+            return [] if self._grows() else [dict(node["resourcesTotal"]) for node in living]
+        except (KeyError, TypeError, ValueError, OSError):
+            return []
+
+    def _grows(self) -> bool:
+        """Whether nodes have types of an autoscaler's; without one each node is a type of its own, node_<id>."""
+        status = self._client._do_request("GET", "/api/cluster_status").json()["data"].get("clusterStatus") or {}
+        types = ((status.get("autoscalerReport") or {}).get("activeNodes") or {}).keys()
+        return any(not name.startswith("node_") and name != "local.cluster.node" for name in types)
 
     def state(self, job_id: str) -> str | None:
         """running, succeeded, failed or cancelled; None if no such job is known."""
@@ -104,6 +152,20 @@ class JobServer:
                 return None
             raise
         return _STATES.get(status, "running")
+
+    def waits_for(self, job_id: str) -> str | None:
+        """What a job needs before it starts, in words; None once it has started, or if it is not known."""
+        if job_id in self._started:
+            return None
+        try:
+            info = self._client.get_job_info(job_id)
+        except RuntimeError:
+            return None
+        if info.status.value != "PENDING":
+            self._started.add(job_id)
+            return None
+        is_short = "resources" in (info.message or "") and "environment" not in info.message
+        return "CPUs, GPUs or memory of the cluster" if is_short else "Ray to start it"
 
     def log_tail(self, job_id: str, lines: int = 30) -> str:
         """The last lines of a job's output, and Ray's own message where the job never ran."""
@@ -134,6 +196,10 @@ class JobServer:
                     yield part
         except (aiohttp.ClientError, RuntimeError, OSError) as error:
             raise LogBroken(f"the log of {job_id} cannot be followed: {error}") from error
+
+    def message(self, job_id: str) -> str:
+        """Ray's own word on how a job is or why it ended."""
+        return " ".join((self._client.get_job_info(job_id).message or "Ray gives no reason").split())
 
     def exit_code(self, job_id: str) -> int | None:
         """What the job's process ended with; None while it runs or where it never ran."""
@@ -213,6 +279,7 @@ def _client(address: str) -> Any:
 
     # It tells of each connection that ends; its level is set where it is imported.
     logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
+    _refuse_mute(address)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
@@ -226,6 +293,21 @@ def _client(address: str) -> Any:
         raise UserError(
             f"{address} is not a Ray head: give the address of its dashboard, such as http://head:8265"
         ) from error
+
+
+def _refuse_mute(address: str) -> None:
+    """Raises UserError for a server that takes connections and says nothing: Ray's client waits for it for ever."""
+    import requests
+
+    try:
+        requests.get(f"{address}/api/version", timeout=ANSWER_SECONDS)
+    except requests.exceptions.ReadTimeout:
+        raise UserError(
+            f"{address} takes connections and has not answered for {ANSWER_SECONDS:.0f} seconds: "
+            "give the address of a Ray head's dashboard, such as http://head:8265, or start that head again"
+        ) from None
+    except requests.exceptions.RequestException:  # the client says why
+        pass
 
 
 def _last_line(error: BaseException) -> str:

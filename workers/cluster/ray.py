@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grape_service.addresses import without_proxy
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError
-from grape_service.loopback import without_proxy
+from workers.cluster.closed import refuse_open_code, refuse_open_ray
 from workers.cluster.scratch import MARK, Scratch, end_leftovers, scratch_folder
 
 IN_CLUSTER = "GRAPE_IN_CLUSTER"
@@ -217,6 +218,7 @@ class _Wanted:
                 if _a_head_ends():
                     raise StageError(RAY_ENDED) from error
                 raise
+            refuse_open_ray()
         finally:
             _restore(handlers)
 
@@ -231,6 +233,8 @@ _wanted: list[_Wanted] = []
 @contextlib.contextmanager
 def ray_for(workers: WorkersConfig) -> Iterator[None]:
     """Ray starts inside the block as soon as something needs it, and is gone after the block."""
+    if not is_private():
+        refuse_open_code()
     wanted = _Wanted(workers)
     _wanted.append(wanted)
     try:

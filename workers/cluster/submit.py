@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import os
 import shutil
 import sys
@@ -10,6 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any, Literal
 import orjson
 import yaml
 
+from grape_service.config.local_paths import with_absolute_paths
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.log_lines import PROGRESS, Replay
@@ -29,13 +33,39 @@ from workers.outcome import Outcome
 
 POLL_SECONDS = 1.0
 PACKAGES = ("grape_service", "workers", "flows")
-What = Literal["score", "select", "release", "weigh"]
-COMMANDS: dict[What, str] = {"score": "score", "select": "select", "release": "run", "weigh": "weigh"}
+What = Literal["gather", "score", "select", "release", "weigh"]
+COMMANDS: dict[What, str] = {
+    "gather": "gather",
+    "score": "score",
+    "select": "select",
+    "release": "run",
+    "weigh": "weigh",
+}
 """The command that does the job up to a stage, or weighs a release again."""
 CONFIG_NAME = "config.yaml"
 STOPPED_STATUS = 130
 LOST_SECONDS = 120.0
 """A head that answers nothing for so long is gone."""
+MAX_SUBMITS = 3
+"""How often a run is submitted where the cluster's head is started again under it."""
+
+
+class JobForgotten(StageError):
+    """A head that was started again knows nothing of a job, which ended with the head before it."""
+
+
+_run: ContextVar[str | None] = ContextVar("run", default=None)
+
+
+@contextlib.contextmanager
+def job_of(run: str) -> Iterator[None]:
+    """Inside the block jobs belong to a run that may be tried again by another process: with the same config and
+    command it finds the job that an earlier try started."""
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
 
 
 @dataclass(frozen=True)
@@ -59,7 +89,7 @@ def submit(
     `with_code` packs this checkout's packages; otherwise the cluster has them installed. `environment` can be read
     by whoever may look at the cluster's jobs: secrets belong into the cluster's own environment.
     """
-    job_id = f"grape-{config.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    job_id = _job_id(config, server, command, arguments)
     with packed(config, with_code) as folder:
         server.submit(
             JobRequest(
@@ -71,6 +101,19 @@ def submit(
             )
         )
     return Submitted(job_id, server.address)
+
+
+def _job_id(config: Config, server: JobServer, command: str, arguments: tuple[str, ...]) -> str:
+    """A new one; inside `job_of` that of the run's job that runs or has succeeded, or else the run's next."""
+    run = _run.get()
+    if run is None:
+        return f"grape-{config.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    digest = hashlib.sha256(orjson.dumps([for_cluster(config), command, arguments], option=orjson.OPT_SORT_KEYS))
+    begin = f"grape-{config.name}-{run}-{digest.hexdigest()[:12]}"
+    for number in itertools.count(1):
+        if server.state(f"{begin}-{number}") in (None, "running", "succeeded"):
+            break
+    return f"{begin}-{number}"
 
 
 @contextlib.contextmanager
@@ -99,27 +142,6 @@ def for_cluster(config: Config) -> dict[str, Any]:
     return values
 
 
-def with_absolute_paths(config: Config) -> dict[str, Any]:
-    """The config's values with local paths that mean the same from every folder."""
-    values: dict[str, Any] = orjson.loads(config.model_dump_json(exclude_unset=True))
-    pool = values["pool"]
-    for group in pool["path"] if isinstance(pool["path"], list) else [pool]:
-        group["path"] = _absolute(group["path"])
-    values["output"]["path"] = _absolute(values["output"]["path"])
-    if values.get("workspace"):
-        values["workspace"] = _absolute(values["workspace"])
-    behavior = values.get("behavior") or {}
-    for policy in (values["target"], behavior, *(behavior.get("sources") or {}).values()):
-        for key in ("model", "adapter"):
-            if policy.get(key) and os.path.isdir(os.path.expanduser(policy[key])):
-                policy[key] = _absolute(policy[key])
-    return values
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
 def _absolute_reference(reference: str) -> str:
     return str(parse_reference(reference)) if reference else ""
 
@@ -144,19 +166,25 @@ def _log(server: JobServer, job_id: str) -> Iterator[tuple[int, str, str]]:
     Only what is new is fetched. Where such a connection breaks, or is not to be had, the log is fetched once.
     """
     last_answer = time.monotonic()
-    is_broken = False
+    is_broken = is_known = False
     while True:
         try:
             state = server.state(job_id)
-            whole = server.log(job_id) if is_broken or state not in ("running", None) else ""
+            whole = server.log(job_id) if state is not None and (is_broken or state != "running") else ""
             last_answer = time.monotonic()
         except (ConnectionError, RuntimeError, OSError) as error:
             if time.monotonic() - last_answer > LOST_SECONDS:
                 raise StageError(f"the Ray cluster at {server.address} no longer answers: {error}") from error
             time.sleep(POLL_SECONDS)
             continue
+        if state is None and is_known:
+            raise JobForgotten(
+                f"the Ray head at {server.address} was started again and no longer knows the job {job_id}, which ended "
+                "with the head before it: submit it again; stored scores are reused"
+            )
         if state is None:
             raise UserError(f"{server.address} knows no job '{job_id}': see `grape jobs list`")
+        is_known = True
         yield 0, whole, state
         if state != "running":
             return
@@ -205,21 +233,29 @@ def run_as_job(config: Config, what: What = "release", force: bool = False, refe
 
     `what`: the stage it ends at, or `weigh` of the release at `reference`.
 
-    The job is stopped when this process is interrupted. Raises UserError or StageError as the job ended.
+    The job is stopped when this process is interrupted, and submitted again where the cluster's head was started again
+    under it. Raises UserError or StageError as the job ended.
     """
     quiet = config.model_copy(update={"notify": None})  # whoever submits tells the webhook
     with job_server(config.workers.ray_address) as server:
         arguments = (_absolute_reference(reference), "--config", CONFIG_NAME) if what == "weigh" else (CONFIG_NAME,)
-        arguments = (*arguments, "--force") if force else arguments
-        job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[what])
-        reporter().event(f"job {job.job_id} on {job.address}")
-        try:
-            status = follow(server, job.job_id, Replay(write_error))
-        except BaseException:
-            with best_effort("stop the job"):
-                server.stop(job.job_id)
-            raise
-        log = server.log(job.job_id)
+        if force and what in ("release", "weigh"):  # the others make nothing that is there already
+            arguments = (*arguments, "--force")
+        for left in reversed(range(MAX_SUBMITS)):
+            job = submit(quiet, server, arguments, environment={PROGRESS: "lines"}, command=COMMANDS[what])
+            try:
+                reporter().event(f"job {job.job_id} on {job.address}")
+                status = follow(server, job.job_id, Replay(write_error))
+                break
+            except JobForgotten as error:
+                if not left:
+                    raise
+                reporter().event(f"{error}; doing so")
+            except BaseException:
+                with best_effort("stop the job"):
+                    server.stop(job.job_id)
+                raise
+        log, message = server.log(job.job_id), server.message(job.job_id)
     if status == 0:
         value = outcome_in(log)
         if value is None:
@@ -227,7 +263,7 @@ def run_as_job(config: Config, what: What = "release", force: bool = False, refe
         known = {field.name for field in fields(Outcome)}
         return Outcome(**{key: item for key, item in value.items() if key in known}, storage_options=config.storage)
     reason = next((line for line in reversed(log.splitlines()) if line.startswith("error: ")), "")
-    sentence = reason.removeprefix("error: ") or f"the job {job.job_id} ended with status {status}"
+    sentence = reason.removeprefix("error: ") or f"the job {job.job_id} ended with status {status}: {message}"
     raise (UserError if status == 2 else StageError)(sentence)
 
 

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape_service.config.schema import WorkersConfig
 from grape_service.errors import StageError, UserError
-from grape_service.models.lean import collect_rarely
-from grape_service.storage.patience import be_patient
+from grape_service.models.imports import collect_rarely
+from grape_service.storage.options import wait_for_first_answer
+from grape_service.storage.storage import Storage
+from workers.cluster.closed import refuse_open_ray
 from workers.cluster.ray import CPUS_PER_CORE, check_ray_is_alive, is_private, need_ray, num_slots, wait
+from workers.logs import LogFile, current_logs
 
 if TYPE_CHECKING:
     import ray
@@ -26,9 +29,9 @@ ENGINE_CPUS = 0.001
 TASK_CPUS = 0.95
 """CPUs that a stage's task asks for: engines have room beside as many tasks as there are CPUs."""
 TASK_RETRIES = 3
-TASKS_AHEAD = 32
+WAITING_TASKS = 32
 """Tasks, at least, that wait for a CPU: an autoscaler sees them, and a CPU that is free has work at once."""
-RESULTS_AHEAD = 256
+WAITING_RESULTS = 256
 """Results, at most, that wait for an earlier one."""
 SLOTS_SECONDS = 2.0
 """How often it is asked how many CPUs a cluster has now."""
@@ -73,17 +76,20 @@ def run_tasks(
     in_flight: dict[ray.ObjectRef, tuple[int, int]] = {}  # -> place of the task, calls in it
     finished: dict[int, list[T]] = {}
     submitted = told = most = 0
+    logs = current_logs()
+    name = f"{next(logs.numbers):03d}-{function.__name__}" if logs is not None else ""
     looked = -SLOTS_SECONDS
     try:
         while True:
             if time.monotonic() - looked >= SLOTS_SECONDS:
                 slots, looked = num_slots(workers), time.monotonic()
-                most = slots + max(slots, TASKS_AHEAD)
-            while len(in_flight) < most and submitted - told < most + RESULTS_AHEAD // together:
+                most = slots + max(slots, WAITING_TASKS)
+            while len(in_flight) < most and submitted - told < most + WAITING_RESULTS // together:
                 group = next(queue, None)
                 if group is None:
                     break
-                in_flight[remote.remote(function, held, group, threads)] = submitted, len(group)
+                log = (logs.storage, f"{logs.folder}/{name}-{submitted:05d}.log") if logs is not None else None
+                in_flight[remote.remote(function, held, group, threads, log)] = submitted, len(group)
                 submitted += 1
             if not in_flight:
                 return
@@ -114,12 +120,27 @@ def _groups(arguments: Iterable[Arguments], size: int) -> Iterator[list[Argument
         yield group
 
 
-def _calls(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments], threads: int) -> list[T]:
+def _calls(
+    function: Callable[..., T],
+    held: list[ray.ObjectRef],
+    group: list[Arguments],
+    threads: int,
+    log: tuple[Storage, str] | None,
+) -> list[T]:
     """The calls of one task, in a worker. Set here and not in a runtime environment, threads cost no new process."""
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    be_patient()
+    wait_for_first_answer()
     collect_rarely()
+    refuse_open_ray()
+    if log is None:
+        return _results_of(function, held, group)
+    file = LogFile(*log)
+    with file.printed(), file.errors():
+        return _results_of(function, held, group)
+
+
+def _results_of(function: Callable[..., T], held: list[ray.ObjectRef], group: list[Arguments]) -> list[T]:
     shared = _shared(held[0])
     if len(group) == 1:
         return [function(**shared, **group[0])]

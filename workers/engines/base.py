@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from grape_service.rows.ragged import TokenBatch
+from grape_service.json_types import JsonObject
+from grape_service.rows.ragged import Int64s, TokenBatch
 from grape_service.rows.statistics import LOGPROB, RANGES
 
 
@@ -25,7 +26,7 @@ class EngineDescription:
     quantization: str | None
     path: str  # how scores are made: shared_prefix | head | prompt_logprobs
     device: str  # cpu, or the GPU's name
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
 
 
 class OutOfMemory(RuntimeError):
@@ -59,6 +60,10 @@ class Engine(Protocol):
 
         A row with a value that could not be made has NaN in all its places of all of them. Raises OutOfMemory.
         """
+        ...
+
+    def divides(self, lengths: Int64s) -> npt.NDArray[np.bool_]:
+        """Which rows of `lengths` [N] have first tokens with the same scores where the row ends with them."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from grape_service.models.weights import check_weights
 from workers.engines.base import Engine
+from workers.engines.sampler import Sampler
 
 if TYPE_CHECKING:
     from grape_service.config.schema import Config
@@ -71,6 +72,27 @@ def load_engine(policy: PolicyConfig, folder: str, for_few_rows: bool = False) -
     from workers.engines.transformers.engine import PROBE_ROWS, TransformersEngine
 
     return TransformersEngine(policy, folder, is_wrapped=is_wrapped, probe_rows=2 if for_few_rows else PROBE_ROWS)
+
+
+SAMPLER_CLASS = "GRAPE_SAMPLER_CLASS"
+"""Environment variable that names another sampler class, 'module:Class': for benchmarks and drills."""
+
+
+def load_sampler(policy: PolicyConfig, folder: str) -> Sampler:
+    """What samples for a policy on this process's device; `policy.adapter` is a local folder. Raises UserError."""
+    if given := os.environ.get(SAMPLER_CLASS):
+        module, _, name = given.partition(":")
+        drill: Sampler = getattr(importlib.import_module(module), name)(policy, folder)
+        return drill
+    is_wrapped = bool(check_weights(folder, policy).renames)
+    if engine_name(policy, folder) == "vllm":
+        from workers.engines.vllm.sampler import VllmSampler
+
+        vllm: Sampler = VllmSampler(policy, folder, is_wrapped)
+        return vllm
+    from workers.engines.transformers.sampler import TransformersSampler
+
+    return TransformersSampler(policy, folder, is_wrapped)
 
 
 def installed_version(policy: PolicyConfig, folder: str, scores_here: bool) -> str | None:

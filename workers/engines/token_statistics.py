@@ -49,8 +49,8 @@ def plain_token_statistics(
     rows = max(1, CHUNK_BYTES // (4 * logits_RV.shape[1])) if logits_RV.device.type == "cpu" else 256
     for start in range(0, len(logits_RV), rows):
         chunk = slice(start, start + rows)
-        heat_R = None if temperatures_R is None else temperatures_R[chunk]
-        found = _of_chunk(logits_RV[chunk], targets_R[chunk], heat_R, names)
+        temperature_R = None if temperatures_R is None else temperatures_R[chunk]
+        found = _of_chunk(logits_RV[chunk], targets_R[chunk], temperature_R, names)
         for place, name in enumerate(names):
             found_RS[chunk, place] = found[name]
     return found_RS

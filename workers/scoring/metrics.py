@@ -11,21 +11,22 @@ from typing import Any
 from workers.cluster.ray import ray_is_up
 
 SHARD_SECONDS = [0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600]
-_COUNTERS = {
+COUNTERS = {
     "grape_tokens_scored": ("Tokens that went through an engine.", ("dataset", "policy", "replica")),
+    "grape_tokens_spared": ("Tokens that no engine had to compute: of stopped rows, or stored.", ("dataset", "policy")),
     "grape_rows_scored": ("Rows whose scores were stored.", ("dataset", "policy")),
     "grape_rows_reused": ("Rows that were scored before.", ("dataset", "policy")),
     "grape_retries": ("Shards that were given to an engine again.", ("dataset", "policy")),
+    "grape_restarts": ("Engines that were started again.", ("dataset", "policy")),
     "grape_failures": ("Rows that could not be scored.", ("dataset", "policy")),
     "grape_gpu_seconds": ("Seconds of GPUs on shards.", ("dataset", "policy")),
     "grape_rejects": ("Pool rows that cannot be used.", ("dataset", "reason")),
 }
-_GAUGES = {
-    "grape_tokens_per_second": ("Tokens a second of a replica since the last look.", ("dataset", "policy", "replica")),
+GAUGES = {
     "grape_queue_shards": ("Shards that wait or are being scored.", ("dataset", "policy")),
     "grape_cache_hit_rate": ("Share of tokens that another row had computed.", ("dataset", "policy", "replica")),
 }
-_HISTOGRAMS = {"grape_shard_seconds": ("Seconds of a shard on its engine.", ("dataset", "policy"))}
+HISTOGRAMS = {"grape_shard_seconds": ("Seconds of a shard on its engine.", ("dataset", "policy"))}
 
 
 @cache
@@ -33,20 +34,14 @@ def metric(name: str) -> Any:
     """The metric of a name, made once a process."""
     from ray.util.metrics import Counter, Gauge, Histogram
 
-    if name in _COUNTERS:
-        text, tags = _COUNTERS[name]
+    if name in COUNTERS:
+        text, tags = COUNTERS[name]
         return Counter(name, description=text, tag_keys=tags)
-    if name in _GAUGES:
-        text, tags = _GAUGES[name]
+    if name in GAUGES:
+        text, tags = GAUGES[name]
         return Gauge(name, description=text, tag_keys=tags)
-    text, tags = _HISTOGRAMS[name]
+    text, tags = HISTOGRAMS[name]
     return Histogram(name, description=text, boundaries=SHARD_SECONDS, tag_keys=tags)
-
-
-def exported_names() -> set[str]:
-    """Names as a scrape of Ray's metrics port has them."""
-    names = {f"ray_{name}_total" for name in _COUNTERS} | {f"ray_{name}" for name in _GAUGES}
-    return names | {f"ray_{name}_{part}" for name in _HISTOGRAMS for part in ("bucket", "sum", "count")}
 
 
 class ScoringMetrics:
@@ -55,6 +50,9 @@ class ScoringMetrics:
     def __init__(self, dataset: str, policy: str, gpus: int):
         self.tags = {"dataset": dataset, "policy": policy}
         self.gpus = gpus
+        for name, (_, keys) in COUNTERS.items():  # what first appears above 0 has not grown, for Prometheus
+            if keys == tuple(self.tags) and ray_is_up():
+                metric(name)._record(0, tags=self.tags)
 
     def unit_done(self, scored: int, reused: int, failed: int, seconds: float) -> None:
         """A unit came back."""
@@ -68,20 +66,28 @@ class ScoringMetrics:
         """A unit is given out again."""
         self.add("grape_retries", 1)
 
+    def restarted(self) -> None:
+        """An engine is started in the place of one that is dead or cannot go on."""
+        self.add("grape_restarts", 1)
+
     def queue(self, shards: int) -> None:
         """Units that wait or are being scored."""
         metric("grape_queue_shards").set(shards, tags=self.tags)
 
-    def replica(self, place: int, tokens: int, seconds: float, cache_hit_rate: float) -> None:
+    def begin_replica(self, place: int) -> None:
+        """A replica starts, or another takes its place."""
+        if ray_is_up():
+            metric("grape_tokens_scored")._record(0, tags={**self.tags, "replica": str(place)})
+
+    def replica(self, place: int, tokens: int, cache_hit_rate: float) -> None:
         """What a replica did since the last look."""
         tags = {**self.tags, "replica": str(place)}
         if tokens > 0:
             metric("grape_tokens_scored").inc(tokens, tags=tags)
-        metric("grape_tokens_per_second").set(tokens / max(seconds, 1e-9), tags=tags)
         metric("grape_cache_hit_rate").set(cache_hit_rate, tags=tags)
 
     def add(self, name: str, number: float) -> None:
-        """Counters take no 0; the first look at one should give 0 all the same."""
+        """To one of this policy's counters."""
         if number > 0 and ray_is_up():
             metric(name).inc(number, tags=self.tags)
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -16,15 +16,16 @@ from grape_service.errors import StageError, UserError, best_effort
 from grape_service.progress.reporter import reporter
 from workers.cluster.ray import check_ray_is_alive, node_gpus, num_nodes, num_slots, wait
 from workers.cluster.tasks import ENGINE_CPUS
-from workers.engines.vllm.versions import sentence
+from workers.engines.vllm.available import version_sentence
 from workers.run import Events
-from workers.scoring.actor import ScoringActor, ScoringSpec, Unit, UnitResult
+from workers.scoring.actor import ScoringSpec
 from workers.scoring.metrics import ScoringMetrics
 from workers.scoring.queue import WorkQueue
-from workers.scoring.work import ScoreTotals, Work
+from workers.scoring.rows import halves
+from workers.scoring.work import ScoreTotals, UnitResult, Work
 
 WAITING = 1
-"""Units that a replica reads ahead while others are on its engine."""
+"""Units that a replica reads while others are on its engine."""
 MAX_CALLERS = 4
 """No engine takes more units at once."""
 ATTEMPTS = 3
@@ -48,8 +49,10 @@ class Replica:
     in_flight: dict[ray.ObjectRef, Work] = field(default_factory=dict)
     asked: ray.ObjectRef | None = None  # for its progress, not answered yet
     tokens_seen: int = 0
+    spared_seen: int = 0
     looked_at: float = field(default_factory=time.monotonic)
-    moved_at: float = field(default_factory=time.monotonic)  # when it last showed progress, or had nothing to do
+    moved: float = 0.0  # as it last said
+    moved_at: float = field(default_factory=time.monotonic)  # when that last changed, or it had nothing to do
     tokens_done: int = 0
     busy_seconds: float = 0.0
     description: dict[str, Any] = field(default_factory=dict)
@@ -89,8 +92,11 @@ class Replicas:
         processes = max(count, num_nodes()) * (1 if self.gpus else spec.policy.tensor_parallel)
         self.threads = max(1, num_slots(config.workers) // processes)  # of each
         self.metrics = ScoringMetrics(config.name, spec.policy_id, self.gpus)
-        reporter().event(f"starting {count} engine{'s' * (count > 1)} for {spec.policy_id}")
+        whose = f"the target, {spec.policy.model}" if spec.policy == config.target else spec.policy.model
+        reporter().event(f"starting {count} engine{'s' * (count > 1)} for {whose}")
         self.replicas = [self._start() for _ in range(count)]
+        for place in range(count):
+            self.metrics.begin_replica(place)
 
     def close(self) -> None:
         """End every actor."""
@@ -113,7 +119,7 @@ class Replicas:
             "TOKENIZERS_PARALLELISM": "false",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        actor = ray.remote(ScoringActor).options(
+        actor = ray.remote(self.spec.actor).options(
             num_cpus=ENGINE_CPUS,
             num_gpus=self.gpus,
             scheduling_strategy="SPREAD",
@@ -137,7 +143,7 @@ class Replicas:
             self.failed_starts = 0
             if replica.description["engine"] == "vllm" and not self.said_version:
                 self.said_version = True
-                self._event(sentence(str(replica.description["version"])))
+                self._event(version_sentence(str(replica.description["version"])))
         except (ray.exceptions.RayError, TimeoutError) as error:
             self._end(replica)
             raise_if_ours(error)
@@ -183,19 +189,21 @@ class Replicas:
         queue: WorkQueue[Work],
         advance: Callable[[int], None],
         look: Callable[[ScoreTotals], None] = lambda totals: None,
+        may_give: Callable[[ScoreTotals], bool] = lambda totals: True,
     ) -> ScoreTotals:
         """Score every unit; `advance(tokens)` is called about once a second, `look(totals)` whenever one has ended: it
-        may raise to stop."""
+        may raise to stop. `may_give(totals)` is asked before a unit is given out: where it says no, those that wait
+        are left, and the others are waited for."""
         totals = ScoreTotals()
         last_progress = last_ready = time.monotonic()
-        while queue or any(replica.in_flight for replica in self.replicas):
+        while (queue and may_give(totals)) or any(replica.in_flight for replica in self.replicas):
             check_ray_is_alive()
             if any(replica.is_ready for replica in self.replicas):
                 last_ready = time.monotonic()
             elif time.monotonic() - last_ready > START_SECONDS:
                 raise self._no_engine()
             for replica in self.replicas:
-                while queue and replica.is_ready and len(replica.in_flight) < replica.room:
+                while queue and replica.is_ready and len(replica.in_flight) < replica.room and may_give(totals):
                     self._give(replica, queue.popleft())
             if not queue:
                 self._rebalance()
@@ -254,7 +262,9 @@ class Replicas:
         totals.rows += result.scored
         totals.failed += result.failed
         totals.reused += result.reused
+        totals.stopped += result.stopped
         totals.tokens += result.tokens
+        totals.spared += result.spared
         totals.engine_seconds += result.seconds
 
     def _replace_stuck(self, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
@@ -264,13 +274,13 @@ class Replicas:
                 replica.moved_at = time.monotonic()
                 continue
             largest = max(work.unit.tokens for work in replica.in_flight.values())
-            patience = float(START_SECONDS)  # until it has shown a rate
+            seconds = float(START_SECONDS)  # until it has shown a rate
             if replica.tokens_done:
-                patience = max(STUCK_SECONDS, STUCK_FACTOR * largest * replica.busy_seconds / replica.tokens_done)
-            if time.monotonic() - replica.moved_at < patience:
+                seconds = max(STUCK_SECONDS, STUCK_FACTOR * largest * replica.busy_seconds / replica.tokens_done)
+            if time.monotonic() - replica.moved_at < seconds:
                 continue
-            reason = f"its engine made no progress for {patience:.0f} seconds"
-            self._event(f"an engine made no progress for {patience:.0f} seconds and is replaced")
+            reason = f"its engine made no progress for {seconds:.0f} seconds"
+            self._event(f"an engine made no progress for {seconds:.0f} seconds and is replaced")
             waiting = list(replica.in_flight.values())
             waiting[0].attempts += 1
             for lost in reversed(waiting):
@@ -288,18 +298,26 @@ class Replicas:
         check_ray_is_alive()
         self._end(replica)
         replica.in_flight.clear()
+        self.metrics.restarted()
         fresh = self._start()
         replica.actor, replica.started, replica.is_ready = fresh.actor, fresh.started, False
-        replica.asked, replica.tokens_seen, replica.moved_at = None, 0, time.monotonic()
+        replica.asked, replica.tokens_seen, replica.moved, replica.moved_at = None, 0, 0.0, time.monotonic()
+        replica.spared_seen = 0
 
     def _again(self, work: Work, reason: str, queue: WorkQueue[Work], totals: ScoreTotals) -> None:
-        """Put a unit back in front; after the last attempt it is recorded as failed."""
+        """Put a unit back in front. After the last attempt its halves get one each, until the row that fails stands
+        alone: it is recorded as failed, and the others are scored."""
         if work.attempts >= ATTEMPTS:
-            totals.failed_units.append((work, reason))
+            parts = halves(self.spec.workspace, work.unit)
+            if not parts:
+                totals.failed_units.append((work, reason))
+                return
+            for part in reversed(parts):
+                self.metrics.retried()
+                queue.appendleft(replace(work, unit=part, attempts=ATTEMPTS - 1))
             return
         self.metrics.retried()
-        unit = work.unit
-        work.unit = Unit(unit.path, unit.partition, unit.rows, unit.tokens, check=True)
+        work.unit = replace(work.unit, check=True)
         queue.appendleft(work)
 
     def _rebalance(self) -> None:
@@ -327,16 +345,18 @@ class Replicas:
             answer, replica.asked = found[replica.asked], None
             if answer is None:
                 continue
-            tokens, events, cached = answer
-            seen, now = max(0, tokens - replica.tokens_seen), time.monotonic()
+            seen, now = max(0, answer.done - replica.tokens_seen), time.monotonic()
+            spared = max(0, answer.spared - replica.spared_seen)
             replica.tokens_done += seen
             replica.busy_seconds += now - replica.looked_at if replica.in_flight else 0.0
-            self.metrics.replica(place, seen, now - replica.looked_at, cached)
-            replica.tokens_seen, replica.looked_at = tokens, now
+            self.metrics.replica(place, seen - spared, answer.cached_share)
+            self.metrics.add("grape_tokens_spared", spared)
+            replica.tokens_seen, replica.spared_seen, replica.looked_at = answer.done, answer.spared, now
+            if answer.moved != replica.moved:
+                replica.moved, replica.moved_at = answer.moved, now
             if seen:
-                replica.moved_at = now
                 advance(seen)
-            for event in events:
+            for event in answer.events:
                 self._event(event)
 
 

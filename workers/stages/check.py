@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.checks.evaluation_sets import evaluation_items
-from grape_service.checks.findings import FINDING, CheckCounts, result_of
+from grape_service.checks.findings import CheckCounts, CheckResult, result_of
 from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
-from grape_service.checks.run import check_partition, gather_digests, shared_digests
+from grape_service.checks.run import CheckContext, CheckPartition, check_partition, gather_digests, shared_digests
 from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams
 from grape_service.config.checks import Check, Contamination, Sources, UntrustedTarget
@@ -22,7 +21,7 @@ from grape_service.prepare.reduce import shard_path
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
-from grape_service.rows.columns import SHARD
+from grape_service.rows.columns import FINDING, SHARD
 from grape_service.score.shards import Shards
 from grape_service.score.store import SHUFFLED_SUFFIX, ScoreStore
 from grape_service.storage.parquet import array_of, write_parquet
@@ -30,13 +29,13 @@ from grape_service.storage.slices import SliceFiles
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
-from workers.stages.score import score_shards
+from workers.stages.score import Scoring, score_shards
 from workers.stages.select import Kept, sample_kept
 
 MAX_BUCKETS = 64
 
 
-def check(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> list[dict[str, Any]]:
+def check(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> list[CheckResult]:
     """What the checks of the config found, as the manifest and the report tell it; the flagged rows are in
     Parquet tables in the workspace. Raises StageError where one that is set to fail does."""
     checks = run.config.checks.enabled()
@@ -45,14 +44,14 @@ def check(run: Run, engines: Engines, prepared: Prepared, kept: Kept) -> list[di
     folder = f"checks/{run.run_id}"
     with run.stage("check"):
         counts = _check_partitions(run, prepared, kept, checks, folder)
-        results = []
+        results: list[CheckResult] = []
         for item in checks:
             if isinstance(item, Sources):
                 result, findings = check_sources(item, kept.statistics.to_json())
             elif isinstance(item, UntrustedTarget):
                 result, findings = _check_target(run, engines, prepared, kept, item)
             else:
-                result, findings = result_of(item, counts[item.name], None), None
+                result, findings = result_of(item, counts[item.name]), None
             if findings is not None:
                 write_parquet(run.workspace, f"{folder}/{item.name}.parquet", FINDING, [findings])
             results.append({**result, "table": f"{run.workspace.root}/{folder}"})
@@ -84,15 +83,14 @@ def _check_partitions(
         check_partition,
         (
             {
-                "shards": shard_paths(prepared, name),
-                "kept_path": kept.paths.get(name),
-                "out_path": f"{folder}/{name}.parquet",
-                "digests_path": digests[name],
+                "partition": CheckPartition(
+                    shard_paths(prepared, name), kept.paths.get(name), f"{folder}/{name}.parquet", digests[name]
+                )
             }
             for name in partitions
         ),
         workers,
-        shared={"storage": workspace, "checks": checks, "grams": grams},
+        shared={"context": CheckContext(workspace, checks, grams)},
         done=lambda number: reporter().advance("check", number),
         together=together(workers, len(partitions)),
     )
@@ -130,7 +128,7 @@ def _shared_digests(run: Run, paths: list[str], folder: str) -> Iterator[CheckCo
 
 def _check_target(
     run: Run, engines: Engines, prepared: Prepared, kept: Kept, item: UntrustedTarget
-) -> tuple[dict[str, Any], pa.Table]:
+) -> tuple[CheckResult, pa.Table]:
     """Score a sample of kept responses under other prompts and compare with their own scores."""
     counts, warning, findings = CheckCounts(), None, FINDING.empty_table()
     columns = [*SHARD.names, "target_logprobs"]
@@ -143,7 +141,7 @@ def _check_target(
         shard = Shards(shard_folder, "b", 1, other_prompts.num_rows, num_tokens)
         store = ScoreStore(run.workspace, f"{run.policy_id(run.config.target)}{SHUFFLED_SUFFIX}")
         title = "score responses under shuffled prompts"
-        score_shards(run, engines, run.config.target, [shard], title, store_id=store.policy_id)
+        score_shards(run, engines, Scoring(run.config.target, title, store_id=store.policy_id), [shard])
         found = store.read("b", array_of(other_prompts, "row_key"))
         usable = np.flatnonzero(found.finite())
         if len(usable):
@@ -151,7 +149,7 @@ def _check_target(
             other = mean_scores([found.take(np.array([row])).tolist() for row in usable])
             flagged, warning = trust(real, other, item)
             counts, findings = flagged.counts(len(usable), 0.0), flagged.table(item.name, sample.take(usable))
-    result = result_of(item, counts, None)
+    result = result_of(item, counts)
     return {**result, "warning": warning}, findings
 
 

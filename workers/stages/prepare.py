@@ -9,22 +9,24 @@ import numpy.typing as npt
 
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
-from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOKEN, earlier_rate, stages_ahead
+from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOKEN, earlier_rate, upcoming_stages
+from grape_service.keys import text_libraries
 from grape_service.models.files import folder_here
 from grape_service.models.vocabulary import incompatible_ids
 from grape_service.prepare.counts import PieceCounts, summarise_map
 from grape_service.prepare.deal import Dealt, deal_group, next_level
 from grape_service.prepare.finish import finish_prepare, load_prepared
-from grape_service.prepare.map import MAPPED, map_piece
-from grape_service.prepare.plan import PreparePlan, plan_prepare
+from grape_service.prepare.map import map_piece
+from grape_service.prepare.plan import PreparePlan, plan_prepare, rendering_of
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
-from grape_service.render.loading import load_renderer
+from grape_service.render.loading import PromptRenderer, load_same_renderer
+from grape_service.rows.columns import MAPPED
 from grape_service.select.limits import check_keep_column
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
-from grape_service.weigh.sources import refuse_missing_sources
+from grape_service.weigh.sources import refuse_missing_sources, refuse_unrecorded, unknown_sources
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
@@ -40,18 +42,21 @@ def prepare(run: Run, engines: Engines) -> Prepared:
     config, workspace = run.config, run.workspace
     with run.stage("prepare"):
         run.check_models()
-        plan = plan_prepare(config, run.target_renderer.digest(), workspace)
-        prepared = load_prepared(plan, workspace)
-        look_ahead(run, plan.pool_bytes, prepared)
+        plan = plan_prepare(config, rendering_of(run.target_renderer, run.target_files), workspace)
+        prepared = load_prepared(plan, config, workspace)
+        expect_stages(run, plan.pool_bytes, prepared)
         if prepared is None:
             if config.select.needs_scores:
                 engines.begin(config.target)
-            prepared = _read_pool(run, plan)
-            look_ahead(run, plan.pool_bytes, prepared)
+            prepared = read_pool(run, plan)
+            expect_stages(run, plan.pool_bytes, prepared)
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_keep_column(config.select, prepared.other_columns)
         refuse_missing_sources(config, prepared.sources, prepared.without_source)
+        refuse_unrecorded(config, prepared.recorded, prepared.other_columns)
+        if unknown := unknown_sources(config, prepared.sources, prepared.without_source):
+            run.event(f"warning: {unknown}")
         check_compatibility(run, prepared.used_token_ids)
         if config.weights is not None and config.behavior is not None:
             temperature = unsaid_temperature(prepared.sampling, config.behavior)
@@ -61,7 +66,8 @@ def prepare(run: Run, engines: Engines) -> Prepared:
     return prepared
 
 
-def _read_pool(run: Run, plan: PreparePlan) -> Prepared:
+def read_pool(run: Run, plan: PreparePlan) -> Prepared:
+    """All tasks of a plan: its pool's rows become shards."""
     config, workspace = run.config, run.workspace
     threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
     reporter().begin("prepare", len(plan.pieces), "pieces")
@@ -74,6 +80,7 @@ def _read_pool(run: Run, plan: PreparePlan) -> Prepared:
             "config": config,
             "folder": run.target_files.folder,
             "digest": run.target_renderer.digest(),
+            "libraries": text_libraries(),
             "workspace": workspace,
         },
         done=lambda number: reporter().advance("prepare", number),
@@ -115,16 +122,23 @@ def _deal(run: Run, plan: PreparePlan, dealt: Dealt, bits: int) -> Dealt:
 
 
 def map_task(
-    piece: int, plan: PreparePlan, config: Config, folder: str, digest: str, workspace: Storage
+    piece: int,
+    plan: PreparePlan,
+    config: Config,
+    folder: str,
+    digest: str,
+    libraries: dict[str, str],
+    workspace: Storage,
 ) -> PieceCounts:
     """map_piece with a renderer of this process (a Ray task). Raises StageError where it is not that of the run."""
-    renderer = load_renderer(folder_here(config.target, folder, config.storage), config.target, config.render)
-    if renderer.digest() != digest:
-        raise StageError(
-            f"the tokenizer or chat template of {config.target.model} on {socket.gethostname()} is not "
-            "that of the run: give every node the same model files"
-        )
-    return map_piece(plan, plan.pieces[piece], config, renderer, workspace)
+    if (here := text_libraries()) != libraries:
+        differ = sorted(name for name in {*here, *libraries} if here.get(name) != libraries.get(name))
+        versions = ", ".join(f"{name} {here.get(name)}, not {libraries.get(name)}" for name in differ)
+        raise StageError(f"{socket.gethostname()} has {versions}: install the same versions on every node")
+    local = folder_here(config.target, folder, config.storage)
+    renderer = load_same_renderer(digest, local, config.target, config.render, storage_options=config.storage)
+    renders = PromptRenderer(renderer) if config.pool.shape == "prompts" else renderer
+    return map_piece(plan, plan.pieces[piece], config, renders, workspace)
 
 
 def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:
@@ -133,22 +147,20 @@ def check_compatibility(run: Run, used_ids: npt.NDArray[np.int64]) -> None:
     if config.weights is None or config.behavior is None:
         return
     for policy in config.behavior.policies():
-        files = run.files_of(policy)
-        if files.folder == run.target_files.folder:
+        if run.files_of(policy).folder == run.target_files.folder or run.aligns(policy):
             continue
-        other = load_renderer(files.folder, policy, config.render, own_template=True)
-        bad = incompatible_ids(run.target_renderer.vocabulary, other.vocabulary, used_ids)
+        bad = incompatible_ids(run.target_renderer.vocabulary, run.renderer_of(policy).vocabulary, used_ids)
         if len(bad):
             raise UserError(
                 f"{config.target.model} and {policy.model} cannot be compared token by token: "
                 f"{len(bad):,} of the token ids used mean other text there (the first: {bad[0]}); "
-                "use a behavior policy with the same tokenizer, or weights: null"
+                "set behavior.align: bytes, use a behavior policy with the same tokenizer, or weights: null"
             )
 
 
-def look_ahead(run: Run, pool_bytes: int, prepared: Prepared | None) -> None:
+def expect_stages(run: Run, pool_bytes: int, prepared: Prepared | None) -> None:
     """Tell the reporter what is to come: all of it, or what follows prepare where that is done."""
     tokens = prepared.tokens if prepared else pool_bytes / POOL_BYTES_PER_TOKEN
     per_prompt = prepared.rows / max(1, prepared.prompts) if prepared else CANDIDATES_PER_PROMPT
-    ahead = stages_ahead(run.config, tokens, per_prompt, num_slots(run.config.workers), done=prepared is not None)
-    reporter().expect(ahead, earlier_rate(run.workspace, run.policy_id(run.config.target)))
+    upcoming = upcoming_stages(run.config, tokens, per_prompt, num_slots(run.config.workers), done=prepared is not None)
+    reporter().expect(upcoming, earlier_rate(run.workspace, run.policy_id(run.config.target)))

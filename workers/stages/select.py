@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
@@ -19,13 +18,21 @@ from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
 from grape_service.rows.columns import SHARD
 from grape_service.rows.partitions import prompt_order
+from grape_service.score.stopped import stopped_store
 from grape_service.score.store import ScoreStore
 from grape_service.select.choose import FAILED_CANDIDATE, LEFT_OUT_REASONS
-from grape_service.select.partition import SelectCounts, select_partition
-from grape_service.storage.parquet import read_row_groups
-from grape_service.storage.storage import Storage
+from grape_service.select.counts import SelectCounts
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
+from grape_service.storage.parquet import array_of, read_row_groups, read_tables
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
+from workers.scoring.failures import failure_files
+from workers.stages.accounts import check_selected
+from workers.stages.score import complete_keys
+from workers.stages.windows import forget_windows
+
+CUT_PROMPTS = 20_000
+"""Of larger pools, the report lays the methods that cut steps beside the others in about so many prompts."""
 
 
 def select(run: Run, prepared: Prepared) -> Kept:
@@ -35,21 +42,25 @@ def select(run: Run, prepared: Prepared) -> Kept:
     store = ScoreStore(run.workspace, run.policy_id(config.target)) if config.select.needs_scores else None
     paths = {partition: f"{run.folder}/kept/{partition}.parquet" for partition in partitions}
     names = source_names(prepared.sources, prepared.without_source)
+    failures = failure_files(run.workspace, run.run_id, store.policy_id) if store is not None else {}
+    store = store.with_folders() if store is not None else None
+    stopped = stopped_store(store).with_folders() if store is not None and config.score.race != "off" else None
+    stop_ids = run.target_renderer.stop_ids
+    cut_share = min(1.0, CUT_PROMPTS / max(prepared.prompts, 1))
+    context = SelectContext(run.workspace, config, store, stop_ids, run.target_tokenizer, stopped, cut_share)
     with run.stage("select"):
         reporter().begin("select", len(paths), "partitions")
         done = run_tasks(
             select_task,
             (
-                {"partition": partition, "shards": shard_paths(prepared, partition), "out_path": path}
-                for partition, path in paths.items()
+                {
+                    "partition": SelectPartition(name, shard_paths(prepared, name), path),
+                    "failures": failures.get(name, []),
+                }
+                for name, path in paths.items()
             ),
             config.workers,
-            shared={
-                "storage": run.workspace,
-                "store": store.with_folders() if store is not None else None,
-                "config": config,
-                "names": names,
-            },
+            shared={"context": context, "names": names},
             done=lambda number: reporter().advance("select", number),
             together=together(config.workers, len(paths)),
         )
@@ -61,6 +72,11 @@ def select(run: Run, prepared: Prepared) -> Kept:
             if counts.kept_rows:
                 kept[partition] = path
         reporter().end("select")
+    if store is not None and (total.unexplained_failures or total.not_finite):
+        for key in complete_keys(config, prepared):
+            store.forget_complete(key)
+        forget_windows(store, prepared, config.select)
+    check_selected(prepared, total)
     if total.kept_rows == 0:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in total.prompts_left_out.items())
         sentence = f"no prompt is left after selection ({reasons or 'the pool has no rows'})"
@@ -73,17 +89,13 @@ def select(run: Run, prepared: Prepared) -> Kept:
 
 
 def select_task(
-    storage: Storage,
-    partition: str,
-    shards: Sequence[str],
-    store: ScoreStore | None,
-    config: Config,
-    out_path: str,
-    names: list[str],
+    context: SelectContext, partition: SelectPartition, failures: Sequence[str], names: list[str]
 ) -> tuple[SelectCounts, SelectStatistics]:
-    """select_partition and its statistics for the report (a Ray task)."""
+    """select_partition and its statistics for the report (a Ray task); `failures` are files of rows that failed."""
     statistics = SelectStatistics.empty(names)
-    return select_partition(storage, partition, shards, store, config, None, out_path, statistics), statistics
+    keys = [array_of(table, "row_key") for table in read_tables(context.storage, failures, ["row_key"])]
+    failed = pa.concat_arrays(keys) if keys else None
+    return select_partition(context, partition, failed, statistics), statistics
 
 
 @dataclass

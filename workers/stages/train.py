@@ -5,36 +5,46 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import grape_service
-from grape_service.config.training import Job, SftJob, Stage, TrainConfig, require_train_extra
-from grape_service.errors import UserError
+from grape_service.config.training import Job, SftJob, Stage, TrainConfig
+from grape_service.release.load import load_training_set
+from grape_service.storage.options import StorageOptions
 from workers.cluster.jobs import IN_CLUSTER, PRIVATE, job_server
+from workers.training.attempts import Deployments, problem_of
 from workers.training.base_model import check_local_model
-from workers.training.records import Record, RunRecords
+from workers.training.checks import (
+    refuse_outputs,
+    refuse_prompts,
+    refuse_release,
+    refuse_resources_of,
+    refuse_settings,
+)
+from workers.training.records import Record, RunRecords, settled
 from workers.training.request import with_target
-from workers.training.runs import DONE, Deployments, TrainingRun, run_id_of
+from workers.training.runs import TrainingRun, inputs_of, run_id_of, target_of
 
 
 def train(
     reference: str,
     config: TrainConfig,
     ray_address: str = "auto",
-    storage_options: dict[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
     target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Record:
     """Do all stages of `config` and return the run's record.
 
-    `target_model`: what SFT trains where its section names no model; null: the release's target.
+    `target_model`, `target_revision`: what is trained where no section names a model; null: the release's target.
 
     `key`: another word makes another run of the same request. `say` gets a line for each change. Raises UserError
     for mistakes in the config, StageError with the end of the log for a job that failed or was cancelled.
     """
-    with open_run(reference, config, ray_address, storage_options, key, say, deployments, target_model) as run:
+    with open_run(
+        reference, config, ray_address, storage_options, key, say, deployments, target_model, target_revision
+    ) as run:
         for stage in run.stages:
             run.do(stage)
     return run.record
@@ -45,62 +55,86 @@ def open_run(
     reference: str,
     config: TrainConfig,
     ray_address: str = "auto",
-    storage_options: dict[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
     target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Iterator[TrainingRun]:
     """The run of a request, to do its stages one by one; arguments as for `train`."""
-    jobs = checked_jobs(config, ray_address)
-    release = grape_service.load(reference, storage_options)
-    run = TrainingRun(release, config, jobs, key, say, deployments, target_model)
+    jobs = checked_jobs(config, ray_address, storage_options)
+    release = load_training_set(reference, storage_options)
+    refuse_release(jobs, release)
     sft = jobs.get("sft")
     here = ray_address == "auto" and IN_CLUSTER not in os.environ
-    if isinstance(sft, SftJob) and sft.kind == "builtin" and here and run.record["stages"]["sft"]["state"] not in DONE:
-        check_local_model(release, with_target(sft.own_settings(), target_model))
+    if isinstance(sft, SftJob) and sft.kind == "builtin" and here:
+        target = target_of(release, target_model, target_revision)
+        check_local_model(release, with_target(sft.own_settings(), *target))
+    run = TrainingRun(release, config, jobs, key, say, deployments, target_model, target_revision)
     with contextlib.ExitStack() as stack:
         stack.callback(run.give_back)
-        kinds = {jobs[stage].kind for stage in jobs if run.record["stages"][stage]["state"] not in DONE}
+        kinds = {jobs[stage].kind for stage in jobs if not run.is_done(stage)}
         if kinds & {"builtin", "command"}:
-            run.server = stack.enter_context(job_server(ray_address))
+            server = stack.enter_context(job_server(ray_address))
+            refuse_resources_of(server, jobs)
+            run.use(server)
             stack.callback(run.stop_private_jobs)
         yield run
 
 
-def checked_jobs(config: TrainConfig, ray_address: str) -> dict[Stage, Job]:
+def checked_jobs(
+    config: TrainConfig, ray_address: str, storage_options: StorageOptions | None = None
+) -> dict[Stage, Job]:
     """The jobs of a request. Raises UserError for what can be known before a release is there to train on."""
     jobs = config.jobs
+    where = "the cluster" if ray_address == "auto" else ray_address
     on_cluster = ray_address != "auto" or IN_CLUSTER in os.environ
-    for stage, job in jobs.items():
-        if job.kind != "builtin":
-            continue
-        if not on_cluster and not job.pip:
-            require_train_extra()
-        if on_cluster and job.resources.gpus is None:
-            where = "the cluster" if ray_address == "auto" else ray_address
-            raise UserError(f"train.{stage}.resources.gpus: say how many GPUs the job on {where} takes, or 0")
+    refuse_settings(jobs, on_cluster, where)
+    refuse_outputs(jobs, on_cluster, storage_options or {})
     return jobs
 
 
+def check_prompts(config: TrainConfig, pool: list[str], options: StorageOptions) -> None:
+    """Raises UserError where a pool lacks the prompts or the right answers that RL reads."""
+    if config.rl is not None and config.rl.kind == "builtin":
+        refuse_prompts(config.rl, [config.rl.prompts.path] if config.rl.prompts else pool, options)
+
+
+def check_cluster(config: TrainConfig, ray_address: str) -> None:
+    """Raises UserError where the cluster at an address has no node for a job."""
+    if ray_address != "auto":
+        with job_server(ray_address) as server:
+            refuse_resources_of(server, config.jobs)
+
+
 def read(
-    reference: str, config: TrainConfig, storage_options: dict[str, Any] | None = None, key: str | None = None
+    reference: str,
+    config: TrainConfig,
+    storage_options: StorageOptions | None = None,
+    key: str | None = None,
+    target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Record:
     """The record of the run of a request. Raises UserError if it was never started."""
-    release = grape_service.load(reference, storage_options)
-    return RunRecords(release.storage, release.name).read(run_id_of(release, config, key))
+    release = load_training_set(reference, storage_options)
+    run_id = run_id_of(inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision)))
+    return settled(RunRecords(release.storage, release.name), run_id, problem_of)
 
 
 def cancel(
     reference: str,
     config: TrainConfig,
     ray_address: str = "auto",
-    storage_options: dict[str, Any] | None = None,
+    storage_options: StorageOptions | None = None,
     key: str | None = None,
+    target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Record:
     """Cancel the run of a request. A job on a cluster is stopped here, others by the process that follows them."""
-    release = grape_service.load(reference, storage_options)
-    run_id = run_id_of(release, config, key)
+    release = load_training_set(reference, storage_options)
+    inputs = inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision))
+    run_id = run_id_of(inputs)
     records = RunRecords(release.storage, release.name)
     records.read(run_id)
 
@@ -109,10 +143,11 @@ def cancel(
             if stage["state"] in ("waiting", "running"):
                 stage["cancel"] = True
 
-    record = records.change(run_id, ask)
+    for id_ in dict.fromkeys([inputs["sft"][:16] if "sft" in inputs else run_id, run_id]):
+        record = records.change(id_, ask)
     for stage in record["stages"].values():
         address = stage.get("address")
         if stage["state"] == "running" and address and address != PRIVATE:
             with job_server(address if ray_address == "auto" else ray_address) as server:
                 server.stop(stage["job_id"])
-    return records.read(run_id)
+    return settled(records, run_id, problem_of)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pyarrow.compute as pc
 
-from grape_service.config.schema import Config
+from grape_service.config.policy import PolicyConfig
 from grape_service.estimate.eta import winners_stage
 from grape_service.prepare.reduce import shard_path
 from grape_service.prepare.shards import ShardPaths
@@ -21,13 +21,15 @@ from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import add_census, behavior_census, recorded_temperatures, refuse_missing
 from grape_service.weigh.counts import WeighCounts, dataset_factor
-from grape_service.weigh.partition import REPEAT_PARTITION, BehaviorScores, weigh_partition
+from grape_service.weigh.lookup import Stores
+from grape_service.weigh.partition import REPEAT_PARTITION, WeighContext, WeighPartition, weigh_partition
 from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
 from workers.scoring.work import ScoreTotals
-from workers.stages.score import score_shards
+from workers.stages.accounts import check_weighed
+from workers.stages.score import Scoring, score_shards
 from workers.stages.select import Kept, sample_kept
 
 T = TypeVar("T")
@@ -45,9 +47,19 @@ def policy_groups(run: Run, kept: Kept) -> list[Group]:
         Group(f"target-{t:g}", target, run.policy_id(target, t), files.folder, t, place=None) for t in temperatures
     ]
     for place, policy in enumerate(behavior.policies() if behavior is not None else []):
-        folder = run.files_of(policy).folder
-        groups.append(Group(f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place))
+        folder, same = run.files_of(policy).folder, _same_turn_ends(run, policy)
+        named = f"behavior-{place}", policy, run.policy_id(policy), folder, 1.0, place
+        rendered = config.has_own_template(policy), run.renderer_of(policy).digest()
+        groups.append(Group(*named, same, run.aligns(policy), *rendered))
     return groups
+
+
+def _same_turn_ends(run: Run, policy: PolicyConfig) -> frozenset[int]:
+    """The target's turn ends that are the same token to another policy."""
+    ids = sorted(run.target_renderer.stop_ids)
+    theirs = run.renderer_of(policy).token_bytes(ids)
+    pairs = zip(ids, run.target_renderer.token_bytes(ids), theirs, strict=True)
+    return frozenset(id_ for id_, ours, own in pairs if ours == own)
 
 
 def _on_kept(run: Run, kept: Kept, function: Callable[..., T], **shared: Any) -> Iterator[T]:
@@ -77,7 +89,7 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
     with run.stage("score behavior"):
         policy_scores = PolicyScores(groups)
         if groups:
-            made = run_tasks(
+            written = run_tasks(
                 write_group_shards,
                 (
                     {"partition": partition, "kept_path": path, "out_folder": f"{run.folder}/rescore/{partition}"}
@@ -91,10 +103,11 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
                     "render": config.render,
                     "target_turn_end_id": run.target_renderer.turn_end_id,
                     "shard_tokens": config.workers.shard_tokens,
+                    "target": run.target_tokenizer,
                 },
                 together=together(config.workers, len(kept.paths)),
             )
-            policy_scores.shards = dict(zip(kept.paths, made, strict=True))
+            policy_scores.shards = dict(zip(kept.paths, written, strict=True))
 
         def score_group(group: Group) -> None:
             shards = [by_group[group.name].shards for by_group in policy_scores.shards.values()]
@@ -102,10 +115,9 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
             if shards:
                 stage = winners_stage(behavior, group.place, group.temperature)
                 statistics = kept.target_statistics if group.is_target and group.temperature == 1.0 else ()
-                totals = score_shards(
-                    run, engines, group.policy, shards, stage, group.temperature, statistics=statistics
-                )
-                policy_scores.totals[group.name] = totals
+                share = config.workers.max_failed_share
+                asked = Scoring(group.policy, stage, group.temperature, statistics, max_failed_share=share)
+                policy_scores.totals[group.name] = score_shards(run, engines, asked, shards)
 
         # What the target scores comes first: its engines may be up.
         ours = [group for group in groups if _same_weights(run, group)]
@@ -163,21 +175,11 @@ def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
         done = run_tasks(
             weigh_task,
             (
-                {
-                    "partition": partition,
-                    "kept_path": kept.paths[partition],
-                    "behavior_rows": _behavior_rows(policy_scores, partition),
-                    "out_path": path,
-                }
-                for partition, path in paths.items()
+                {"partition": WeighPartition(name, kept.paths[name], _behavior_rows(policy_scores, name), path)}
+                for name, path in paths.items()
             ),
             config.workers,
-            shared={
-                "storage": run.workspace,
-                "lookups": _lookups(run, policy_scores),
-                "config": config,
-                "names": names,
-            },
+            shared={"context": WeighContext(run.workspace, config, _stores(run, policy_scores)), "names": names},
             done=lambda number: reporter().advance("weigh", number),
             together=together(config.workers, len(partitions)),
         )
@@ -188,6 +190,7 @@ def weigh(run: Run, kept: Kept, policy_scores: PolicyScores) -> Weighed:
             statistics += found
             digests[partition] = digest
         reporter().end("weigh")
+    check_weighed(kept.counts.kept_rows, counts, list(policy_scores.totals.values()))
     return Weighed(paths, digests, counts, dataset_factor(counts, config.weights), statistics)
 
 
@@ -196,17 +199,7 @@ def sha256_of(storage: Storage, kept_path: str) -> str:
     return storage.sha256(kept_path)
 
 
-@dataclass(frozen=True)
-class Lookups:
-    """Where weigh finds the scores that are not in the kept rows themselves."""
-
-    target: ScoreStore | None
-    behaviors: list[ScoreStore]
-    at_temperature: dict[float, ScoreStore]
-    repeat: ScoreStore
-
-
-def _lookups(run: Run, policy_scores: PolicyScores) -> Lookups:
+def _stores(run: Run, policy_scores: PolicyScores) -> Stores:
     target, behaviors, at_temperature = None, [], {}
     for group in policy_scores.groups:
         store = ScoreStore(run.workspace, group.policy_id).with_folders()
@@ -216,41 +209,22 @@ def _lookups(run: Run, policy_scores: PolicyScores) -> Lookups:
             at_temperature[group.temperature] = store
         else:
             behaviors.append(store)
-    return Lookups(target, behaviors, at_temperature, repeat_store(run).with_folders())
+    return Stores(target, behaviors, at_temperature, repeat_store(run).with_folders())
 
 
 def _behavior_rows(policy_scores: PolicyScores, partition: str) -> list[ShardPaths]:
     """For each behavior policy the files with the rows that it scored."""
-    made = policy_scores.shards.get(partition, {})
-    return [made[group.name].shards.paths for group in policy_scores.groups if not group.is_target]
+    shards = policy_scores.shards.get(partition, {})
+    return [shards[group.name].shards.paths for group in policy_scores.groups if not group.is_target]
 
 
 def weigh_task(
-    storage: Storage,
-    partition: str,
-    kept_path: str,
-    behavior_rows: list[ShardPaths],
-    lookups: Lookups,
-    config: Config,
-    out_path: str,
-    names: list[str],
+    context: WeighContext, partition: WeighPartition, names: list[str]
 ) -> tuple[WeighCounts, str, WeighStatistics]:
     """weigh_partition, the digest of what it wrote and its statistics for the report (a Ray task)."""
     statistics = WeighStatistics.empty(names)
-    behaviors = [BehaviorScores(*pair) for pair in zip(lookups.behaviors, behavior_rows, strict=True)]
-    counts = weigh_partition(
-        storage,
-        partition,
-        kept_path,
-        lookups.target,
-        behaviors,
-        config,
-        out_path,
-        at_temperature=lookups.at_temperature,
-        observer=statistics,
-        repeat_store=lookups.repeat,
-    )
-    return counts, storage.sha256(out_path), statistics
+    counts = weigh_partition(context, partition, observer=statistics)
+    return counts, context.storage.sha256(partition.out_path), statistics
 
 
 def refuse_missing_behavior(run: Run, kept: Kept) -> None:
@@ -280,15 +254,13 @@ def score_sample_again(run: Run, engines: Engines, kept: Kept) -> None:
     tokens = int(pc.sum(pc.list_value_length(sample["input_ids"])).as_py())
     shard = Shards(folder, REPEAT_PARTITION, 1, sample.num_rows, tokens)
     assert run.config.weights is not None
-    score_shards(
-        run,
-        engines,
+    asked = Scoring(
         target,
-        [shard],
         "score a sample again under the target",
-        store_id=repeat_store(run).policy_id,
         statistics=run.config.weights.statistics,
+        store_id=repeat_store(run).policy_id,
     )
+    score_shards(run, engines, asked, [shard])
 
 
 def repeat_store(run: Run) -> ScoreStore:

@@ -33,10 +33,12 @@ def base_model(release: Release, settings: SftSettings) -> str:
     return str(target["model"])
 
 
-def resolved_model(model: str) -> str:
-    """A local folder by its full path; a hub id or an s3:// folder as it is."""
-    folder = Path(os.path.expanduser(model))
-    return os.path.abspath(folder) if "://" not in model and folder.is_dir() else model
+def base_revision(release: Release, settings: SftSettings) -> str | None:
+    """The hub revision of `base_model`: the settings' own, else the one that the release was scored with."""
+    if settings.model:
+        return settings.revision
+    scored = next((use.revision for use in release.manifest.parents.policies if use.role == "target"), None)
+    return scored or (release.manifest.config.get("target") or {}).get("revision")
 
 
 def check_local_model(release: Release, settings: SftSettings) -> None:

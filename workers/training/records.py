@@ -10,20 +10,68 @@ import copy
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TypedDict
 
 import orjson
 
-from grape_service.errors import UserError
-from grape_service.release.reference import parse_reference
+from grape_service.config.training import Stage
+from grape_service.errors import StageError, UserError
+from grape_service.json_types import JsonObject
 from grape_service.storage.storage import Storage, json_bytes
-from workers.training.trainers.checkpoints import MARKER
 
 FORMAT = 1
 LEASE_SECONDS = 60.0
-OPEN_STATES = ("waiting", "running")
 
-Record = dict[str, Any]
+
+class StageRecord(TypedDict, total=False):
+    """How a stage of a run stands; the first five are there from the start."""
+
+    state: str  # waiting, running, succeeded, sent, failed, cancelled
+    kind: str  # of the job: builtin, command, webhook, deployment
+    attempt: int  # the number of the newest one
+    output: str
+    inputs: str  # digest of all that the result depends on
+    run: str  # SFT of a run with RL: the run that does it
+    job_id: str
+    address: str | None  # of the cluster that runs the job
+    status_url: str | None  # of a webhook's job
+    flow_run: str  # of a deployment's
+    lost: bool  # nothing is known of its end: it may go on
+    cancel: bool  # somebody asked for it
+    error: str | None
+    started: float  # seconds since 1970
+    ended: float | None
+    checkpoint: str
+    metrics: JsonObject  # as the trainer has them
+    notes: list[str]
+    tracking: JsonObject  # runs of trackers that it reports to, by package
+    log: str
+    gate: dict[str, float]  # figures of the gate between SFT and RL
+
+
+class LeaseRecord(TypedDict):
+    """Who starts jobs for a run, and until when."""
+
+    holder: str
+    expires: float  # seconds since 1970
+
+
+class Record(TypedDict):
+    """A run."""
+
+    format: int
+    id: str
+    key: str | None
+    dataset: str  # reference of the release
+    version: str
+    target: str | None
+    config: JsonObject
+    created: float
+    updated: float
+    state: str
+    lease: LeaseRecord | None
+    stages: dict[Stage, StageRecord]
 
 
 class RunRecords:
@@ -56,7 +104,7 @@ class RunRecords:
     def change(self, run_id: str, mutate: Callable[[Record], None], news: bool = True) -> Record:
         """Apply `mutate` to the newest record and write it, again if another wrote in between.
 
-        `news`: whether `updated` says so; a lease is none.
+        `news`: whether this changes `updated`; a lease does not.
         """
         path = f"{run_id}.json"
         while True:
@@ -72,6 +120,10 @@ class RunRecords:
                 return record
 
 
+class LeaseLost(StageError):
+    """Another process took over the run, while this one was held up for longer than LEASE_SECONDS."""
+
+
 class Lease:
     """The right to start jobs for a run; ends by itself when it is not renewed."""
 
@@ -81,53 +133,71 @@ class Lease:
         self.holder = uuid.uuid4().hex
         self.held_until = 0.0
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process had it when it last looked."""
+        return self.held_until > 0
+
     def acquire(self) -> bool:
         """Take the lease if nobody holds it, or renew it; False if another has it."""
 
         def take(record: Record) -> None:
-            lease = record.get("lease") or {}
-            if lease.get("holder") in (None, self.holder) or lease["expires"] < time.time():
+            lease = record["lease"]
+            if lease is None or lease["holder"] == self.holder or lease["expires"] < time.time():
                 record["lease"] = {"holder": self.holder, "expires": time.time() + LEASE_SECONDS}
 
         lease = self.records.change(self.run_id, take, news=False)["lease"]
+        assert lease is not None, "it is this process's or another's"
         self.held_until = lease["expires"] if lease["holder"] == self.holder else 0.0
-        return self.held_until > 0
+        return self.is_held
 
     def renew(self) -> None:
-        """Renew it when half of its time is over. Raises AssertionError if another took it meanwhile."""
-        if time.time() > self.held_until - LEASE_SECONDS / 2:
-            held = self.acquire()
-            assert held, "another process took over this run"
+        """Renew it when half of its time is over. Raises LeaseLost if another took it meanwhile."""
+        if time.time() > self.held_until - LEASE_SECONDS / 2 and not self.acquire():
+            raise LeaseLost(f"another process took over the run {self.run_id}")
 
     def release(self) -> None:
         """Give it back, if it is held."""
 
         def give_back(record: Record) -> None:
-            if (record.get("lease") or {}).get("holder") == self.holder:
+            if record["lease"] is not None and record["lease"]["holder"] == self.holder:
                 record["lease"] = None
 
         self.records.change(self.run_id, give_back, news=False)
         self.held_until = 0.0
 
 
-def lineage(checkpoint: str, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """From a checkpoint back to the pool: its facts, its run's record, its dataset version and that one's parents.
+def settled(records: RunRecords, run_id: str, problem_of: Callable[[StageRecord], str | None]) -> Record:
+    """A record in which nothing runs that has ended: SFT as its own run has it, and what nobody follows any more.
 
-    Raises UserError where the checkpoint does not say what it was made from.
+    A job of a private Ray ended with the process that followed it; of others `problem_of` says why they do not run, and
+    the next run asks them once more.
     """
-    import grape_service
+    record = records.read(run_id)
+    for stage, entry in record["stages"].items():
+        owner = entry.get("run", run_id)
+        values: StageRecord | None = None
+        if owner != run_id:
+            values = {**settled(records, owner, problem_of)["stages"][stage], "run": owner}
+        elif entry["state"] == "running" and not _is_followed(record):
+            if entry.get("address") == "private":
+                ended = "the process that followed it has ended, and its private Ray with it"
+                values = {"state": "failed", "error": ended}
+            elif problem := problem_of(entry):
+                values = {"state": "failed", "error": f"{problem}; run again to ask once more", "lost": True}
+        if values is not None:
+            record = records.change(run_id, partial(update_stage, stage=stage, values=values))
+    return record
 
-    storage = Storage(checkpoint, storage_options)
-    if not storage.exists(MARKER):
-        raise UserError(f"{checkpoint} has no {MARKER}, so it does not say what it was made from")
-    facts = storage.read_json(MARKER)
-    reference = parse_reference(facts["dataset"])
-    release = grape_service.load(facts["dataset"], storage_options)
-    run_id = facts.get("run")
-    records = RunRecords(reference.storage(storage_options), reference.name)
-    return {
-        "checkpoint": {key: value for key, value in facts.items() if key != "files"},
-        "run": records.read(run_id) if run_id else None,
-        "dataset": release.reference,
-        "parents": release.manifest.parents.model_dump(mode="json"),
-    }
+
+def _is_followed(record: Record) -> bool:
+    return record["lease"] is not None and record["lease"]["expires"] > time.time()
+
+
+def update_stage(record: Record, stage: Stage, values: StageRecord) -> None:
+    """Change a stage, and the state of the whole with it."""
+    record["stages"][stage].update(values)
+    states = [entry["state"] for entry in record["stages"].values()]
+    record["state"] = next(
+        (state for state in ("failed", "cancelled", "running", "waiting") if state in states), "succeeded"
+    )

@@ -1,5 +1,16 @@
 "use strict";
 (() => {
+  // A table that is wider than the window says that it has more columns.
+  for (const region of document.querySelectorAll(".scroll")) {
+    const note = document.createElement("span");
+    note.className = "further";
+    note.textContent = "more columns to the right →";
+    region.before(note);
+    const look = () => { note.hidden = region.scrollWidth <= region.clientWidth + 1; };
+    look();
+    addEventListener("resize", look);
+  }
+
   // Pages that change while they are looked at say how often, in seconds.
   const live = document.getElementById("live");
   if (live) {

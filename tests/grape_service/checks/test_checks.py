@@ -11,19 +11,21 @@ import pyarrow as pa
 import pytest
 
 from grape_service.checks.evaluation_sets import evaluation_items
-from grape_service.checks.findings import FINDING, CheckCounts, result_of
+from grape_service.checks.findings import CheckCounts, result_of
 from grape_service.checks.prompt_shuffle import mean_scores, shuffled, trust
-from grape_service.checks.run import check_partition, gather_digests, shared_digests
+from grape_service.checks.run import CheckContext, CheckPartition, check_partition, gather_digests, shared_digests
 from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams, language_of
 from grape_service.config.checks import ChecksConfig
 from grape_service.config.loading import parse_config
 from grape_service.errors import UserError
-from grape_service.rows.columns import SHARD
+from grape_service.rows.columns import FINDING, SHARD
 from grape_service.storage.parquet import read_tables, write_parquet
 from grape_service.storage.slices import SliceFiles
 from grape_service.storage.storage import Storage
 from tests.grape_service.checks.made_checks import CLEAN, check_of, clean_rows, row, table
+
+pytestmark = pytest.mark.quick
 
 ITEM = "Natalia sold clips to forty eight of her friends in April and then half as many in May"
 ROW_CHECKS = [name for name, field in ChecksConfig.model_fields.items() if field.default.scope.endswith("rows")]
@@ -36,8 +38,8 @@ def found_in(folder: Path, rows: list[dict[str, Any]], names: list[str]) -> tupl
     checks = [check_of(name, **settings.get(name, {})) for name in names]
     write_parquet(storage, "shard.parquet", SHARD, [table(rows)])
     grams = evaluation_grams([ITEM], 13)
-    arguments = (["shard.parquet"], "shard.parquet", checks, grams, "found.parquet", "digests.parquet")
-    counts = check_partition(storage, *arguments)
+    partition = CheckPartition(["shard.parquet"], "shard.parquet", "found.parquet", "digests.parquet")
+    counts = check_partition(CheckContext(storage, checks, grams), partition)
     if "exact_duplicates" in names:
         bounds = gather_digests(storage, ["digests.parquet"], 2, "digests.arrow")
         files = SliceFiles(["digests.arrow"], np.array([bounds]))
@@ -45,7 +47,7 @@ def found_in(folder: Path, rows: list[dict[str, Any]], names: list[str]) -> tupl
         counts["exact_duplicates"] += sum(parts, CheckCounts())
     paths = [info.path for info in storage.list() if info.path.startswith(("found", "dup"))]
     findings = pa.concat_tables([FINDING.empty_table(), *read_tables(storage, paths)]).to_pylist()
-    return {check.name: result_of(check, counts[check.name], None) for check in checks}, findings
+    return {check.name: result_of(check, counts[check.name]) for check in checks}, findings
 
 
 def test_a_clean_pool_triggers_nothing(tmp_path: Path) -> None:
@@ -150,8 +152,8 @@ def test_evaluation_files_and_their_errors(tmp_path: Path) -> None:
     [
         ({"refusals": "warn"}, "did you mean 'refusal'"),
         ({"refusal": {"action": "fail", "max_shar": 0.1}}, "unknown key 'checks.refusal.max_shar'; did you mean"),
-        ({"refusal": {"action": "fail", "max_share": "much"}}, "'checks.refusal.max_share': input should be a valid"),
-        ({"refusal": "loud"}, "'checks.refusal.action': input should be 'off', 'warn' or 'fail'"),
+        ({"refusal": {"action": "fail", "max_share": "much"}}, "'checks.refusal.max_share': should be a number"),
+        ({"refusal": "loud"}, "'checks.refusal.action': should be 'off', 'warn' or 'fail'"),
         ({"contamination": "warn"}, "needs files"),
     ],
 )

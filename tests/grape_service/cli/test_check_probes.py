@@ -12,6 +12,7 @@ from grape_service.cli.check_commands import probes_of
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from tests.prepared_pools import make_config
+from workers.cluster import jobs
 from workers.engines.choose import refuse_missing_engines
 
 
@@ -29,11 +30,15 @@ def test_an_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyP
     refuse_missing_engines(config(target={"model": "m", "engine": "vllm"}, workers={"ray_address": "http://head:8265"}))
 
 
-def test_an_address_that_does_not_answer_is_an_error_without_its_secrets() -> None:
+def test_an_address_that_does_not_answer_is_an_error_without_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         probes = probes_of(config(workers={"ray_address": f"http://127.0.0.1:{port}"}))
-        assert probes["workers.ray_address"]() == ("ok", "127.0.0.1 answers")
+        with pytest.raises(UserError, match="takes connections and has not answered"):  # and Ray's client would wait
+            probes["workers.ray_address"]()
+    with pytest.raises(UserError, match=r"^127\.0\.0\.1 does not answer: "):
+        probes["workers.ray_address"]()
     webhook = f"http://user:secret@127.0.0.1:{port}/token"
     with pytest.raises(UserError, match=r"^127\.0\.0\.1 does not answer: "):
         probes_of(config(notify={"webhook": webhook}))["notify.webhook"]()

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
-from grape_service import cli
-from grape_service.storage import patience
+from grape_service.cli import failing
+from grape_service.storage import options
 from tests import tiny_models
 from tests.grape_service.cli.test_user_errors import grape
 
 
 @pytest.fixture
 def dead(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(patience, "_seconds", 0.3)
-    monkeypatch.setattr(cli, "_said", set())
+    monkeypatch.setattr(options, "_first_answer_seconds", 0.3)
+    monkeypatch.setattr(failing, "_said", set())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

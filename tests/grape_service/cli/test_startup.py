@@ -22,8 +22,8 @@ heavy = sys.argv.pop(1).split(",")
 atexit.register(lambda: print(json.dumps(sorted({name.split(".")[0] for name in sys.modules} & set(heavy)))))
 made = {}
 if sys.argv[1] == "check":
-    from grape_service.models.lean import import_lean
-    import_lean()
+    from grape_service.models.imports import import_without_extras
+    import_without_extras()
     from transformers import AutoTokenizer
     def counted(where, name, found):
         def count(*arguments, **more):
@@ -66,7 +66,7 @@ def test_check_loads_each_model_once(tmp_path: Path) -> None:
     """Target and three behavior policies share a folder, and one of them scores recorded rows again."""
     folder = tiny_models.make_model(tmp_path / "model")
     rows = [
-        {"prompt": "What is 3 + 4?", "response": "7", "response_ids": [23], "behavior_logprobs": [-1.0], "source": "a"},
+        {"prompt": "What is 3 + 4?", "response": "7", "response_ids": [22], "behavior_logprobs": [-1.0], "source": "a"},
         {"prompt": "What is 3 + 5?", "response": "Eight.", "source": "b"},
     ]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

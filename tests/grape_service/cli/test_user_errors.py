@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,6 +66,27 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"workspace": " "}, "workspace is empty"),
     ({"train": {"sft": {"learnin_rate": 1}}}, "unknown key 'train.sft.learnin_rate'; did you mean 'learning_rate'?"),
     ({"train": {}}, "'train': there is nothing to do"),
+    ({"select": 3}, "'select': should be a section with keys of its own (it is 3)"),
+    ({"pool": "pool.jsonl"}, "'pool': should be a section with keys of its own"),
+    ({"target": "model"}, "'target': should be a section"),
+    ({"output": "out"}, "'output': should be a section"),
+    ({"behavior": "m"}, "'behavior': should be a section"),
+    ({"behavior": {"sources": {"a": 3}}}, "'behavior.sources.a': should be a section"),
+    ({"pool": {"path": "p", "where": 3}}, "'pool.where': should be a list, such as [a, b] (it is 3)"),
+    ({"pool": {"path": "p", "where": [{"column": "a", "equal": 1}]}}, "did you mean 'equals'?"),
+    ({"select": {"keep": "two"}}, "'select.keep': should be a whole number (it is 'two')"),
+    ({"select": {"keep": {"colum": "n"}}}, "unknown key 'select.keep.colum'; did you mean 'column'?"),
+    ({"behavior": {"model": "m"}, "weights": {"ratio_clip": "x"}}, "should be a list of two, [lower, upper]"),
+    ({"workers": {"max_failed_share": 2}}, "'workers.max_failed_share': should be at most 1 (it is 2)"),
+    ({"train": {"sft": {"epochs": -1}}}, "'train.sft.epochs': should be above 0 (it is -1)"),
+    ({"train": {"rl": {"rewards": [{"type": "mth"}]}}}, "'train.rl.rewards.0.type': should be 'math', 'exact'"),
+    ({"train": {"sft": {"lora": {"rank": 8}}}}, "unknown key 'train.sft.lora.rank'; known keys here: alpha"),
+    ({"checks": {"nearduplicates": {}}}, "did you mean 'near_duplicates'?"),
+    ({"gather": {"policies": {"a": {"model": "m", "samples": "x"}}}}, "'gather.policies.a.samples': should be a whole"),
+    ({"gather": {"policies": []}}, "'gather.policies': should be a section"),
+    ({"weights": {"method": "paer"}, "behavior": {"model": "m"}}, "'paer' is not a method"),
+    ({"render": {"system": "x"}}, "unknown key 'render.system'; known keys here: chat_template"),
+    ({"storage": {"endpoint_url": 3}}, "'storage.endpoint_url' must be a text, not 3"),
 ]
 
 
@@ -84,6 +106,7 @@ def test_mistakes_in_a_config(
     assert sentence in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+    assert not re.search(r"[A-Z][a-z]+[A-Z]\w+|valid |instance|input should", err.replace(str(tmp_path), ""))
 
 
 def test_config_files_that_are_none(
@@ -125,6 +148,7 @@ def test_check_names_what_is_missing(
 def test_a_folder_without_write_access(tmp_path: Path) -> None:
     """In processes of their own: a flow in this one would end processes that later tests fork with status 1."""
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "pool.jsonl").write_text('{"prompt": "q", "response": "a"}\n')  # which is looked at first
     for output in ("/proc/grape-may-not-write-here", str(tmp_path / "file" / "below")):  # root may not either
         job = Job(tmp_path, {**BASE, "output": {"path": output}})
         done = job.grape("run", str(job.config_path))
@@ -177,6 +201,16 @@ def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, caps
         ("run config.yaml another.yaml", "another.yaml"),
         ("datasets shw", "shw"),
         ("plan config.yaml --replicas two", "--replicas"),
+        ("rows r@v0001 --limit 0", "--limit"),
+        ("datasets diff r@v0001", "Missing argument 'B'"),
+        ("export r@v0001 out", "Missing option '--to'"),
+        ("train r@v0001", "Missing option '--config'"),
+        ("ui datasets --port 99999", "--port"),
+        ("init pool.jsonl", "Missing option '--model'"),
+        ("datasets gc datasets --keep-days -1", "--keep-days"),
+        ("schema x", "unexpected extra argument"),
+        ("runn config.yaml", "Did you mean 'run'"),
+        ("check config.yaml --sett a=b", "--set"),
     ],
 )
 def test_mistakes_in_a_command_line(

@@ -13,6 +13,8 @@ from grape_service.config.document import config_page, config_schema
 from grape_service.config.loading import apply_override, load_config
 from grape_service.errors import UserError
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[3]
 QUICKSTART = ROOT / "examples" / "quickstart" / "grape.yaml"
 

@@ -71,6 +71,43 @@ def test_a_small_pool_is_counted_exactly(tmp_path: Path, model: str) -> None:
     assert against is not None
     assert against["tokens_ratio"] == 1.0
     assert against["actual"]["engine_seconds"] == 2.0
+    assert plan.race is None
+    raced = make_plan(_config(tmp_path, model, score={"race": "exact"}), tokens_per_second=100.0)
+    assert raced.race is not None
+    assert (raced.race["share"], "is not known" in raced.race["sentence"]) == (None, True)  # nothing has a score yet
+    assert raced.policies[0].tokens == target.tokens
+
+
+def test_windows_are_counted(tmp_path: Path, model: str) -> None:
+    rows = [
+        {"prompt": f"What is {number}?", "response": "\n\n".join([f"It is {number}."] * steps)}
+        for number in range(4)
+        for steps in (1, 3, 5)
+    ]
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", rows)
+    config = _config(tmp_path, model, select={"method": "local"})
+    target, windows = make_plan(config, tokens_per_second=100.0).policies
+    tokenizer = load_renderer(resolve_model(config.target).folder, config.target, config.render).tokenizer
+    expected = set()
+    for row in rows:
+        steps = row["response"].split("\n\n")
+        for place, step in enumerate(steps):
+            ended = step + ("\n\n" if place < len(steps) - 1 else "<end>")
+            before = steps[place - 1] + "\n\n" if place else ""
+            expected.add((row["prompt"], before, ended))
+    assert windows.rows == len(expected)
+    lengths = [
+        len(tokenizer(text.removesuffix("<end>"), add_special_tokens=False)["input_ids"]) + text.endswith("<end>")
+        for _, before, step in expected
+        for text in (before, step)
+    ]
+    prompts = {row["prompt"]: 0 for row in rows}
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompts[prompt] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert windows.tokens == sum(lengths) + sum(prompts[prompt] for prompt, _, _ in expected)
+    assert (target.rows, target.role, windows.role) == (12, "target", "target, steps in their windows")
 
 
 def test_rows_that_the_target_scored_cost_nothing_as_behavior(tmp_path: Path, model: str) -> None:
@@ -111,6 +148,15 @@ def test_a_sample_is_within_its_stated_error(tmp_path: Path, model: str, monkeyp
         inside += abs(found.tokens - tokens) <= found.token_error * found.tokens
     assert inside >= 7
     assert "estimated from 12 random parts" in found.how()
+
+
+def test_a_plan_of_a_sampled_pool_is_written_down(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "PART_BYTES", 2000)
+    monkeypatch.setattr(survey, "SAMPLED_PARTS", 4)
+    write_jsonl(tmp_path / "pool" / "pool.jsonl", pool_rows(100))
+    plan = make_plan(_config(tmp_path, model), tokens_per_second=100.0)
+    assert not plan.exact
+    assert 0 < plan.pool["prompts"] < 400
 
 
 def test_the_error_of_a_ratio() -> None:

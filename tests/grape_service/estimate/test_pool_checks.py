@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.estimate.finding import Finding, Table
-from grape_service.estimate.look import first_candidates, look_into
+from grape_service.estimate.look import chosen_candidates, look_into
 from grape_service.estimate.pool_checks import dry_run, pool_findings
+from grape_service.progress.reporter import Silent, set_reporter
 from grape_service.storage.storage import Storage
 from grape_service.weigh.sources import missing_sources, refuse_missing_sources
 from tests.prepared_pools import WordRenderer, make_config, prepare, write_jsonl
@@ -125,12 +129,12 @@ def test_a_dry_run_gives_the_reasons_that_the_run_gives(tmp_path):
     renderer = WordRenderer(max_tokens=20)
     _, prepared = prepare(config, Storage(str(tmp_path / "workspace")), renderer)
     look = look_into(config)
-    found = dry_run(config, look, renderer.render(first_candidates(look)))
+    found = dry_run(config, look, renderer.render(chosen_candidates(look)))
     for reason, count in {**prepared.rejects.by_reason, **prepared.left_out.by_reason}.items():
         assert f"{reason} ({count}" in found.detail
     assert found.status == "warning"
     strict = config.model_copy(update={"pool": config.pool.model_copy(update={"max_reject_share": 0.1})})
-    assert dry_run(strict, look, renderer.render(first_candidates(look))).status == "error"
+    assert dry_run(strict, look, renderer.render(chosen_candidates(look))).status == "error"
 
 
 def test_every_group_is_looked_into_and_a_large_one_only_in_part(tmp_path):
@@ -144,11 +148,38 @@ def test_every_group_is_looked_into_and_a_large_one_only_in_part(tmp_path):
     groups = [{"path": f"{tmp_path}/a"}, {"path": f"{tmp_path}/b.jsonl", "source": "gen"}]
     config = make_config("", pool={"path": groups})
     look = look_into(config)
-    assert [group.is_whole for group in look.groups] == [False, True]
-    assert [group.files for group in look.groups] == [20, 1]
+    assert [group.is_whole for group in look.groups] == [True, True]
+    assert [(group.files, group.files_read) for group in look.groups] == [(20, 20), (1, 1)]
     first, second = tables(config)["groups"]
-    assert (first["rows"], first["prompts"], first["candidates"]) == ("63 and more", 7, 63)
+    assert (first["rows"], first["prompts"], first["candidates"]) == ("180", 20, 180)
     assert (second["rows"], second["prompts"]) == ("1", 1)
     assert "messages that end with the response" in findings(config)[f"shape of {tmp_path}/b.jsonl"].detail
-    assert look.sources == {"(none)": 63, "gen": 1}
-    assert len(first_candidates(look)) == 64
+    assert look.sources == {"(none)": 180, "gen": 1}
+    assert len(chosen_candidates(look)) == 65
+    late = look_into(config, seconds=0)
+    assert [(group.files_read, group.is_whole) for group in late.groups] == [(1, False), (1, True)]
+
+
+class Told(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+
+def test_a_look_that_takes_long_says_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one row of gigabytes makes it; here so often that any look is long."""
+    monkeypatch.setattr("grape_service.estimate.look.TELL_SECONDS", 0.001)
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "response": "x" * 2**25}) + "\n")
+    told = Told()
+    set_reporter(told)
+    try:
+        look_into(make_config(path))
+    finally:
+        set_reporter(Silent())
+    assert any(f"reading {path}, {path.stat().st_size:,} bytes; " in event for event in told.events), told.events[-5:]

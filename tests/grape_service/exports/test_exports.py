@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,37 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_weights_that_are_all_0_are_refused_where_rows_are_repeated(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    for row in rows:
+        row["loss_weights"] = np.zeros_like(row["loss_weights"])
+    release = grape_service.load(write_release(tmp_path, rows, {}))
+    for to in ("axolotl", "openrlhf", "llamafactory"):
+        with pytest.raises(UserError, match=r"all loss weights of .* are 0, so no row would occur"):
+            export(release, to, str(tmp_path / to))
+        assert export(release, to, str(tmp_path / to), drop_weights=True).rows == 4
+    told = "All loss weights are 0, so that nothing would be trained."
+    for to in ("trl", "verl", "ms-swift", "tinker", "megatron-bridge", "llamafactory-v1", "jsonl"):
+        assert told in export(release, to, str(tmp_path / to)).notes
+        assert told not in export(release, to, str(tmp_path / f"{to}-without"), drop_weights=True).notes
+
+
+@pytest.mark.parametrize("to", ["axolotl", "openrlhf", "llamafactory"])
+def test_a_row_without_loss_does_not_occur_where_a_trainer_makes_its_own_tokens(to: str, tmp_path: Path) -> None:
+    rows = make_rows(4)
+    for number, row in enumerate(rows):
+        row["loss_mask"] &= number > 0
+        row["loss_weights"] = row["loss_mask"].astype(np.float32)
+        row["labels"] = np.where(row["loss_mask"], row["input_ids"], -100).astype(np.int32)
+    summary = export(grape_service.load(write_release(tmp_path, rows, {})), to, str(tmp_path / to))
+    assert "3 rows in which every token has weight 1" in summary.sentence
+    assert "1 more have no token with loss and are left out" in summary.sentence
+    (file,) = (tmp_path / to).glob("**/train*.jsonl" if to != "axolotl" else "**/*.parquet")
+    text = file.read_text() if to != "axolotl" else ""
+    assert summary.rows == (len(text.splitlines()) if text else 3)
+    assert "0?" not in text
+
+
 def test_trl_takes_the_weights_to_the_loss(release: Release, model: str, tmp_path: Path) -> None:
     from datasets import load_dataset
     from trl import SFTConfig
@@ -105,6 +140,25 @@ def test_trls_own_trainer_takes_an_export_without_weights(unweighted: Release, m
     (batch,) = list(trainer.get_train_dataloader())[:1]
     assert int((batch["labels"] != -100).sum()) <= sum(int(row["loss_mask"].sum()) for row in make_rows(NUM_ROWS))
     assert trainer.train_dataset[0]["labels"] == make_rows(NUM_ROWS)[0]["labels"].tolist()
+
+
+@pytest.mark.parametrize("drop_weights", [False, True])
+def test_the_code_in_an_export_for_trl_runs_as_it_stands(
+    drop_weights: bool, release: Release, model: str, tmp_path: Path
+) -> None:
+    """But for the model, which the release names and this machine has elsewhere, and the number of steps."""
+    export(release, "trl", str(tmp_path / "trl"), drop_weights=drop_weights)
+    text = (tmp_path / "trl" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    named = release.manifest.config.get("target", {}).get("model", "the target's model")
+    assert f"model={named!r}" in code
+    code = code.replace(repr(named), repr(model)).replace("max_length=None", "max_length=None, max_steps=1")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "trl", env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train_loss" in done.stdout
 
 
 def test_verl_gets_each_token_with_its_weight(release: Release, tmp_path: Path) -> None:

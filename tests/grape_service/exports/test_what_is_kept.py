@@ -18,6 +18,8 @@ import grape_service
 from grape_service.errors import UserError
 from grape_service.exports import export
 from grape_service.exports.effects import EFFECTS, LEVELS, PLAIN_EFFECTS
+from grape_service.exports.rows import TINY, weights_for_counting
+from grape_service.exports.turns import conversations
 from grape_service.release.claim import claim_version
 from grape_service.release.load import Release
 from grape_service.release.manifest import ManifestFields
@@ -245,3 +247,31 @@ def test_the_page_lists_what_the_matrix_measures() -> None:
             assert any(line.startswith(f"| `{name}` |") and " | ".join(cells) in line for line in page.splitlines()), (
                 name
             )
+
+
+def test_a_weight_of_0_still_counts_as_a_token_with_loss() -> None:
+    batch = pa.RecordBatch.from_pydict({"loss_mask": [[False, True, True]], "loss_weights": [[0.0, 0.0, 0.5]]})
+    weights = weights_for_counting(batch)
+    assert weights.tolist() == [0.0, float(TINY), 0.5]
+    assert TINY > 0
+
+
+def test_the_turns_that_were_written_are_the_last_ones() -> None:
+    messages = [{"role": role, "content": str(n)} for n, role in enumerate(["user", "assistant", "user", "assistant"])]
+    assert [part[-1]["content"] for part in conversations(messages, 1)] == ["3"]
+    assert [part[-1]["content"] for part in conversations(messages, 2)] == ["1", "3"]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "openrlhf", "llamafactory"])
+def test_messages_begin_with_the_system_prompt_that_their_tokens_hold(tmp_path: Path, format: str) -> None:
+    config = {"target": {"model": "m", "system_prompt": "Be brief."}, "weights": None}
+    publish_version(Storage(str(tmp_path / "datasets")), "math-sft", config=config)
+    export(grape_service.load(str(tmp_path / "datasets" / "math-sft")), format, str(tmp_path / "out"))
+    [path] = [path for path in (tmp_path / "out").rglob("*.jsonl") if "train" in path.name]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines
+    for line in lines:
+        roles = [message["role"] for message in line["messages"]]
+        assert line["messages"][0]["content"] == "Be brief." or roles.count("system") == 1
+        assert roles[0] == "system"
+        assert roles.count("system") == 1

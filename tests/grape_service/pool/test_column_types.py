@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from grape_service.pool.column_types import arrow_kind, as_json_values, join, kind_of, to_array
 
+pytestmark = pytest.mark.quick
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()

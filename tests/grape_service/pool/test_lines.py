@@ -2,21 +2,25 @@ import io
 import itertools
 import json
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grape_service.pool import lines
 from grape_service.pool.lines import BrokenDocument, is_document, json_elements, parse_line, split_lines
+from grape_service.pool.messages import parsed_json
 from grape_service.rows.candidate import Rejection
 
+pytestmark = pytest.mark.quick
 
-def read_ranges(data: bytes, cuts: list[int]) -> list[bytes | None]:
+
+def read_ranges(data: bytes, cuts: list[int], most: int = lines.MAX_ROW_BYTES) -> list[bytes | None]:
     bounds = [0, *sorted(cuts), len(data)]
     return [
         line
         for start, end in itertools.pairwise(bounds)
-        for block in split_lines(io.BytesIO(data), start, end)
+        for block in split_lines(io.BytesIO(data), start, end, most)
         for line in block
     ]
 
@@ -42,9 +46,10 @@ def test_byte_ranges_that_meet_give_each_line_once(texts, final_newline, shares,
 @pytest.mark.parametrize("cuts", [[], [5], [12], [40], [5, 12, 13, 30]])
 def test_a_line_that_is_too_long_is_one_row_and_the_others_are_read(monkeypatch, cuts):
     monkeypatch.setattr(lines, "BLOCK_BYTES", 4)
-    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 10)
-    assert read_ranges(b"one\n" + b"x" * 40 + b"\ntwo\nthree\n", cuts) == [b"one", None, b"two", b"three"]
-    assert read_ranges(b"one\n" + b"x" * 40, cuts) == [b"one", None]
+    assert read_ranges(b"one\n" + b"x" * 40 + b"\ntwo\nthree\n", cuts, 10) == [b"one", None, b"two", b"three"]
+    assert read_ranges(b"one\n" + b"x" * 40, cuts, 10) == [b"one", None]
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 2**20)  # a whole line that is too long, in one block
+    assert read_ranges(b"one\n" + b"x" * 40 + b"\ntwo\nthree\n", cuts, 10) == [b"one", None, b"two", b"three"]
 
 
 @pytest.mark.parametrize(
@@ -131,3 +136,63 @@ def test_rows_of_a_json_array_that_are_none_are_rejected_alone():
 def test_a_json_file_that_stops_being_json_is_an_error(text):
     with pytest.raises(BrokenDocument):
         list(json_elements(io.BytesIO(text)))
+
+
+@pytest.mark.parametrize("depth", [101, 400, 900, 1020, 5000, 100_000])
+@pytest.mark.parametrize(("start", "end"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_row_that_is_nested_too_deep_is_a_reject(depth: int, start: bytes, end: bytes) -> None:
+    line = b'{"prompt": "q", "meta": ' + start * depth + b"1" + end * depth + b"}"
+    row = parse_line(line)
+    assert isinstance(row, Rejection)
+    assert row.reason in ("row is nested too deep", "broken JSON")  # beyond 1,024 levels no parser goes
+    if depth < 900:  # Python's own parser gives up there
+        assert next(json_elements(io.BytesIO(line))) == lines.TOO_DEEP
+    with pytest.raises(ValueError, match=r".+"):
+        lines.load_json(line)
+
+
+def test_many_brackets_alone_are_no_depth() -> None:
+    line = json.dumps({"prompt": "\\frac{1}{2} " * 200, "messages": [[n] for n in range(300)]}).encode()
+    assert parse_line(line) == lines.load_json(line) == json.loads(line)
+    deepest = b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}"
+    assert isinstance(parse_line(deepest), dict)
+    assert orjson.dumps(parse_line(deepest))
+
+
+@pytest.mark.parametrize("digits", ["123456789012345678901234", "18446744073709551616", "-99999999999999999999"])
+def test_integers_keep_every_digit_at_every_depth(digits):
+    line = f'{{"id": {digits}, "meta": {{"ids": [{digits}, 7], "name": "{digits}"}}, "x": 0.1234567890123456789}}'
+    row = parse_line(line.encode())
+    assert row == {"id": digits, "meta": {"ids": [digits, 7], "name": digits}, "x": 0.12345678901234568}
+    assert parsed_json(line) == row
+    assert parse_line(b'{"meta": {"id": 18446744073709551615}}') == {"meta": {"id": 2**64 - 1}}
+
+
+REPEATED = [
+    b'{"prompt": "a", "response": "b", "response": "c"}',
+    b'{"prompt" : "a", "response" : "b", "response" : "b"}',
+    b'{"prompt": [{"role": "user", "role": "user", "content": "a"}], "response": "b"}',
+    b'{"prompt": "a", "response": "says \\":", "score": [[{"a": 1, "a": 2}]]}',
+]
+
+
+@pytest.mark.parametrize("line", REPEATED)
+def test_a_key_that_stands_twice_is_a_reject(line):
+    other = b'{"prompt": "a", "response": "b"}'
+    assert parse_line(line).reason == lines.REPEATED_KEY
+    first, second = json_elements(io.BytesIO(b"[" + line + b",\n" + other + b"]"))
+    assert first.reason == lines.REPEATED_KEY
+    assert second == json.loads(other)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": 'a "key": 1, "key": 2', "response": ':"', '"': ":", "x\\": {"x\\": [{"y": 1}, {"y": 2}]}},
+        {"messages": [{"role": "user", "content": '{"a": 1}'}, {"role": "assistant", "content": ":"}], "n": [[1], [2]]},
+        {"mixed": [1, {"a": 1}, {"a": [None, {"a": 2}]}]},
+    ],
+)
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":"), (" , ", " : ")])
+def test_keys_in_different_objects_and_in_texts_are_no_repetition(row, separators):
+    assert parse_line(json.dumps(row, separators=separators).encode()) == row

@@ -9,6 +9,8 @@ from grape_service.pool.listing import list_files, list_pool, passed_over_text
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import all_rows, make_config, prepare, write_jsonl
 
+pytestmark = pytest.mark.quick
+
 ROW = [{"prompt": "q", "response": "a"}]
 
 

@@ -7,6 +7,8 @@ from grape_service.pool.files import open_pool_file
 from grape_service.pool.listing import list_files
 from tests.prepared_pools import write_jsonl
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -60,13 +62,13 @@ def test_any_file_system_that_fsspec_knows_will_do():
         ("missing", "does not exist"),
         ("missing/*.jsonl", "has no file that ends with"),
         ("empty", "has no file that ends with"),
-        ("bad", "table.csv' is none of .jsonl, .jsonl.gz"),
-        ("bad/table.csv", "table.csv' is none of .jsonl, .jsonl.gz"),
+        ("bad", "table.xlsx' is none of .jsonl, .jsonl.gz"),
+        ("bad/table.xlsx", "table.xlsx' is none of .jsonl, .jsonl.gz"),
     ],
 )
 def test_a_pool_that_is_not_there_is_an_error(tmp_path, path, sentence):
     (tmp_path / "empty").mkdir()
-    write_jsonl(tmp_path / "bad" / "table.csv", [b"a,b"])
+    write_jsonl(tmp_path / "bad" / "table.xlsx", [b"a,b"])
     with pytest.raises(UserError, match=sentence):
         list_files(str(tmp_path / path), {})
 

@@ -12,6 +12,8 @@ import yaml
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import all_rows, make_config, prepare
 
+pytestmark = pytest.mark.quick
+
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "pools.md").read_text()
 EXAMPLES = re.findall(r"```json\n(.*?)```(?:\n+```yaml\n(.*?)```)?", PAGE, re.S)
 

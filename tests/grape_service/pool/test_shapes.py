@@ -9,7 +9,9 @@ from grape_service.rows.columns import SHARD
 from grape_service.storage.storage import Storage
 from tests.json_type_pool import write_json_type
 from tests.prepared_pools import all_rejects, all_rows, make_config, prepare, write_jsonl
-from tests.published_pools import PUBLISHED
+from tests.published_rollouts import PUBLISHED
+
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture

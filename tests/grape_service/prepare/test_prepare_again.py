@@ -3,10 +3,14 @@
 import os
 import pickle
 import random
+import time
 
+import fsspec
 import orjson
 import pytest
 
+from grape_service.errors import UserError
+from grape_service.models import digests
 from grape_service.prepare.counts import summarise_map
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map import map_piece
@@ -15,6 +19,8 @@ from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.shards import shard_paths
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import WordRenderer, all_rows, make_config, prepare, write_jsonl
+
+pytestmark = pytest.mark.quick
 
 WORKERS = {"partition_bytes": 4000, "shard_tokens": 60}
 
@@ -84,9 +90,11 @@ def test_the_number_of_partitions_and_the_plan_come_from_the_pool_alone(tmp_path
         plan_prepare(same, "other words", storage),
         plan_prepare(make_config(pool, pool={"truncated": "keep"}), "words", storage),
         plan_prepare(make_config(pool, behavior={"column": "lp"}), "words", storage),
+        plan_prepare(make_config(pool, behavior={"sources": {"a": {"column": "lp"}}}), "words", storage),
+        plan_prepare(make_config(pool, behavior={"sources": {"b": {"column": "lp"}}}), "words", storage),
         plan_prepare(make_config(pool, workers={"shard_tokens": 1}), "words", storage),
     ]
-    assert len({plan.prepare_id, *(other.prepare_id for other in others)}) == 5
+    assert len({plan.prepare_id, *(other.prepare_id for other in others)}) == 1 + len(others)
 
 
 def test_a_pool_that_is_written_again_with_the_same_content_is_not_prepared_again(tmp_path, storage):
@@ -97,9 +105,19 @@ def test_a_pool_that_is_written_again_with_the_same_content_is_not_prepared_agai
     write_jsonl(pool, pool_rows(10))
     again = plan_prepare(config, "words", storage)
     assert again.prepare_id == plan.prepare_id
-    assert load_prepared(again, storage) == prepared
+    assert load_prepared(again, config, storage) == prepared
     write_jsonl(pool, pool_rows(11))
-    assert load_prepared(plan_prepare(config, "words", storage), storage) is None
+    assert load_prepared(plan_prepare(config, "words", storage), config, storage) is None
+
+
+def test_a_prepared_pool_cannot_be_loaded_by_a_config_that_refuses_it(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(9), b"{"])
+    plan, prepared = prepare(make_config(pool, pool={"max_reject_share": 0.1}), storage)
+    strict = make_config(pool, pool={"max_reject_share": 0.05})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"more than pool\.max_reject_share 0\.05"):
+            load_prepared(plan_prepare(strict, "words", storage), strict, storage)
+    assert load_prepared(plan, make_config(pool, pool={"max_reject_share": 0.1}), storage) == prepared
 
 
 class Stopped(Exception):
@@ -146,7 +164,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert prepared == expected
     assert shard_bytes(storage, prepared) == shard_bytes(undisturbed, expected)
     assert storage.list(f"{plan.folder}/dealt") == []
-    assert load_prepared(plan, storage) == prepared
+    assert load_prepared(plan, config, storage) == prepared
 
 
 def test_pieces_of_another_size_take_nothing_from_a_run_that_was_stopped(tmp_path, storage):
@@ -169,31 +187,47 @@ def test_several_arrow_files_of_a_piece_give_the_same_shards(tmp_path, storage, 
     monkeypatch.setattr("grape_service.prepare.map.FILE_BYTES", 1)
     monkeypatch.setattr("grape_service.prepare.map.FILE_REJECTS", 3)
     plan = plan_prepare(config, "words", storage)
-    steps: list[tuple[int, int]] = []
-    counts = [
-        map_piece(plan, piece, config, WordRenderer(), storage, lambda rows, tokens: steps.append((rows, tokens)))
-        for piece in plan.pieces
-    ]
+    counts = [map_piece(plan, piece, config, WordRenderer(), storage) for piece in plan.pieces]
     assert max(count.num_files for count in counts) > 3
     assert max(count.num_reject_files for count in counts) > 1
-    assert sum(rows for rows, _ in steps) == 170
-    assert sum(tokens for _, tokens in steps) == sum(count.tokens for count in counts)
     _, prepared = prepare(config, storage)
     assert prepared.rejects == expected.rejects
     assert shard_bytes(storage, prepared) == shard_bytes(Storage(str(tmp_path / "other")), expected)
 
 
-def test_local_files_that_have_not_changed_are_not_read_for_their_digest_again(tmp_path, storage):
+def test_local_files_that_have_not_changed_are_not_read_for_their_digest_again(tmp_path, storage, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
     pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(10))
     long_ago = 1_700_000_000_000_000_000
     os.utime(pool, ns=(long_ago, long_ago))
     config = make_config(pool)
     plan = plan_prepare(config, "words", storage)
+    (remembered,) = [info.path for info in storage.list("prepared") if "/digests-" in info.path]
+    known = storage.read_json(remembered)
+    storage.write_json(remembered, {url: [*stamp[:-1], "0" * 64] for url, stamp in known.items()})
+    assert plan_prepare(config, "words", storage).prepare_id != plan.prepare_id, "what is remembered is used"
+    storage.write_json(remembered, known)
+    assert plan_prepare(config, "words", storage) == plan
+    time.sleep(0.02)  # more than a tick of the file system's clock
     pool.write_bytes(pool.read_bytes()[::-1])
     os.utime(pool, ns=(long_ago, long_ago))
-    assert plan_prepare(config, "words", storage) == plan, "size and time say that it is the same"
-    os.utime(pool, ns=(long_ago, long_ago + 1))
-    assert plan_prepare(config, "words", storage).prepare_id != plan.prepare_id
+    assert plan_prepare(config, "words", storage).prepare_id != plan.prepare_id, "the time of its change says so"
+
+
+def test_files_of_which_their_store_says_only_the_size_are_read_for_their_digest(storage):
+    elsewhere = fsspec.filesystem("memory")
+    ids = []
+    for word in ("one", "two", "one"):
+        elsewhere.pipe_file("/pool-of-sizes/p.jsonl", b'{"prompt": "q", "response": "%s"}\n' % word.encode())
+        config = make_config("memory://pool-of-sizes/p.jsonl")
+        ids.append(plan_prepare(config, "words", storage).prepare_id)
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_digests_of_young_files_are_not_remembered(tmp_path, storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", pool_rows(10))
+    plan_prepare(make_config(pool), "words", storage)
+    assert [info.path for info in storage.list("prepared") if "/digests-" in info.path] == []
 
 
 def test_a_run_that_is_overtaken_by_another_of_the_same_plan_takes_its_partitions(tmp_path, storage):
@@ -219,3 +253,13 @@ def test_what_tasks_are_given_and_give_back_can_be_sent_to_another_process(tmp_p
     _, prepared = prepare(config, storage)
     for value in (counts[0], partition, prepared):
         assert type(value).from_json(orjson.loads(orjson.dumps(value.to_json()))) == value
+
+
+def test_which_of_two_equal_candidates_stays_does_not_depend_on_their_order(tmp_path, storage):
+    pair = [{"prompt": "one two", "response": "three", "note": note} for note in ("first", "second")]
+    found = []
+    for name, rows in (("there", pair), ("back", pair[::-1])):
+        _, prepared = prepare(make_config(write_jsonl(tmp_path / f"{name}.jsonl", rows)), storage)
+        found.append(all_rows(storage, prepared)["note"].to_pylist())
+    assert found[0] == found[1]
+    assert len(found[0]) == 1

@@ -31,6 +31,8 @@ from tests.prepared_pools import (
 )
 from tests.tiny_models import make_tokenizer
 
+pytestmark = pytest.mark.quick
+
 ROWS = [
     {"prompt": f"question {n // 3}", "response": f"answer {n} ä\u2028", "source": "abc"[n % 3], "n": n}
     for n in range(60)
@@ -122,7 +124,7 @@ def test_a_shard_has_the_columns_of_the_contract(tmp_path, storage):
     offsets, ids = list_offsets_and_values(table["input_ids"].combine_chunks())
     _, mask = list_offsets_and_values(table["loss_mask"].combine_chunks())
     assert table["row_key"].to_pylist() == row_keys(ids, mask, offsets).to_pylist()
-    assert prepared.used_token_ids.tolist() == sorted(set(ids[mask > 0].tolist()))
+    assert prepared.used_token_ids.tolist() == sorted(set(ids[mask == LOSS_TOKEN].tolist()))
 
 
 def test_parquet_types_and_chats_come_through(tmp_path, storage):
@@ -154,7 +156,7 @@ def test_arrow_types_that_are_text_become_text(tmp_path, storage):
         "source": pa.array([b"gen", None], pa.binary()).dictionary_encode(),
         "prompt_id": pa.array([id_.bytes, None], pa.uuid()),
         "lang": pa.array([b"en", b"en"], pa.binary_view()),
-        "image": pa.array([b"\x89PNG\0", None], pa.large_binary()),
+        "picture": pa.array([b"\x89PNG\0", None], pa.large_binary()),
         "scores": pa.array([[("x", 1)], None], pa.map_(pa.string(), pa.int64())),
         "ids": pa.array([[id_.bytes], None], pa.list_(pa.binary(16))),
     }
@@ -166,7 +168,7 @@ def test_arrow_types_that_are_text_become_text(tmp_path, storage):
     assert [row["source"] for row in rows] == ["gen", None]
     assert rows[0]["prompt_id"] == str(id_)
     assert [row["lang"] for row in rows] == ["en", "en"]
-    assert [row["image"] for row in rows] == [b"\x89PNG\0", None]
+    assert [row["picture"] for row in rows] == [b"\x89PNG\0", None]
     assert [row["scores"] for row in rows] == [{"x": 1}, None]
     column["prompt"] = pa.array([b"\xff\xfe", b"x"], pa.binary())
     pq.write_table(pa.table(column), tmp_path / "p.parquet")
@@ -214,9 +216,9 @@ def test_the_real_renderer(tmp_path, storage):
     rows = [
         *ROWS,
         recorded,
-        {**recorded, "prompt": "one too many", "behavior_logprobs": [-0.5] * (len(ids) + 1)},
+        {**recorded, "prompt": "two too many", "behavior_logprobs": [-0.5] * (len(ids) + 2)},
         {**recorded, "prompt": "above 0", "behavior_logprobs": [0.5] * len(ids)},
-        b'{"prompt": "not finite", "response": "a", "response_ids": [5], "behavior_logprobs": [NaN]}',
+        {**recorded, "prompt": "other words", "response": "c"},
         {"prompt": "no ids", "response": "a", "behavior_logprobs": [-1.0]},
         {"prompt": "no token", "response": "a", "response_ids": [10**6]},
     ]
@@ -224,7 +226,8 @@ def test_the_real_renderer(tmp_path, storage):
     plan, prepared = prepare(make_config(pool), storage, renderer)
     assert (prepared.rows, prepared.recorded) == (61, 1)
     assert prepared.rejects.by_reason == {
-        "recorded log-probabilities do not match response_ids": 4,
+        "recorded log-probabilities do not match response_ids": 3,
+        "response_ids are not the response": 1,
         "token id outside the vocabulary": 1,
     }
     assert [row["row"] for row in all_rejects(storage, plan)] == [61, 62, 63, 64, 65]

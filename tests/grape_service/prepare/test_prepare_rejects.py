@@ -16,6 +16,8 @@ from grape_service.prepare.plan import plan_prepare
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import WordRenderer, all_rejects, all_rows, make_config, prepare, write_jsonl
 
+pytestmark = pytest.mark.quick
+
 LENIENT = {"max_reject_share": 1.0}
 GOOD = [{"prompt": f"q {number}", "response": f"a {number}"} for number in range(20)]
 
@@ -134,7 +136,7 @@ def test_too_many_rejects_are_an_error_that_shows_the_top_reasons(tmp_path, stor
     text = error_of(tmp_path, storage, rows)
     assert "5 of 25 rows" in text
     assert "more than pool.max_reject_share 0.1" in text
-    assert f"broken JSON (2, first {tmp_path}/p.jsonl row 20: Expecting property name" in text
+    assert f"broken JSON (2, first {tmp_path}/p.jsonl:21: Expecting property name" in text
     assert "missing prompt (1" in text
     assert "prompt has the wrong type" not in text, "only the top three"
     assert f"{tmp_path}/workspace/prepared/" in text
@@ -181,7 +183,7 @@ def test_a_pool_that_cannot_be_used_at_all_is_an_error(tmp_path, storage, rows, 
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, storage, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=f"{name}' is (damaged after row|not a Parquet file)"):
+    with pytest.raises(UserError, match=f"{name}' is (damaged after line|not a Parquet file)"):
         prepare(make_config(tmp_path / name), storage)
 
 
@@ -196,7 +198,7 @@ def test_a_compressed_file_that_ends_early_is_damaged_wherever_it_was_cut(tmp_pa
     name = "p.jsonl.gz" if compress is gzip.compress else "p.jsonl.zst"
     for end in {0, 1, 2, 5, 11, whole - 1, whole + 1, whole + 9, len(data) - 1, *range(20, len(data), 37)} - {whole}:
         (tmp_path / name).write_bytes(data[:end])
-        with pytest.raises(UserError, match="is damaged after row"):
+        with pytest.raises(UserError, match="is damaged after line"):
             prepare(make_config(tmp_path / name), storage)
     (tmp_path / name).write_bytes(data)
     assert prepare(make_config(tmp_path / name), storage)[1].rows == 9

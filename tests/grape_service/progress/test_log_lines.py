@@ -8,7 +8,9 @@ import pytest
 
 from grape_service.progress import log_lines
 from grape_service.progress.log_lines import Lines, Replay
-from grape_service.progress.reporter import Ahead, Silent, set_reporter
+from grape_service.progress.reporter import Silent, Upcoming, set_reporter
+
+pytestmark = pytest.mark.quick
 
 
 class Steps:
@@ -20,8 +22,8 @@ class Steps:
     def started(self, run_id: str) -> None:
         self.told.append(("started", run_id))
 
-    def expect(self, ahead: Sequence[Ahead], token_rate: float | None = None) -> None:
-        self.told.append(("expect", list(ahead), token_rate))
+    def expect(self, upcoming: Sequence[Upcoming], token_rate: float | None = None) -> None:
+        self.told.append(("expect", list(upcoming), token_rate))
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         self.told.append(("begin", stage, total, unit))
@@ -49,7 +51,7 @@ def test_steps_arrive_however_the_log_is_cut(
 ) -> None:
     lines = Lines()
     lines.started("run-1")
-    lines.expect([Ahead("weigh", seconds=1.5), Ahead("score target", tokens=100)], 50.0)
+    lines.expect([Upcoming("weigh", seconds=1.5), Upcoming("score target", tokens=100)], 50.0)
     lines.begin("score target", 100, "tokens")
     lines.advance("score target", 30)  # too soon to tell
     lines.advance("score target", 20)
@@ -67,7 +69,7 @@ def test_steps_arrive_however_the_log_is_cut(
             replay(log[start : start + size])
         assert steps.told == [
             ("started", "run-1"),
-            ("expect", [Ahead("weigh", 1.5), Ahead("score target", tokens=100)], 50.0),
+            ("expect", [Upcoming("weigh", 1.5), Upcoming("score target", tokens=100)], 50.0),
             ("begin", "score target", 100, "tokens"),
             ("advance", "score target", 60),
             ("event", "shard a/b failed:\n@grape is a word"),

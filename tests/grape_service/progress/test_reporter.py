@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from grape_service.progress import reporter as reporter_module
-from grape_service.progress.reporter import Ahead, RunClock, duration
+from grape_service.progress.reporter import RunClock, Upcoming, duration
+
+pytestmark = pytest.mark.quick
 
 
 class Clock:
@@ -26,11 +28,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 AHEAD = [
-    Ahead("prepare", seconds=10),
-    Ahead("score target", tokens=8000),
-    Ahead("select", seconds=2),
-    Ahead("score winners under behavior policy x", tokens=1000),
-    Ahead("weigh", seconds=1),
+    Upcoming("prepare", seconds=10),
+    Upcoming("score target", tokens=8000),
+    Upcoming("select", seconds=2),
+    Upcoming("score winners under behavior policy x", tokens=1000),
+    Upcoming("weigh", seconds=1),
 ]
 
 

@@ -76,8 +76,9 @@ def publish_version(
     **fields: Any,
 ) -> Version:
     parts = [rows(0, 50), rows(50, 30)] if parts is None else parts
+    schema = parts[0].schema if parts else SCHEMA
     with claim_version(storage, name) as claim:
-        entries = [write_part(storage, claim.folder, i, SCHEMA, batches(part, 16)) for i, part in enumerate(parts)]
+        entries = [write_part(storage, claim.folder, i, schema, batches(part, 16)) for i, part in enumerate(parts)]
         digest = digest or hashlib.sha256(claim.version.encode()).hexdigest()
         manifest = ManifestFields(content_digest=digest, tags=list(tags), **{"parents": Parents(), **fields})
-        return publish(storage, claim, SCHEMA, entries, manifest, report_html="<p>report</p>")
+        return publish(storage, claim, schema, entries, manifest, report_html="<p>report</p>")

@@ -41,8 +41,11 @@ def test_what_it_says_of_itself(tmp_path: Path) -> None:
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
     publish_version(Storage(str(tmp_path)))
     release = load(f"{tmp_path}/math-sft")
-    with pytest.raises(UserError, match="has no column 'scores': its columns are prompt_id"):
+    with pytest.raises(UserError, match="has no column 'scores'; did you mean 'source' or 'grape_score'"):
         release.to_pandas(columns=["scores"])
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="has no column 'scores'; did you mean"):
+            release.to_hf(streaming, columns=["scores"])
     Storage(str(tmp_path)).write("math-sft/versions/v0001/data/part-00001.parquet", b"nothing")
     with pytest.raises(UserError, match="see `grape datasets verify`"):
         release.to_polars()

@@ -54,7 +54,7 @@ def test_old_versions_go_but_none_that_is_needed(any_storage: Storage) -> None:
     any_storage.write_json("math-sft/runs/sft-1.json", {"version": "v0004", "state": "succeeded"})
     found = collect(any_storage, None, keep_versions=1)
     assert kinds(found) == {VERSION: ["v0002"]}
-    assert found[0].num_files == 5
+    assert found[0].num_files == 6
     assert "would delete" in render_text(found, dry_run=True)
     assert versions(any_storage) == [f"v{n:04d}" for n in range(1, 8)]
     assert collect(any_storage, None, keep_versions=1, dry_run=False) == found
@@ -65,6 +65,16 @@ def test_old_versions_go_but_none_that_is_needed(any_storage: Storage) -> None:
         move_tag(any_storage, "math-sft", "best", "v0002")
     assert collect(any_storage, None, keep_versions=1) == []
     assert collect(any_storage, None, keep_versions=100) == []
+
+
+def test_candidates_stay_that_a_kept_version_was_made_from(tmp_path) -> None:
+    storage = Storage(str(tmp_path))
+    for _ in range(3):
+        publish_small(storage, name="sums", tags=())
+    asked = {f"{tmp_path}/sums@latest": f"{tmp_path}/sums@v0001"}
+    publish_small(storage, parents=Parents(candidates=asked))
+    found = collect(storage, None, keep_versions=1)
+    assert [item.path for item in found] == [f"{tmp_path}/sums/versions/v0002"]
 
 
 def test_the_number_of_a_deleted_version_is_never_given_again(tmp_path) -> None:
@@ -162,7 +172,7 @@ def test_gc_says_in_words_what_goes(tmp_path) -> None:
     found = collect(storage, workspace, keep_days=0, keep_versions=1, now=time.time() + 2)
     text = render_text(found, dry_run=True)
     assert "would delete old versions, whose rows can then no longer be loaded:" in text
-    assert f"  {tmp_path}/math-sft/versions/v0001: 5 files" in text
+    assert f"  {tmp_path}/math-sft/versions/v0001: 6 files" in text
     assert "no tag, and not among the 1 newest of its dataset" in text
     assert "would delete scores, which a run that needs them has to make again:" in text
     assert "would delete temporary files and unfinished uploads of writers that were killed:" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pytest
+import torch
 
 import grape_service
+from grape_service.errors import UserError
 from grape_service.release.load import Release, load
 from grape_service.storage.s3 import RetryingS3
 from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import SCHEMA, publish_version, rows
 from tests.seaweed import KEY, REGION, SECRET, SeaweedServer
+
+pytestmark = pytest.mark.alone
 
 PARTS = [rows(i * 50, 50) for i in range(4)]
 EXPECTED = pa.concat_tables(PARTS)
@@ -158,3 +163,50 @@ def test_ray_data(s3_release: Release) -> None:
     finally:
         if ours:
             ray.shutdown()
+
+
+def test_a_path_is_a_reference_too(tmp_path: Path) -> None:
+    publish_version(Storage(str(tmp_path)), parts=PARTS)
+    assert grape_service.load(tmp_path / "math-sft@v0001").to_table().num_rows == EXPECTED.num_rows
+    with pytest.raises(UserError, match=r"has lost a slash.*as text"):
+        grape_service.load(Path("s3://team/datasets/math-sft"))
+
+
+def test_a_column_that_does_not_exist_gets_the_near_ones(release: Release) -> None:
+    for read in (
+        lambda: release.to_table(["grape_scores"]),
+        lambda: list(release.batches(["grape_scores"])),
+        lambda: release.to_pandas(filter=pc.field("grape_scores") > 0),
+        lambda: list(release.batches(["source"], pc.field("grape_scores") > 0)),
+    ):
+        with pytest.raises(UserError, match=r"has no column 'grape_scores'.*did you mean 'grape_score'"):
+            read()
+    with pytest.raises(UserError, match=r"has no column 'zzz'; there are: prompt_id, candidate_id"):
+        release.to_table(["zzz"])
+    with pytest.raises(UserError, match="the filter does not fit"):
+        release.to_table(filter=pc.field("source") > 1)
+    assert release.to_table(["source"], pc.field("grape_score") > 1e9).num_rows == 0
+
+
+class Rows(torch.utils.data.Dataset):
+    """A release as torch's map-style dataset; each worker opens its files itself."""
+
+    def __init__(self, release: Release):
+        self.release = release
+
+    def __len__(self) -> int:
+        return self.release.row_count // 50
+
+    def __getitem__(self, place: int) -> list[str]:
+        rows = pa.array(range(50 * place, 50 * place + 50))
+        return self.release.dataset.take(rows, columns=["prompt_id"])["prompt_id"].to_pylist()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_a_data_loader_read_it(s3_release: Release, start: str) -> None:
+    assert s3_release.to_table(["prompt_id"]).num_rows == EXPECTED.num_rows  # connections that a fork cannot use
+    loader = torch.utils.data.DataLoader(
+        Rows(s3_release), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=60
+    )
+    read = [prompt for batch in loader for prompt in batch]
+    assert read == EXPECTED["prompt_id"].to_pylist()

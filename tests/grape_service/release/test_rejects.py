@@ -52,7 +52,7 @@ def test_rejects_of_a_config_with_reason_file_line_and_beginning(config_path: Pa
     assert f"{file}:21" in shown.stdout
     assert "duplicate" not in shown.stdout.partition("1 of 1 rows")[2]
     elsewhere = CliRunner().invoke(app, ["rejects", str(config_path), "--set", "pool.path=elsewhere"])
-    assert "the pool 'elsewhere' has not been prepared" in str(elsewhere.exception)
+    assert "the pool 'elsewhere' has no rejects" in str(elsewhere.exception)
     release = CliRunner().invoke(app, ["rejects", "out/math-sft@v0001", "--set", "pool.path=elsewhere"])
     assert "--set overrides a key of a config, and out/math-sft@v0001 is a release" in str(release.exception)
 
@@ -62,7 +62,7 @@ def test_a_reason_that_is_none_and_a_pool_that_was_never_prepared_are_errors(con
     with pytest.raises(UserError, match="no row was rejected with the reason 'x'; there are 'duplicate candidate'"):
         read_rejects(rejects_of_config(config), "x", 5)
     other = config.model_copy(update={"pool": config.pool.model_copy(update={"path": "elsewhere"})})
-    with pytest.raises(UserError, match="the pool 'elsewhere' has not been prepared"):
+    with pytest.raises(UserError, match="the pool 'elsewhere' has no rejects"):
         rejects_of_config(other)
 
 
@@ -79,7 +79,8 @@ def test_rows_of_a_release_by_source_id_and_words(tmp_path: Path) -> None:
     first = found["rows"][0]
     assert (first["prompt_id"], first["prompt"], first["response"]) == ("p000", "question p000", "answer c0")
     assert first["grape_score"] == -1.0
-    assert rows("--source", "s1")["total"] == 0
+    of_nobody = CliRunner().invoke(app, ["rows", release.reference, "--json", "--source", "s1"])
+    assert "has no row of the source 's1'; did you mean 's0'?" in str(of_nobody.exception)
     assert [row["prompt_id"] for row in rows("--prompt", "p01")["rows"]] == ["p010", "p011"]
     assert [row["prompt_id"] for row in rows("--prompt", "question p004")["rows"]] == ["p004"]
     shown = CliRunner().invoke(app, ["rows", release.reference, "--limit", "1"], env={"COLUMNS": "200"})

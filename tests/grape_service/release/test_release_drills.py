@@ -25,7 +25,8 @@ from grape_service.release.gc import UNFINISHED, collect
 from grape_service.release.load import load
 from grape_service.release.tags import move_tag, read_tag
 from grape_service.release.verify import verify
-from grape_service.storage.storage import Storage, check_writable
+from grape_service.storage.probe import check_writable
+from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import SCHEMA, publish_version, rows
 from tests.seaweed import BUCKET, SeaweedServer
 
@@ -150,14 +151,14 @@ def test_a_writer_killed_at_any_step_leaves_no_version(any_storage: Storage) -> 
         known = [entry.version for entry in read_catalog(any_storage, "math-sft")]
         for version in known:
             assert verify(load(f"{any_storage.root}/math-sft@{version}")) == []
-        assert len(known) - len(published) == (after > 6)  # only the steps after the manifest find a version
-        if after == 6:  # data files, card, report, everything but the manifest
+        assert len(known) - len(published) == (after > 7)  # only the steps after the manifest find a version
+        if after == 7:  # data files, card, report, metadata, everything but the manifest
             folder = f"math-sft/versions/{any_storage.folders('math-sft/versions')[-1]}"
             files = {info.path.split("/")[-1] for info in any_storage.list(folder)}
-            assert {"part-00000.parquet", "part-00001.parquet", "README.md", "report.html"} <= files
+            assert {"part-00000.parquet", "part-00001.parquet", "README.md", "report.html", "croissant.json"} <= files
         published = [*known, publish_version(any_storage, parts=[rows(0, 4)]).version]
         after += 1
-    assert kills == 10
+    assert kills == 11
     assert len(set(published)) == len(published)
     before = len(read_catalog(any_storage, "math-sft"))
 

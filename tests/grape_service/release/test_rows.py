@@ -10,14 +10,21 @@ import pytest
 
 from grape_service.config.schema import Config
 from grape_service.release.rows import final_batches, kept_rows, messages_array
-from grape_service.rows.columns import BEHAVIOR_KNOWN, SHARD, message_type, release_schema
+from grape_service.rows.columns import (
+    BEHAVIOR_KNOWN,
+    BEHAVIOR_ROW_COLUMNS,
+    KEPT_COLUMNS,
+    SHARD,
+    WEIGHED_COLUMNS,
+    message_type,
+    release_schema,
+)
 from grape_service.rows.keys import row_keys
 from grape_service.score.store import ScoreStore
-from grape_service.select.partition import KEPT_COLUMNS
 from grape_service.storage.parquet import read_tables, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.lookup import BEHAVIOR_ROW_COLUMNS, BehaviorScores
-from grape_service.weigh.partition import WEIGHED_COLUMNS, weigh_partition
+from grape_service.weigh.lookup import Stores
+from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
 from tests.made_rows import Row, put_scores, row_table
 
 ROWS = [
@@ -204,9 +211,13 @@ def weigh_again(tmp_path, weights: dict, rows: list[Row], first_weighed: bool) -
         put_scores(store, {key.as_py(): values.tolist() for key, values in zip(keys, scored[name], strict=True)})
     behavior_rows = pa.table(
         {
+            "prompt_id": table["prompt_id"],
+            "candidate_id": table["candidate_id"],
             "target_row_key": keys,
             "row_key": keys,
             "turn_end_differs": [row.candidate_id == "other turn end" for row in rows],
+            "target_spans": pa.nulls(len(rows), pa.list_(pa.int32())),
+            "own_spans": pa.nulls(len(rows), pa.list_(pa.int32())),
         },
         schema=BEHAVIOR_ROW_COLUMNS,
     )
@@ -219,8 +230,9 @@ def weigh_again(tmp_path, weights: dict, rows: list[Row], first_weighed: bool) -
     write_parquet(storage, "kept.parquet", table.schema, [table])
 
     def weigh(kept_path: str, out: str) -> tuple[pa.Table, int]:
-        scores = [BehaviorScores(stores["writer"], ["behavior.parquet"])]
-        counts = weigh_partition(storage, "b", kept_path, None, scores, config, out, {0.5: stores["hot"]})
+        found = Stores(None, [stores["writer"]], {0.5: stores["hot"]})
+        partition = WeighPartition("b", kept_path, [["behavior.parquet"]], out)
+        counts = weigh_partition(WeighContext(storage, config, found), partition)
         return next(iter(read_tables(storage, [out], None))), counts.unknown_tokens
 
     first, unknown = weigh("kept.parquet", "weighed.parquet")

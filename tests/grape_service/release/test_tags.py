@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import orjson
 import pytest
 
+from grape_service.cli.dataset_commands import list_versions
 from grape_service.errors import UserError
 from grape_service.release.load import load
 from grape_service.release.tags import list_tags, move_tag, read_tag
@@ -49,5 +53,22 @@ def test_references_to_nothing_say_what_there_is(any_storage: Storage) -> None:
     publish_version(any_storage, parts=[rows(0, 2)])
     with pytest.raises(UserError, match="has no tag 'best': its tags are latest"):
         load(f"{any_storage.root}/math-sft@best")
+    any_storage.write("math-sft/tags/broken.json", b"{")
+    with pytest.raises(UserError, match="has no tag 'best': its tags are broken, latest"):
+        load(f"{any_storage.root}/math-sft@best")
     with pytest.raises(UserError, match="has no version v0002"):
         load(f"{any_storage.root}/math-sft@v0002")
+
+
+def test_a_broken_tag_hides_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Storage(str(tmp_path))
+    for name in ("one", "two"):
+        publish_version(storage, name, tags=("latest",))
+    storage.write("one/tags/broken.json", b"{")
+    list_versions(str(tmp_path), None, as_json=True)
+    told = orjson.loads(capsys.readouterr().out)
+    assert [(entry["name"], entry["tags"]) for entry in told["versions"]] == [("one", ["latest"]), ("two", ["latest"])]
+    assert "one/tags/broken.json is not a tag: restore or delete it" in told["problems"][0]
+    list_versions(str(tmp_path), None, as_json=False)
+    assert "broken.json is not a tag" in capsys.readouterr().err
+    assert load(f"{tmp_path}/one@v0001").tags() == ["latest"]

@@ -72,7 +72,7 @@ def _change(storage: Storage, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda m: m["files"][0].update(sha256="0"), "files.0.sha256"),
         (lambda m: m["files"][0].update(size=-1), "files.0.size"),
         (lambda m: m["files"][0].update(rows="many"), "files.0.rows"),
-        (lambda m: m.update(format=99), "no manifest of format 1 .found 99."),
+        (lambda m: m.update(format=99), "written by a newer grape-service .its format is 99"),
         (lambda m: m.update(name="other"), "says it is 'other' 'v0001'"),
         (lambda m: m.update(version="v0007"), "says it is 'math-sft' 'v0007'"),
         (lambda m: m.pop("columns"), "columns: Field required"),

@@ -13,7 +13,7 @@ from grape_service.errors import StageError, UserError
 from grape_service.release.claim import claim_version
 from grape_service.release.load import load
 from grape_service.release.manifest import ManifestFields
-from grape_service.release.writer import find_identical, publish, write_part
+from grape_service.release.writer import find_identical, is_whole, publish, write_part
 from grape_service.storage.parquet import row_bytes, row_groups
 from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import SCHEMA, batches, publish_version, rows
@@ -47,6 +47,25 @@ def test_versions_count_up_and_unchanged_content_is_found(any_storage: Storage) 
     assert find_identical(any_storage, "other", "a" * 64) is None
     any_storage.delete("math-sft/catalog.json")
     assert find_identical(any_storage, "math-sft", "b" * 64) == "v0002"
+
+
+def test_content_of_a_version_that_is_not_whole_is_not_found(any_storage: Storage) -> None:
+    for _ in range(3):
+        publish_version(any_storage, parts=[rows(0, 3)], digest="a" * 64)
+    any_storage.delete("math-sft/versions/v0003/manifest.json")  # as by a gc that was killed
+    assert find_identical(any_storage, "math-sft", "a" * 64) == "v0002"
+    (part,) = any_storage.list("math-sft/versions/v0002/data")
+    any_storage.write(part.path, b"another file")
+    assert find_identical(any_storage, "math-sft", "a" * 64) == "v0001"
+    assert not is_whole(any_storage, "math-sft", "v0001", "b" * 64)
+    (part,) = any_storage.list("math-sft/versions/v0001/data")
+    data = any_storage.read(part.path)
+    any_storage.write(part.path, data[:50] + bytes([data[50] ^ 1]) + data[51:])  # of the same size
+    assert find_identical(any_storage, "math-sft", "a" * 64) is None
+    any_storage.write(part.path, data)
+    assert find_identical(any_storage, "math-sft", "a" * 64) == "v0001"
+    any_storage.delete_folder("math-sft/versions/v0001/data")
+    assert find_identical(any_storage, "math-sft", "a" * 64) is None
 
 
 def test_bytes_do_not_depend_on_batches(tmp_path) -> None:

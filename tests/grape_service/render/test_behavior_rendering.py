@@ -21,16 +21,6 @@ RESPONSES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    made = {}
-    for name in [*tiny_models.TEMPLATES, None]:
-        folder = tmp_path_factory.mktemp(f"tokenizer-{name}")
-        tiny_models.make_tokenizer(folder, name)
-        made[name] = AutoTokenizer.from_pretrained(str(folder))
-    return made
-
-
 def candidates(responses, **over):
     prompt = [{"role": "user", "content": "How many eggs?"}]
     return [
@@ -75,7 +65,7 @@ def test_own_contexts_shared_tokens_own_turn_ends(tokenizers, target_name, behav
 def test_response_ids_are_shared_even_where_the_text_has_other_tokens(tokenizers):
     target = Renderer(tokenizers["chatml"], RenderConfig())
     behavior = Renderer(tokenizers["mistral"], RenderConfig())
-    rows = candidates(["The answer"], response_ids=[51, 71, 68], recorded_logprobs=[-1.0, -1.0, -1.0])
+    rows = candidates(["The"], response_ids=[51, 71, 68], recorded_logprobs=[-1.0, -1.0, -1.0])
     targets = target.render(rows)
     [ours] = behavior.render_behavior(rows, targets, target.turn_end_id)
     assert ours.input_ids[ours.prompt_len :].tolist() == [51, 71, 68, behavior.turn_end_id]
@@ -91,7 +81,7 @@ def test_a_behavior_that_cannot_follow_is_rejected(tokenizers):
     assert refused.reason == "response cannot be rendered"
     [plain] = Renderer(tokenizers[None], RenderConfig()).render_behavior(rows, targets, target.turn_end_id)
     assert plain.reason == "messages need a chat template"
-    rows = candidates(["x"], response_ids=[515])
+    rows = candidates(["</think>x"], response_ids=[516, 87])
     reasoning = Renderer(tokenizers["reasoning"], RenderConfig())
     targets = reasoning.render(rows)
     [unknown] = target.render_behavior(rows, targets, reasoning.turn_end_id)

@@ -21,7 +21,7 @@ def test_smollm2():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     renderer = load_renderer(folder, PolicyConfig(model="smollm2"), RenderConfig())
     assert renderer.turn_end_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    texts = ["The answer is 12.", "\n\n東京 🙂 ", "def f(x):\n\treturn x  # <|im_end|> <file_sep>\n", "1234567890"]
+    texts = ["The answer is 12.", "\n\n東京 🙂 ", "def f(x):\n\treturn x  # <file>\n", "1234567890"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
     conversations.append([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
     pairs = [(prompt, text) for prompt in conversations for text in texts]

@@ -17,7 +17,7 @@ from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
 from grape_service.rows.columns import release_schema
 from grape_service.score.store import ScoreStore
-from grape_service.select.partition import select_partition
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
 from grape_service.storage.storage import Storage
 from tests.made_rows import Row, put_scores, put_shards
 
@@ -58,7 +58,9 @@ def make_release(folder: Path, target: str, score: Score, num_prompts: int = 30,
     )
     statistics = SelectStatistics.empty(source_names({"s0": 1, "s1": 1, "s2": 1}))
     kept = f"kept-{target}.parquet"
-    counts = select_partition(workspace, "b", [path], store, config, None, kept, statistics)
+    counts = select_partition(
+        SelectContext(workspace, config, store, frozenset()), SelectPartition("b", [path], kept), observer=statistics
+    )
     schema = release_schema([], [])
     with claim_version(output, "pool") as claim:
         entry = write_part(output, claim.folder, 0, schema, final_batches(workspace, kept, [], []))

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from grape_service.cli.app import app
+from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
 from grape_service.release.compare import compare
+from grape_service.report.examples import reason_of
 from grape_service.report.explain import explain
 from grape_service.report.page import report_page
 from tests.grape_service.report.made_releases import make_release
@@ -75,7 +77,7 @@ def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
     assert found["prompt"] == "question p004"
     reasons = {candidate["candidate_id"]: candidate["reason"] for candidate in found["candidates"]}
     assert reasons == {
-        "c0": "kept: number 1 by score",
+        "c0": "kept: number 1 by score, margin 1.0000",
         "c1": "its score is lower by 1.0000",
         "c2": "longer than select.max_response_tokens 6",
     }
@@ -89,6 +91,12 @@ def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
     coloured = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "NO_COLOR": ""}
     done = CliRunner().invoke(app, ["explain", release.reference, "p004"], env=coloured)
     assert "48;2;" in done.stdout  # a background in true colour
+
+
+def test_what_a_method_without_scores_kept_was_not_first_by_score() -> None:
+    kept = {"candidate_id": "c0", "kept": True, "rank": 1, "score": -3.0, "num_tokens": 9, "counted_tokens": 9}
+    assert reason_of(kept, [kept], SelectConfig(method="longest")) == "kept by method longest"  # type: ignore[arg-type,list-item]
+    assert reason_of(kept, [kept], SelectConfig()) == "kept: number 1 by score"  # type: ignore[arg-type,list-item]
 
 
 def test_a_prompt_is_found_by_its_id_its_beginning_or_its_words(tmp_path: Path) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from grape_service.config.methods import SelectConfig
 from grape_service.report.families import families_of, is_same_model
+from grape_service.report.misled import overlaps
 from grape_service.report.notices import warnings_of
+from grape_service.report.statistics import SelectStatistics
+from grape_service.select.choose import Candidates, Detail, choose
 
 
 def facts(kept: dict[str, int], target: str, singletons: int = 0, **config: Any) -> dict[str, Any]:
@@ -40,9 +46,85 @@ def test_winners_of_the_target_itself_and_of_its_family_are_added_up():
 
 
 def test_the_policy_that_behavior_names_counts_as_the_sources_name():
-    behavior = {"sources": {"gen-a": {"model": "org/target"}, "gen-b": {"column": "lp"}}}
-    found = texts(facts({"gen-a": 30, "gen-b": 70}, "/models/target/", behavior=behavior))
+    behavior = {"sources": {"gen-a": {"model": "org/target"}, "gen-b": {"column": "lp"}, "human": "none"}}
+    found = texts(facts({"gen-a": 30, "gen-b": 60, "human": 10}, "/models/target/", behavior=behavior))
     assert found == ["30 of 100 kept rows (30%) were written by the target itself."]
+
+
+def test_a_family_that_wins_beyond_its_share() -> None:
+    found = facts({"qwen3-32b": 45, "llama-3": 55}, "Qwen/Qwen2.5-7B")
+    assert texts(found) == []
+    found["counts"]["select"]["sources"]["qwen3-32b"]["candidates"] = 30
+    assert texts(found) == [
+        "The target's own family has 45% of the kept rows and 21% of the candidates (qwen3-32b; by name)."
+    ]
+    # By what the release says of the policy, whatever its source is called.
+    found = facts({"gen-a": 45, "llama-3": 55}, "my-model")
+    found["counts"]["select"]["sources"]["gen-a"]["candidates"] = 30
+    assert texts(found) == []
+    found["statistics"]["kin"] = {"gen-a": ["tokenizer", "architecture"]}
+    assert texts(found) == [
+        "The target's own family has 45% of the kept rows and 21% of the candidates (gen-a; by architecture, "
+        "tokenizer)."
+    ]
+
+
+def select_of(step_tokens: int, tokens: int, drawn: int = 40, **config: Any) -> dict[str, Any]:
+    """Facts of 40 prompts with a candidate of each of two sources: the first wins with steps of `step_tokens`, the
+    second has steps of 20. The first `drawn` are cut into steps."""
+    made = SelectStatistics.empty(["a", "b"])
+    parts = []
+    for number in range(40):
+        lengths = np.array([tokens, tokens])
+        steps = np.array([tokens // step_tokens, tokens // 20])
+        others = {"steps": np.array([-1.0, -0.5 if number % 4 else -2.0])}
+        if number >= drawn:
+            steps, others = np.full(2, -1), {"steps": np.full(2, np.nan)}
+        detail = Detail(pa.array([f"p{number}"]), lengths, None, others, steps)
+        parts.append(
+            Candidates(
+                *(np.zeros(2, np.int64), 1, np.arange(2), pa.array(["a", "b"]), lengths, np.array([-1.0, -2.0])),
+                failed=np.zeros(2, bool),
+                detail=detail,
+            )
+        )
+    found = Candidates.concatenate(parts)
+    made.add_candidates(found, choose(found, SelectConfig()))
+    config = {"target": {"model": "m"}, **config}
+    return {"counts": {}, "config": config, "statistics": {"report": {"select": made.to_json()}}}
+
+
+def test_longer_steps_and_what_the_method_without_their_first_tokens_says() -> None:
+    found = select_of(40, 400)
+    made = found["statistics"]["report"]["select"]
+    assert (made["winner_step_tokens"], made["rival_step_tokens"]) == (40.0, 20.0)
+    assert made["overlap"] == {"mean|steps": 10}
+    assert overlaps(made) == [{"left": "grape", "right": "steps", "share": 0.25, "prompts": 40}]
+    sentence = (
+        "Winners have longer steps than their rivals: 40 tokens a step against 20. Without the first tokens of steps "
+        "25% stay."
+    )
+    assert sentence in texts(found)
+    assert not any("steps" in text for text in texts(select_of(20, 400)))
+    assert sentence not in texts(select_of(40, 400, select={"method": "steps"}))
+    json = SelectStatistics.empty(["a"]).to_json()  # nothing was cut
+    assert (json["winner_step_tokens"], json["rival_step_tokens"]) == (None, None)
+
+
+def test_of_a_large_pool_some_prompts_are_cut_into_steps() -> None:
+    found = select_of(40, 400, drawn=24)
+    made = found["statistics"]["report"]["select"]
+    assert (made["compared"], made["compared_steps"], made["stepped"]) == (40, 24, 24)
+    assert (made["winner_step_tokens"], made["rival_step_tokens"]) == (40.0, 20.0)
+    assert overlaps(made) == [{"left": "grape", "right": "steps", "share": 0.25, "prompts": 24}]
+    assert any(text.endswith("Without the first tokens of steps 25% stay.") for text in texts(found))
+
+
+def test_several_teachers_with_long_traces() -> None:
+    (found,) = [warning for warning in warnings_of(select_of(20, 4000)) if "long responses" in warning.text]
+    assert found.text.startswith("2 sources compete with long responses (")
+    assert all(word in found.change for word in ("steps", "local", "rsr", "select.max_source_share"))
+    assert not any("long responses" in text for text in texts(select_of(20, 400)))
 
 
 @pytest.mark.parametrize(

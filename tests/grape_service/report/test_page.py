@@ -11,11 +11,15 @@ import pytest
 
 from grape_service.checks.findings import CheckCounts, result_of
 from grape_service.config.checks import Refusal
-from grape_service.config.methods import SelectConfig
+from grape_service.config.methods import RaceRisk, ScoreConfig, SelectConfig
 from grape_service.display import cut, plot_labels, visible
 from grape_service.report.notices import warnings_of
 from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
+from grape_service.report.race import race_figures
+from grape_service.select.counts import SelectCounts
 from tests.grape_service.report.made_report import NAMES, examples, facts
+
+pytestmark = pytest.mark.quick
 
 
 class Elements(html.parser.HTMLParser):
@@ -49,6 +53,17 @@ def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
     assert len(page) < 1_500_000
 
 
+def test_a_race_says_what_its_figures_lack() -> None:
+    whole, raced = facts(), facts()
+    counts = SelectCounts(candidates=400, stopped_candidates=40, loss_tokens=1000, stopped_tokens=250)
+    raced["statistics"]["race"] = race_figures(ScoreConfig(race=RaceRisk(risk=0.01, audit=0.1)), counts)
+    page = render_page(raced, [])
+    assert "What needs all scores lacks those" in page
+    assert "mean score of those scored to the end" in page
+    assert "No kept prompt was scored whole to see" in page
+    assert "scored to the end" not in render_page(whole, [])
+
+
 def test_a_clean_release_has_no_warning_and_bad_ones_have_their_own() -> None:
     assert warnings_of(facts()) == []
     assert "wins" in warnings_of(facts(better="teacher"))[0].text
@@ -76,14 +91,15 @@ def _counts(stage: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 
 def _check(made: dict[str, Any]) -> None:
     check = Refusal()
-    made["statistics"]["checks"] = [result_of(check, CheckCounts(10, 9, 1.0, {"refuses": 9}), "findings")]
+    made["statistics"]["checks"] = [{**result_of(check, CheckCounts(10, 9, 1.0, {"refuses": 9})), "table": "findings"}]
 
 
 WAYS: dict[str, Callable[[dict[str, Any]], None]] = {
     "could not be used": _counts("pool", rejected=300),
     "cut off by a length limit": _counts("pool", truncated=200),
     "prompts were left out": _counts("select", prompts_left_out={"margin below select.min_margin": 100}),
-    "almost never wins": _select(wins=[200, 100, 0], prompts_with=[300, 300, 300]),
+    "never wins (0 of 300 prompts)": _select(wins=[200, 100, 0], prompts_with=[300, 300, 300]),
+    "almost never wins (1 of 300 prompts)": _select(wins=[200, 99, 1], prompts_with=[300, 300, 300]),
     "wins 97%": _select(wins=[290, 5, 5], prompts_with=[300, 300, 300]),
     "much shorter than": _select(winner_tokens=20.0, rival_tokens=90.0),
     "much longer than": _select(winner_tokens=90.0, rival_tokens=20.0),

@@ -9,6 +9,8 @@ from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.report.sums import EXAMPLES_EACH, MAX_SOURCES, OTHER_SOURCES, Moments, source_names
 from tests.grape_service.report.made_report import NAMES, candidates, chosen, weight_batch
 
+pytestmark = pytest.mark.quick
+
 
 def of_parts(sizes: list[int]) -> SelectStatistics:
     parts, start = [], 0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+import pytest
+
 from grape_service.rows.counts import Counts, add_dicts
+
+pytestmark = pytest.mark.quick
 
 
 @dataclass

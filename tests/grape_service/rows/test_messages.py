@@ -1,10 +1,13 @@
 """Messages in a release hold what those of the pool hold."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grape_service.rows.columns import MESSAGE_FIELDS
 from grape_service.rows.messages import field_of, stored_message, whole_message
+
+pytestmark = pytest.mark.quick
 
 VALUES = st.recursive(
     st.booleans() | st.integers(-(2**53), 2**53) | st.text() | st.floats(allow_nan=False, allow_infinity=False),

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from grape_service.errors import StageError
 from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import offsets_from_lengths
-from grape_service.score.store import KeyIndex, ScoreStore, key_halves
+from grape_service.score.key_index import KeyIndex, key_halves
+from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import open_parquet
 from grape_service.storage.storage import Storage
+
+pytestmark = pytest.mark.quick
 
 
 def key(number: int) -> bytes:
@@ -53,6 +56,8 @@ def test_an_empty_store_misses_everything(store):
     assert not store.read("b", keys(1)).found.any()
     assert len(store.read("b", keys()).found) == 0
     assert len(store.missing("b", keys())) == 0
+    none = pa.chunked_array([], type=pa.binary(16))  # of a partition without shards
+    assert len(store.missing("b", none)) == len(store.read("b", none).found) == 0
 
 
 def test_the_first_file_name_wins(store):
@@ -186,3 +191,95 @@ def test_without_statistics_a_score_file_is_what_it_was(store: ScoreStore) -> No
     path = put(store, "b", {1: [-1, -2]})
     with open_parquet(store.storage, path) as file:
         assert file.schema_arrow.remove_metadata() == SCORE
+
+
+def test_every_partition_above_and_below_is_related(store):
+    names = ["b", "b0", "b01", "b1", "b10", "b100", "b101", "b11", "b111", "b2", "complete", "canaries"]
+    for name in names:
+        store.storage.write(f"{store.folder}/{name}/file", b"")
+    found = [name for name in names if set(name) <= set("b01")]
+    for of in ("b", "b1", "b10", "b101", "b0", "b00"):
+        expected = {name for name in found if name.startswith(of) or of.startswith(name)}
+        for looked_up in (store, store.with_folders()):
+            assert len(looked_up.related(of)) == len(expected)
+            assert set(looked_up.related(of)) == expected
+
+
+def test_a_scoring_is_complete_while_each_of_its_files_is_there(store):
+    assert not store.is_complete("shards")
+    store.note_complete("nothing")
+    assert not store.is_complete("nothing"), "of no files nobody knows what they held"
+    first, _ = put(store, "b", {1: [-1.0]}), put(store, "b", {2: [-1.0]})
+    store.note_complete("shards")
+    assert store.is_complete("shards")
+    assert not store.is_complete("other shards")
+    put(store, "b", {3: [-1.0]})
+    assert store.is_complete("shards"), "a later file takes nothing away"
+    store.storage.delete(first)
+    assert not store.is_complete("shards"), "as many files as then are there, and not the same"
+    store.note_complete("shards")
+    store.forget_complete("shards")
+    store.forget_complete("shards")
+    assert not store.is_complete("shards")
+
+
+def test_statistics_are_missing_one_by_one(store):
+    ranks = np.array([1.0, 2.0], dtype=np.float32)
+    put(store, "b", {1: [-1.0], 2: [-2.0]})
+    store.write("b", keys(1, 3), offsets_from_lengths([1, 1]), ranks * -1, {}, statistics={"rank": ranks})
+    assert store.missing("b", keys(1, 2, 3, 4)).tolist() == [False, False, False, True]
+    assert store.missing("b", keys(1, 2, 3, 4), ["rank"]).tolist() == [False, True, False, True]
+    assert store.missing("b", keys(1, 3), ["rank", "entropy"]).all()
+    found = store.read_statistics("b", keys(2, 1), ["rank"])
+    assert (found["rank"].found.tolist(), found["rank"].values.dtype) == ([False, True], np.float32)
+
+
+def test_versions_are_those_of_the_scores_that_are_read(store):
+    for number, version in ((1, "5.20"), (2, "5.21"), (1, "5.22")):
+        put(store, "b", {number: [-1.0]}, metadata={"engine": "vllm", "version": version}, shard=f"{version}")
+        time.sleep(0.002)  # the earlier file name wins
+    put(store, "b0", {3: [-1.0]}, metadata={"engine": "transformers", "version": "5.23"})
+    assert store.versions("b", keys(1)) == {"vllm 5.20"}
+    assert store.versions("b", keys(1, 2, 9)) == {"vllm 5.20", "vllm 5.21"}
+    assert store.versions("b", keys(3, 2)) == {"transformers 5.23", "vllm 5.21"}
+    assert store.versions("b1", keys(3)) == set()
+    assert store.versions("b", keys()) == set()
+
+
+def test_a_scoring_stays_complete_in_whichever_partition_later_files_come(store):
+    put(store, "b1", {1: [-1.0]})
+    store.note_complete("shards")
+    time.sleep(0.002)
+    put(store, "b0", {2: [-1.0]})
+    assert store.is_complete("shards")
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        (
+            {"logprobs": pa.array([[-1.0]], pa.list_(pa.float64()))},
+            "not a score file: its columns are row_key, logprobs",
+        ),
+        ({"logprobs": None, "entropy": pa.array([[1.0]], pa.list_(pa.float32()))}, "its columns are row_key, entropy"),
+        ({"seed": pa.array([1])}, "its columns are row_key, logprobs, seed, not row_key, logprobs"),
+        ({"logprobs": pa.array([None], pa.list_(pa.float32()))}, "it holds rows without scores"),
+        ({"logprobs": pa.array([[None]], pa.list_(pa.float32()))}, "it holds rows without scores"),
+    ],
+)
+def test_a_file_of_something_else_is_named(store, columns, sentence):
+    values = {"row_key": keys(1), "logprobs": pa.array([[-1.0]], pa.list_(pa.float32())), **columns}
+    table = pa.table({name: array for name, array in values.items() if array is not None})
+    path = store.storage.full(f"{store.folder}/b/0-of-another-program.parquet")
+    put(store, "b", {2: [-1.0]})
+    pq.write_table(table, path)
+    with pytest.raises(StageError, match=sentence):
+        store.read("b", keys(1))
+
+
+def test_a_store_is_begun_with_its_first_scores(store):
+    store.storage.write(f"{store.folder}/canary.json", b"{}")
+    store.storage.write(f"{store.folder}/canaries/vllm-1.json", b"{}")
+    assert not store.is_begun()
+    put(store, "b01", {1: [-1.0]})
+    assert store.is_begun()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from grape_service.select.choose import (
     choose,
     random_keys,
 )
+from grape_service.select.ranking import pair_numbers
+
+pytestmark = pytest.mark.quick
 
 NAN = float("nan")
 
@@ -259,3 +263,111 @@ def test_prompts_are_chosen_for_alone(left, right, select):
         assert kept_ids(together, select, scored) == sorted(expected)
         joined = choose(Candidates.concatenate([make(left, scored), make(right, scored)]), select)
         np.testing.assert_array_equal(joined.kept, choose(make(together, scored), select).kept)
+
+
+def with_responses(rows: list[Any], responses: list[int]) -> Candidates:
+    return replace(make(rows), responses=np.array(responses, dtype=np.int64))
+
+
+def test_keep_counts_distinct_responses_and_margins_lead_the_next_distinct_one():
+    rows: list[Any] = [
+        (0, "a", -1.0, 5, "one"),
+        (0, "b", -1.0, 5, "two"),  # the same response
+        (0, "c", -1.5, 5, "two"),
+        (0, "d", -1.5, 5, "one"),  # the same as c
+        (0, "e", -4.0, 5, "one"),
+        (1, "a", -1.0, 5, "one"),
+        (1, "b", -1.0, 5, "two"),  # nothing else to lead
+    ]
+    candidates = with_responses(rows, [7, 7, 8, 8, 9, 7, 7])
+    choice = choose(candidates, SelectConfig(keep=2))
+    assert [row[1] for row, kept in zip(rows, choice.kept, strict=True) if kept] == ["a", "c", "a"]
+    assert choice.ranking is not None
+    assert choice.ranking.rank.tolist() == [1, 2, 3, 4, 5, 1, 2]
+    np.testing.assert_array_equal(choice.ranking.margin, [0.5, 0.5, 2.5, 2.5, NAN, NAN, NAN])
+    assert choose(candidates, SelectConfig(min_margin=0.5)).left_out.tolist() == [KEPT, KEPT]
+    assert choose(candidates, SelectConfig(min_margin=0.6)).left_out.tolist() == [SMALL_MARGIN, KEPT]
+    assert choose(candidates, SelectConfig(method="all")).kept.all()
+
+
+def test_a_win_never_passes_to_a_copy_of_a_kept_response():
+    rows: list[Any] = [
+        (0, "a", -1.0, 5, "one"),  # the least clear win
+        (0, "b", -2.0, 5, "one"),
+        (0, "c", -2.0, 5, "two"),  # the same response as b, which stays
+        (0, "d", -9.0, 5, "three"),
+    ]
+    choice = choose(with_responses(rows, [1, 2, 2, 3]), SelectConfig(keep=2, max_source_share=0.5))
+    assert [row[1] for row, kept in zip(rows, choice.kept, strict=True) if kept] == ["b", "d"]
+    assert choice.passed_on == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.booleans())
+def test_distinct_choices_equal_a_loop(seed: int, keep: int, limited: bool) -> None:
+    draw = np.random.default_rng(seed)
+    rows: list[Any] = [
+        (prompt, f"c{place}", None, int(draw.integers(1, 9)), "s")
+        for prompt in range(int(draw.integers(1, 6)))
+        for place in range(int(draw.integers(1, 7)))
+    ]
+    responses = draw.integers(0, 3, len(rows)).tolist()
+    rows = [(p, i, -float(1 + r + p / 10), t, s) for (p, i, _, t, s), r in zip(rows, responses, strict=True)]
+    order = draw.permutation(len(rows)).tolist()
+    rows, responses = [rows[n] for n in order], [responses[n] for n in order]
+    select = SelectConfig(keep=keep, max_response_tokens=6 if limited else None)
+    choice = choose(with_responses(rows, responses), select)
+    expected = set()
+    for prompt in {row[0] for row in rows}:
+        mine = sorted(
+            (row for row in zip(rows, responses, strict=True) if row[0][0] == prompt), key=lambda r: (-r[0][2], r[0][1])
+        )
+        seen: list[int] = []
+        for row, response in mine:
+            if response not in seen and len(seen) < keep and not (limited and row[3] > 6):
+                seen.append(response)
+                expected.add(row[:2])
+    assert {row[:2] for row, kept in zip(rows, choice.kept, strict=True) if kept} == expected
+
+
+def test_a_source_takes_no_more_wins_than_it_has_room_for():
+    rows: list[Any] = [
+        (0, "a", -1.0, 5, "one"),  # the least clear wins of one: they pass on
+        (0, "b", -1.2, 5, "two"),  # two has its share already
+        (0, "c", -1.9, 5, "three"),
+        (1, "a", -1.0, 5, "one"),
+        (1, "c", -1.3, 5, "three"),
+        (2, "a", -1.0, 5, "one"),
+        (3, "a", -1.0, 5, "one"),
+        (4, "b", -1.0, 5, "two"),
+        (4, "c", -1.1, 5, "three"),
+        (5, "b", -1.0, 5, "two"),
+    ]
+    choice = choose(make(rows), SelectConfig(max_source_share=0.34))
+    kept = [(row[0], row[4]) for row, is_kept in zip(rows, choice.kept, strict=True) if is_kept]
+    assert kept == [(0, "three"), (1, "three"), (2, "one"), (3, "one"), (4, "two"), (5, "two")]
+    assert choice.passed_on == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([-1, 0, 1, 2**40, 2**62, -(2**62)]))))
+def test_two_pairs_have_one_number_where_they_are_the_same(pairs):
+    first, second = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
+    numbers = pair_numbers(first, second)
+    for pair, number in zip(pairs, numbers, strict=True):
+        assert [other == number for other in numbers] == [other == pair for other in pairs]
+    assert set(numbers.tolist()) == set(range(len(set(pairs))))
+
+
+def test_the_response_of_another_prompt_keeps_no_heir_out():
+    """Whatever the numbers of responses: the products of prompts 0 and 4 with 2 ** 62 are one in 64 bits."""
+    rows: list[Any] = [
+        (0, "a", -1.0, 5, "one"),  # the least clear win
+        (0, "b", -2.0, 5, "two"),
+        (1, "a", -1.0, 5, "one"),
+        (2, "a", -1.0, 5, "one"),
+        (3, "a", -1.0, 5, "three"),
+        (4, "a", -1.0, 5, "three"),
+    ]
+    choice = choose(with_responses(rows, [1, 10, 5, 5, 2**62, 6]), SelectConfig(max_source_share=0.5))
+    assert choice.passed_on == 1
+    assert choice.kept.tolist() == [False, True, True, True, True, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,10 +12,13 @@ import pytest
 from grape_service.config.methods import SelectConfig
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.select.limits import check_keep_column, distinct_responses, keep_column
-from grape_service.select.partition import SelectCounts, select_partition
+from grape_service.select.counts import SelectCounts
+from grape_service.select.limits import check_keep_column, distinct_responses, keep_column, kept_of_prompts
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
 from grape_service.storage.storage import Storage
 from tests.made_rows import Row, put_shards
+
+pytestmark = pytest.mark.quick
 
 
 def select(storage: Storage, rows: list[list[Row]], **settings) -> tuple[SelectCounts, list[str]]:
@@ -27,7 +32,9 @@ def select(storage: Storage, rows: list[list[Row]], **settings) -> tuple[SelectC
         }
     )
     shards = put_shards(storage, rows, [pa.field("n", pa.float64())])
-    counts = select_partition(storage, "b", shards, None, config, None, "kept.parquet")
+    counts = select_partition(
+        SelectContext(storage, config, None, frozenset()), SelectPartition("b", shards, "kept.parquet")
+    )
     return counts, pq.read_table(storage.full("kept.parquet"))["candidate_id"].to_pylist()
 
 
@@ -50,6 +57,19 @@ def test_as_many_are_kept_as_the_pools_column_says(storage, share):
     counts, kept = select(storage, shards, keep={"column": "n"}, max_source_share=share)
     assert kept == ["p-0", "p-1", "q-0", "r-0", "r-1"]
     assert counts.kept_rows == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [(pa.string(), ["2", "2.0", "+2"]), (pa.decimal128(4, 1), [Decimal(2)] * 3)],
+)
+def test_numbers_as_text_and_decimals_say_how_many_are_kept(kind, values):
+    table = pa.table({"prompt_id": ["p", "p", "p"], "n": pa.array(values, kind)})
+    config = SelectConfig(keep={"column": "n"})
+    assert kept_of_prompts(table, np.zeros(3, np.int64), 1, config).tolist() == [2]
+    unread = pa.table({"prompt_id": ["p"], "n": ["two"]})
+    with pytest.raises(UserError, match="has 'two' in the column 'n', not a whole number"):
+        kept_of_prompts(unread, np.zeros(1, np.int64), 1, config)
 
 
 @pytest.mark.parametrize(

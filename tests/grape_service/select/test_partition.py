@@ -12,9 +12,12 @@ import pytest
 from grape_service.config.schema import Config
 from grape_service.errors import StageError
 from grape_service.score.store import ScoreStore
-from grape_service.select.partition import SelectCounts, select_partition
+from grape_service.select.counts import SelectCounts
+from grape_service.select.partition import SelectContext, SelectPartition, select_partition
 from grape_service.storage.storage import Storage
 from tests.made_rows import Row, even_scores, put_scores, put_shards
+
+pytestmark = pytest.mark.quick
 
 
 def config(**select) -> Config:
@@ -55,7 +58,8 @@ def kept(storage: Storage) -> list[dict]:
 
 
 def select(storage, store, shards, settings=None, failures=None, observer=None) -> SelectCounts:
-    return select_partition(storage, "b", shards, store, config(**(settings or {})), failures, "kept.parquet", observer)
+    context = SelectContext(storage, config(**(settings or {})), store, frozenset())
+    return select_partition(context, SelectPartition("b", shards, "kept.parquet"), failures, observer)
 
 
 def test_the_best_of_each_prompt_is_kept(storage, store):
@@ -179,7 +183,8 @@ def test_order_and_cutting_of_the_shards_never_change_a_choice(storage, store, s
     other_shards = put_shards(
         shuffled, [[row for rows in prompts[:45] for row in rows], [row for rows in prompts[45:] for row in rows]]
     )
-    again = select_partition(shuffled, "b", other_shards, store, config(**settings), None, "kept.parquet")
+    context = SelectContext(shuffled, config(**settings), store, frozenset())
+    again = select_partition(context, SelectPartition("b", other_shards, "kept.parquet"))
     assert {row["candidate_id"]: row for row in kept(shuffled)} == expected
     assert again == counts
 
@@ -242,7 +247,8 @@ def test_on_s3_the_choice_and_the_bytes_are_the_same(storage, store, s3_url):
     for place in (storage, remote):
         shards = put_shards(place, [rows])
         put_scores(ScoreStore(place, "target"), random_scores(rows))
-        select_partition(place, "b", shards, ScoreStore(place, "target"), config(), None, "kept.parquet")
+        context = SelectContext(place, config(), ScoreStore(place, "target"), frozenset())
+        select_partition(context, SelectPartition("b", shards, "kept.parquet"))
     assert remote.read("kept.parquet") == storage.read("kept.parquet")
     remote_store = ScoreStore(remote, "target")
     assert not remote_store.missing("b01", pa.array([row.key for row in rows], type=pa.binary(16))).any()

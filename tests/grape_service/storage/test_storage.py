@@ -19,8 +19,11 @@ import pytest
 from grape_service.errors import StageError, UserError
 from grape_service.storage import s3
 from grape_service.storage.options import check_options
-from grape_service.storage.storage import Storage, check_writable
+from grape_service.storage.probe import check_writable
+from grape_service.storage.storage import Storage
 from tests.seaweed import BUCKET, SeaweedServer
+
+pytestmark = pytest.mark.quick
 
 
 def test_written_files_read_back_and_list_sorted(any_storage: Storage) -> None:
@@ -313,7 +316,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not write")
 def test_no_permission_on_a_local_folder(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from grape_service.storage.storage import Storage, check_writable\n"
+        "import os, sys; from grape_service.storage.storage import Storage\n"
+        "from grape_service.storage.probe import check_writable\n"
         "os.setuid(65534); check_writable(Storage(sys.argv[1]))\n"
     )
     folder = Path("/var/lib")

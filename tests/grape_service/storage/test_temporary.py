@@ -12,6 +12,8 @@ import pytest
 from grape_service.errors import UserError
 from grape_service.storage.temporary import temporary_folder
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

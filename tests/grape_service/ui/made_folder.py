@@ -6,17 +6,28 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
+from starlette.testclient import TestClient
 
 from grape_service.release.load import Release
 from grape_service.release.manifest import Parents, PolicyUse, PoolFile
 from grape_service.rows.columns import REJECT
 from grape_service.storage.parquet import write_parquet
 from grape_service.storage.storage import Storage
+from grape_service.ui.app import create_app
+from grape_service.ui.folder import Folder
 from tests.grape_service.release.made_up import SCHEMA, publish_version, rows
 from tests.grape_service.report.made_releases import make_release
 
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
+POOL = "/datasets/pool/v0001"
+TABS = ["", "/report", "/report.html", "/rows", "/rows/0", "/left-out", "/card", "/files", "/config"]
+"""Pages of a version, below its own."""
 HIDDEN = "\u202egnp.exe\u200b"
+
+
+def client_of(folder: Folder, token: str | None = None, host: str = "127.0.0.1:8765") -> TestClient:
+    """A browser of a folder's pages, without JavaScript."""
+    return TestClient(create_app(folder, token), base_url=f"http://{host}", raise_server_exceptions=False)
 
 
 def make_folder(folder: Path) -> Path:

@@ -7,49 +7,37 @@ import os
 import re
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
 from grape_service.errors import UserError
-from grape_service.release.load import load
 from grape_service.storage.storage import Storage
-from grape_service.ui import app as app_module
-from grape_service.ui import rows as rows_module
-from grape_service.ui.app import create_app
+from grape_service.ui import folder_pages, version_pages
 from grape_service.ui.folder import Folder
-from grape_service.ui.rows import Filters, read_page, read_row
 from tests.grape_service.release.made_up import publish_version, rows
-from tests.grape_service.ui.made_folder import HOSTILE, make_folder
+from tests.grape_service.ui.made_folder import HOSTILE, POOL, TABS, client_of
+from tests.grape_service.ui.seen import text_of
 
-POOL, HOSTILE_VERSION = "/datasets/pool/v0001", "/datasets/hostile/v0001"
-TABS = ["", "/report", "/report.html", "/rows", "/rows/0", "/left-out", "/card", "/files", "/config"]
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("ui"))
-
-
-@pytest.fixture
-def client(datasets: Path) -> TestClient:
-    folder = Folder(str(datasets), workspace=str(datasets.parent / "workspace"))
-    return client_of(folder)
-
-
-def client_of(folder: Folder, token: str | None = None, host: str = "127.0.0.1:8765") -> TestClient:
-    return TestClient(create_app(folder, token), base_url=f"http://{host}", raise_server_exceptions=False)
-
-
-def text_of(client: TestClient, path: str, status: int = 200) -> str:
-    """The text of a page, without markup."""
-    answer = client.get(path)
-    assert answer.status_code == status, answer.text
-    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", answer.text)))
+HOSTILE_VERSION = "/datasets/hostile/v0001"
 
 
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_candidates_are_no_training_set(tmp_path: Path) -> None:
+    counts = {"gather": {"<b>self": {"samples": 80, "right": 3, "audit": {"mean": 1e-05}}}}
+    config = {"gather": {"policies": {"<b>self": {"model": "tiny"}}}}
+    publish_version(Storage(str(tmp_path)), "sums", kind="candidates", counts=counts, config=config)
+    client = client_of(Folder(str(tmp_path)))
+    assert "candidates, 80 rows" in text_of(client, "/datasets/sums")
+    assert "Candidates that gather sampled" in text_of(client, "/datasets/sums/v0001")
+    assert "<b>self tiny 80 3" in text_of(client, "/datasets/sums/v0001/card")
+    assert "data/part-00000.parquet" in text_of(client, "/datasets/sums/v0001/files")
+    for page in ("rows", "rows/1", "left-out"):
+        assert "holds candidates that gather sampled, and no training set" in text_of(
+            client, f"/datasets/sums/v0001/{page}", 404
+        )
 
 
 def test_all_datasets_are_searched_and_sorted(client: TestClient) -> None:
@@ -72,7 +60,7 @@ def test_many_datasets_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     storage = Storage(str(tmp_path))
     for number in range(5):
         publish_version(storage, f"set-{number}", parts=[rows(0, 5 - number)])
-    monkeypatch.setattr(app_module, "LISTED", 2)
+    monkeypatch.setattr(folder_pages, "LISTED", 2)
     client = client_of(Folder(str(tmp_path)))
     links = r'<a href="/datasets/(set-\d)">'
     for query, expected in (
@@ -90,7 +78,7 @@ def test_many_datasets_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     newest = client.get("/?sort=rows").text
     assert re.findall(links, newest) == ["set-0", "set-1"]
     assert "/datasets/set-1/v0002" in newest
-    monkeypatch.setattr(app_module, "MAX_AGE", 0.001)
+    monkeypatch.setattr(folder_pages, "MAX_AGE", 0.001)
     assert re.findall(links, client.get("/?sort=rows").text) == ["set-1", "set-0"]
 
 
@@ -115,7 +103,7 @@ def test_a_tag_leads_to_its_version(client: TestClient, tmp_path: Path) -> None:
 
 def test_a_version_its_lineage_and_its_files(client: TestClient) -> None:
     page = text_of(client, POOL)
-    assert "made by grape for the target one" in page
+    assert "made by grape, keep 1 for the target one" in page
     assert "released" in page
     assert 'class="lineage"' in client.get(POOL).text
     assert "Verified just now" in text_of(client, f"{POOL}/files")
@@ -126,70 +114,6 @@ def test_a_version_its_lineage_and_its_files(client: TestClient) -> None:
     assert "***" in config
 
 
-def test_a_row_shows_why_it_won(client: TestClient) -> None:
-    page = text_of(client, f"{POOL}/rows/4")
-    assert "kept: number 1 by score" in page
-    assert page.count("its score is lower by") == 2
-    assert 'data-0="-1.04"' in client.get(f"{POOL}/rows/4").text
-    answer = client.get(f"{POOL}/prompt?id=p004", follow_redirects=False)
-    assert answer.headers["location"] == f"{POOL}/rows/4"
-    assert "has no prompt 'nothing'" in text_of(client, f"{POOL}/prompt?id=nothing", 404)
-    assert "has no row 30" in text_of(client, f"{POOL}/rows/30", 404)
-
-
-def test_without_its_workspace_a_row_is_still_shown(datasets: Path) -> None:
-    page = text_of(client_of(Folder(str(datasets))), f"{POOL}/rows/4")
-    assert "start `grape ui` with --workspace" in page
-    assert "kept: number 1 by score" in page
-
-
-def test_rows_are_filtered_and_paged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish_version(Storage(str(tmp_path)), parts=[rows(0, 70), rows(70, 60), rows(130, 0), rows(130, 20)])
-    release = load(f"{tmp_path}/math-sft")
-    table = release.dataset.to_table().to_pylist()
-    first = read_page(release, Filters(), 0)
-    assert [row["number"] for row in first.rows] == list(range(50))
-    assert [row["number"] for row in read_page(release, Filters(), 120).rows] == list(range(120, 150))
-    assert read_page(release, Filters(), 120).next is None
-    assert read_page(release, Filters(), 150).rows == []
-
-    def weight(row: dict) -> float:
-        kept = [w for w, on in zip(row["loss_weights"], row["loss_mask"], strict=True) if on]
-        return sum(kept) / len(kept)
-
-    for filters, keep in (
-        (Filters(source="gen-a"), lambda row: row["source"] == "gen-a"),
-        (Filters(text="QUESTION P0000014"), lambda row: 140 <= int(row["prompt_id"][1:]) < 150),
-        (Filters(text="p00000003"), lambda row: row["prompt_id"] == "p00000003"),
-        (Filters(min_weight=1.0, max_weight=1.05), lambda row: 1.0 <= weight(row) <= 1.05),
-        (Filters(min_margin=0.1, source="gen-b"), lambda row: row["grape_margin"] >= 0.1 and row["source"] == "gen-b"),
-        (Filters(source="nobody"), lambda row: False),
-    ):
-        expected = [number for number, row in enumerate(table) if keep(row)]
-        found, start = [], 0
-        while start is not None:
-            page = read_page(release, filters, start, limit=7)
-            assert len(page.rows) <= 7
-            found += [row["number"] for row in page.rows]
-            start = page.next
-        assert found == expected
-    assert first.rows[3]["weight"] == pytest.approx(weight(table[3]))
-    wanted, siblings = read_row(release, 75)
-    assert wanted["prompt_id"] == table[75]["prompt_id"]
-    assert len(siblings) == 1
-    monkeypatch.setattr(rows_module, "LOOK_SECONDS", -1.0)
-    stopped = read_page(release, Filters(source="nobody"))
-    assert (stopped.timed_out, stopped.next) == (True, 70)
-
-
-def test_rows_of_one_prompt_are_found_across_files(tmp_path: Path) -> None:
-    parts = [pa.concat_tables([rows(0, 3), rows(9, 1)]), pa.concat_tables([rows(9, 1, seed=1), rows(20, 2)])]
-    publish_version(Storage(str(tmp_path)), parts=parts)
-    wanted, siblings = read_row(load(f"{tmp_path}/math-sft"), 4)
-    assert wanted["number"] == 4
-    assert [row["number"] for row in siblings] == [3, 4]
-
-
 def test_what_was_left_out_has_examples(client: TestClient) -> None:
     page = text_of(client, f"{POOL}/left-out")
     assert "not JSON" in page
@@ -197,12 +121,10 @@ def test_what_was_left_out_has_examples(client: TestClient) -> None:
     assert "not chosen" in page
 
 
-def test_runs_tell_where_they_are(client: TestClient) -> None:
-    page = text_of(client, "/runs")
-    assert "runningscore 25.0% of 120 tokens, 1 min 15 s left" in page
-    assert "silent" in page
-    assert "damaged heartbeat" in page
-    assert "20250101T000000-dddddddd" in page
+def test_versions_are_told_apart(client: TestClient) -> None:
+    page = text_of(client, "/datasets/pool")
+    assert "grape, keep 1 for one" in page
+    assert "since v0001: target one -> two" in page or "; since v0001: " in page
 
 
 def test_a_damaged_or_missing_object_is_a_sentence(tmp_path: Path) -> None:
@@ -237,7 +159,7 @@ def test_a_damaged_or_missing_object_is_a_sentence(tmp_path: Path) -> None:
         "/datasets/math-sft/v0004/rows/0": (200, "is damaged"),
         "/datasets/math-sft": (200, "is not a tag"),
         "/datasets/math-sft/v0099": (404, "has no version v0099"),
-        "/datasets/math-sft/no-tag": (404, "tags/broken.json is not a tag"),
+        "/datasets/math-sft/no-tag": (404, "has no tag 'no-tag': its tags are broken, latest"),
         "/datasets/nothing": (404, "there is no dataset 'nothing'"),
         "/datasets/statistics/v0001": (200, "not those of a release that this program knows"),
         "/datasets/statistics/v0001/left-out": (200, "not those of a release"),
@@ -313,23 +235,32 @@ def test_it_writes_nothing(client: TestClient, datasets: Path) -> None:
         assert client.request(method, "/").status_code == 405
 
 
-def test_who_may_ask(datasets: Path) -> None:
-    folder = Folder(str(datasets))
-    assert client_of(folder, host="evil.example:8765").get("/").status_code == 421
-    for host in ("localhost:8765", "[::1]:8765", "127.0.0.1"):
-        assert client_of(folder, host=host).get("/").status_code == 200
-    client = client_of(folder, token="right", host="ui.example")
-    for path in ("/", "/static/ui.css", "/datasets/pool/v0001/rows", "/?token=wrong"):
-        assert client.get(path).status_code == 401
-    assert client.get("/", headers={"Authorization": "Bearer right"}).status_code == 200
-    answer = client.get("/datasets/pool?token=right", follow_redirects=False)
-    assert answer.headers["location"] == "/datasets/pool"
-    assert "HttpOnly" in answer.headers["set-cookie"]
-    assert client.get("/datasets/pool").status_code == 200
+def test_head_is_answered_and_a_bad_number_is_a_page(client: TestClient) -> None:
+    for path in ("/", "/datasets/pool", f"{POOL}/rows", "/static/ui.css"):
+        assert client.head(path).status_code == 200
+    for path, sentence in (
+        (f"{POOL}/rows/many", "'number' of this address is 'many': write a whole number from 0 on"),
+        (f"{POOL}/rows?start=-1", "'start' of this address is '-1'"),
+        (f"{POOL}/rows?start={10**30}", "write a whole number from 0 on"),
+        ("/datasets/pool?start=x", "'start' of this address is 'x'"),
+        (f"{POOL}/files?verified=perhaps", "write true or false"),
+        (f"{POOL}/prompt", "this address needs 'id'"),
+    ):
+        assert sentence in text_of(client, path, 422).replace("This address", "this address")
+    assert "write a number such as 0.5" in text_of(client, f"{POOL}/rows?min_weight=nan", 404)
+
+
+def test_versions_come_in_pages(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_pages, "LISTED", 1)
+    first, second = client.get("/datasets/pool").text, client.get("/datasets/pool?start=1").text
+    links = r'<a class="version" href="/datasets/pool/(v\d+)">'
+    assert (re.findall(links, first), re.findall(links, second)) == (["v0002"], ["v0001"])
+    assert "changes since v0001" in first
+    assert ('rel="next"' in first, 'rel="next"' in second) == (True, False)
 
 
 def test_what_nobody_thought_of_is_a_sentence_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "drawing_of", lambda release: 1 / 0)
+    monkeypatch.setattr(version_pages, "drawing_of", lambda release: 1 / 0)
     page = text_of(client, POOL, 500)
     assert "cannot be made (ZeroDivisionError)" in page
 

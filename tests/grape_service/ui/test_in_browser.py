@@ -34,6 +34,7 @@ PAGES = {
     "files": "/datasets/hostile/v0001/files",
     "config": "/datasets/hostile/v0001/config",
     "runs": "/runs",
+    "run": "/runs/20250101T000000-dddddddd",
     "problem": "/datasets/nothing",
 }
 

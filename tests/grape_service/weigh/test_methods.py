@@ -11,6 +11,8 @@ from grape_service.config.methods import WeightsConfig
 from grape_service.weigh.methods import token_weights
 from tests.grape_service.select.test_methods import batch_of
 
+pytestmark = pytest.mark.quick
+
 
 def test_probability_by_hand() -> None:
     batch = batch_of([2, 1], logprob=[math.log(0.5), -20.0, 0.0])

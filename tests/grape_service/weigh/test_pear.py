@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from grape_service.config.methods import WeightsConfig
 from grape_service.errors import UserError
 from grape_service.rows.ragged import offsets_from_lengths
-from grape_service.weigh.pear import WeightTotals, log_ratios, pear_weights, totals_by_group
+from grape_service.weigh.counts import WeighCounts, dataset_factor
+from grape_service.weigh.pear import TokenWeights, WeightTotals, log_ratios, pear_weights, totals_by_group
+
+pytestmark = pytest.mark.quick
 
 WIDE = {"ratio_clip": (-1e6, 1e6), "weight_clip": (-600.0, 600.0)}
 
@@ -231,6 +234,9 @@ def test_totals_add_up():
     assert both.effective_share == pytest.approx(expected)
     assert both.clip_shares() == {"ratio_low": 1 / 6, "ratio_high": 1 / 6, "weight_low": 0, "weight_high": 0}
     assert WeightTotals.from_json(both.to_json()) == both
+    stored = WeightTotals.from_json(both.to_json())  # what is added to it is added to all that it held
+    assert (stored + both).sum == (both + stored).sum == pytest.approx(2 * both.sum, rel=1e-15)
+    assert (stored + WeightTotals()).sum == (WeightTotals() + stored).sum == both.sum
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.randoms(use_true_random=False))
@@ -248,6 +254,34 @@ def test_totals_are_the_same_in_any_order_and_any_batches(lengths, random):
             totals += totals_by_group(pear, offsets, np.zeros(len(batch), dtype=np.int64), 1)[0]
         found.add(totals.sum)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("low", [-80, -30, -10, 3])
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_the_factor_of_a_dataset_makes_the_mean_1_at_any_weight(low, rows):
+    config = WeightsConfig(level="sequence", normalize="dataset", weight_clip=(low, 5), ratio_clip=(-100, 1))
+    ratios, offsets = np.full(2 * rows, -50.0), np.arange(rows + 1) * 2
+    pear = pear_weights(ratios, offsets, config)
+    counts = WeighCounts()
+    half = rows // 2
+    for start, stop in ((0, half), (half, rows)):  # two partitions
+        part = TokenWeights(pear.weights[2 * start : 2 * stop], *(held[start:stop] for held in pear.held()))
+        sources = {"a": totals_by_group(part, np.arange(stop - start + 1) * 2, np.zeros(stop - start, np.int64), 1)[0]}
+        counts += WeighCounts(sources=sources)
+    assert pear.weights.mean() * dataset_factor(counts, config) == pytest.approx(1, rel=1e-12)
+
+
+def test_sums_that_differ_by_many_orders_of_magnitude_are_exact():
+    values = np.array([1e-30, 1e30, 3.0, 1e-300, 2.0**-1074, 1e300])
+    found = set()
+    for order in ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 5, 0, 4, 1, 3]):
+        total = WeightTotals()
+        for value in values[order]:
+            held = np.zeros(1, np.int64)
+            weights = TokenWeights(np.array([value]), held, held, held, held)
+            total += totals_by_group(weights, np.array([0, 1]), held, 1)[0]
+        found.add(total.sum)
+    assert found == {math.fsum(values)}
 
 
 def test_equal_weights_have_an_effective_share_of_1():

@@ -16,7 +16,7 @@ import yaml
 
 from tests import tiny_models
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(300)]
 NOBODY = 54321
 """A uid that no passwd file names."""
 

@@ -14,7 +14,7 @@ from tests import tiny_models
 from tests.jobs import pool_rows, write_jsonl
 from workers.cluster import tasks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(300)]
 MOST = 64 * 2**10
 
 

@@ -16,6 +16,8 @@ from tests.jobs import ROOT, pool_rows, write_jsonl
 from tests.ray_cluster import ray_cluster
 from workers.cluster.ray import IN_CLUSTER
 
+pytestmark = [pytest.mark.long, pytest.mark.alone]
+
 PROGRAM = """
 import ray
 from grape_service.config.loading import load_config

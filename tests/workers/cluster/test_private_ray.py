@@ -21,6 +21,8 @@ from workers.cluster import scratch
 from workers.cluster.ray import need_ray, ray_for, ray_is_up, starting_ray
 from workers.cluster.scratch import MARK, end_leftovers, fits, is_of, places
 
+pytestmark = pytest.mark.alone
+
 NOBODY = 65534
 HOLD = """
 import os, sys, time

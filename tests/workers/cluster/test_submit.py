@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
 
 import grape_service
 from grape_service.config.schema import Config
+from grape_service.errors import UserError
 from tests import tiny_models
 from tests.flows.test_kill_drill import stored_keys
 from tests.jobs import Job, pool_rows, tiny_job
+from tests.prepared_pools import make_config
 from tests.ray_cluster import RayCluster, ray_cluster
-from workers.cluster.jobs import JobRequest, LogBroken, job_server
-from workers.cluster.submit import follow, for_cluster, outcome_in
+from workers.cluster.jobs import JobRequest, JobServer, LogBroken, job_server
+from workers.cluster.submit import COMMANDS, JobForgotten, follow, for_cluster, job_of, outcome_in, submit
+from workers.pipeline import Until
+from workers.stages.provenance import resolved_config
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
 WORKERS = {"shard_tokens": 400, "replicas": 2}
 
 
@@ -112,6 +117,22 @@ def test_detached_stopped_and_failed_jobs(tmp_path: Path, model: str, cluster: R
         failed = job.grape("submit", str(job.config_path), "--address", cluster.address)
         assert failed.returncode == 2, failed.stderr[-2000:]
         assert "nothing" in failed.stderr.strip().splitlines()[-1]
+
+
+def test_ctrl_c_leaves_a_job_that_is_followed(tmp_path: Path, model: str, cluster: RayCluster) -> None:
+    with tiny_job(tmp_path, model, pool_rows(2)) as job:
+        job.environment = cluster.environment
+        following = job.start("submit", str(job.config_path), "--address", cluster.address)
+        assert following.stderr is not None
+        line = next(line for line in following.stderr if line.startswith("job "))
+        name = line.split()[1].rstrip(";")
+        following.send_signal(signal.SIGINT)
+        _, told = following.communicate(timeout=60)
+        assert following.returncode == 130
+        last = told.strip().splitlines()[-1]
+        assert last.startswith(f"error: no longer followed: the job {name} goes on"), told
+        stopped = job.grape("jobs", "stop", name, "--address", cluster.address)
+        assert stopped.stdout.split()[0] == name
 
 
 LINES = """
@@ -208,7 +229,23 @@ def test_local_paths_become_absolute_and_the_job_submits_nothing(
             "name": "x",
             "pool": {"path": "pool/"},
             "target": {"model": "model"},
-            "behavior": {"sources": {"a": {"model": "team/model"}, "b": {"column": "lp"}}},
+            "behavior": {
+                "sources": {
+                    "a": {"model": "team/model"},
+                    "b": {"column": "lp", "policy": {"model": "model"}},
+                    "c": {"model": "team/model", "adapter": "model"},
+                    "people": "none",
+                }
+            },
+            "gather": {
+                "policies": {"d": {"model": "model"}, "e": {"model": "team/model"}, "own": {"model": "model/@latest"}}
+            },
+            "train": {
+                "sft": {"model": "model", "output": "trained"},
+                "rl": {"prompts": {"path": "prompts/*.jsonl"}},
+                "gate": {"pass_at": [1], "prompts": "prompts", "verify": {"method": "exact", "answer": "a"}},
+            },
+            "checks": {"contamination": {"action": "warn", "files": ["tests/a.jsonl", "s3://team/b.jsonl"]}},
             "output": {"path": "s3://team/datasets"},
             "workers": {"ray_address": "http://head:8265", "replicas": 3},
         }
@@ -216,10 +253,79 @@ def test_local_paths_become_absolute_and_the_job_submits_nothing(
     values = for_cluster(config)
     assert values["pool"]["path"] == str(tmp_path / "pool")
     assert values["target"]["model"] == str(tmp_path / "model")
-    assert values["behavior"]["sources"]["a"]["model"] == "team/model"
+    sources, sampled, train = values["behavior"]["sources"], values["gather"]["policies"], values["train"]
+    assert sources["a"]["model"] == sampled["e"]["model"] == "team/model"
+    assert sampled["own"]["model"] == str(tmp_path / "model" / "@latest")
+    here = str(tmp_path / "model")
+    assert sources["b"]["policy"]["model"] == sources["c"]["adapter"] == sampled["d"]["model"] == here
+    assert (train["sft"]["model"], train["sft"]["output"]) == (here, str(tmp_path / "trained"))
+    assert train["rl"]["prompts"]["path"] == str(tmp_path / "prompts/*.jsonl")
+    assert train["gate"]["prompts"] == str(tmp_path / "prompts")
+    assert values["checks"]["contamination"]["files"] == [str(tmp_path / "tests/a.jsonl"), "s3://team/b.jsonl"]
+    told = resolved_config(config)  # of the manifest
+    assert told["gather"]["policies"]["d"]["model"] == told["behavior"]["sources"]["b"]["policy"]["model"] == here
     assert values["output"]["path"] == "s3://team/datasets"
     assert values["workers"] == {"ray_address": "auto", "replicas": 3}
-    assert Config.model_validate(values).behavior == config.behavior
+    assert Config.model_validate(values).gather is not None
+
+
+def test_a_gathering_job_on_a_cluster(tmp_path: Path, model: str, cluster: RayCluster) -> None:
+    with tiny_job(tmp_path, model, [{"prompt": f"{n}+{n}?"} for n in range(3)], workers=WORKERS) as job:
+        job.environment = cluster.environment
+        job.config["workers"] = {**WORKERS, "ray_address": cluster.address}
+        policy = {**job.config["target"], "engine": "transformers", "samples": 2}
+        job.config["gather"] = {"policies": {"self": policy}, "sampling": {"max_tokens": 4}}
+        done = job.grape("gather", str(job.config_path), "--json", timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outcome = orjson.loads(done.stdout)
+        assert (outcome["rows"], outcome["scored"]) == (6, 6)
+        assert f"on {cluster.address}" in done.stderr
+
+
+def test_there_is_a_command_for_each_stage_that_a_run_may_end_at() -> None:
+    assert set(COMMANDS) == {*get_args(Until), "weigh"}
+
+
+class Known(JobServer):
+    """Jobs by id and their states, one after the other."""
+
+    def __init__(self, **states: list[str | None]):
+        super().__init__(None, "http://head:8265", None)
+        self.states = states
+        self.submitted: list[str] = []
+
+    def submit(self, request: JobRequest) -> None:
+        self.submitted.append(request.id)
+
+    def state(self, job_id: str) -> str | None:
+        states = self.states.get(job_id.rpartition("-")[2], [None])
+        return states.pop(0) if len(states) > 1 else states[0]
+
+    def log_parts(self, job_id: str) -> Iterator[str]:
+        return iter(())
+
+
+def test_another_try_of_a_run_has_the_job_of_the_one_before() -> None:
+    config = make_config("pool.jsonl", output={"path": "/out"})
+    ids = []
+    with job_of("5d6f"):
+        for states in ({}, {"1": ["running"]}, {"1": ["failed"], "2": ["succeeded"]}, {"1": ["cancelled"]}):
+            ids.append(submit(config, Known(**states)).job_id)
+        other = submit(config, Known(), command="select").job_id
+        changed = submit(make_config("pool.jsonl", output={"path": "/other"}), Known()).job_id
+    begin = ids[0].removesuffix("-1")
+    assert begin.startswith(f"grape-{config.name}-5d6f-")
+    assert ids == [f"{begin}-1", f"{begin}-1", f"{begin}-2", f"{begin}-2"]
+    assert len({ids[0], other, changed}) == 3  # what is not the same job is not taken for it
+    assert submit(config, Known()).job_id != submit(config, Known()).job_id
+
+
+def test_a_head_that_was_started_again_is_told_from_one_that_never_knew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.cluster.submit.POLL_SECONDS", 0.0)
+    with pytest.raises(UserError, match="knows no job"):
+        follow(Known(), "x-1", lambda text: None)
+    with pytest.raises(JobForgotten, match="was started again and no longer knows the job x-1"):
+        follow(Known(**{"1": ["running", None]}), "x-1", lambda text: None)
 
 
 def test_the_object_is_found_in_a_log() -> None:

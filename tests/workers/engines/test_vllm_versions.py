@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.engines.vllm.versions import CHECKED, of_folder, of_wheel, sentence
+from tests.workers.engines.vllm_names import of_folder, of_wheel
+from workers.engines.vllm.available import CHECKED, version_sentence
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = ROOT / ".venv-vllm"
@@ -18,7 +19,7 @@ ENVIRONMENT = ROOT / ".venv-vllm"
 def test_the_extra_allows_the_versions_that_were_checked() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     first, last = (one.split(".") for one in CHECKED)
-    assert extras["vllm"] == [f"vllm>={first[0]}.{first[1]},<{last[0]}.{int(last[1]) + 1}"]
+    assert extras["vllm"] == ["grape-service[run]", f"vllm>={first[0]}.{first[1]},<{last[0]}.{int(last[1]) + 1}"]
 
 
 def site_packages() -> Path | None:
@@ -60,5 +61,5 @@ def test_a_wheel_that_lacks_a_name_or_a_parameter_is_told(tmp_path: Path) -> Non
 
 
 def test_a_version_that_was_not_checked_is_told_in_a_sentence() -> None:
-    assert sentence("0.32.0+cpu") == "vLLM 0.32.0+cpu, one of the versions 0.26.0 to 0.32.0 that were checked"
-    assert sentence("0.33.0").startswith("vLLM 0.33.0 was not checked: 0.26.0 to 0.32.0 were")
+    assert version_sentence("0.32.0+cpu") == "vLLM 0.32.0+cpu, one of the versions 0.26.0 to 0.32.0 that were checked"
+    assert version_sentence("0.33.0").startswith("vLLM 0.33.0 was not checked: 0.26.0 to 0.32.0 were")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import grape_service
+from grape_service.config.local_paths import resolved_model
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.training import SftSettings
 from grape_service.errors import UserError
@@ -18,9 +19,11 @@ from grape_service.release.manifest import Parents, PolicyUse
 from grape_service.storage.storage import Storage
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
-from workers.training.base_model import base_model, check_local_model, resolved_model
+from workers.training.base_model import base_model, check_local_model
 from workers.training.progress import JobProgress
 from workers.training.request import with_target
+
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,25 @@ def test_progress_is_said_once_for_each_step_that_is_seen(tmp_path: Path) -> Non
     storage.write_json("progress.json", known)
     progress.look(last=True)
     progress.look(last=True)
-    assert len(said) == 1
-    assert said[0].startswith("sft: step 3 of 12, loss 1.235, effective sample size 0.5, ETA ")
+    assert said[0] == "sft: starts"
+    assert len(said) == 2
+    assert said[1].startswith("sft: step 3 of 12, loss 1.235, effective sample size 0.5, ETA ")
     earlier = JobProgress(storage, "sft", time.time() + 100, said.append)
     earlier.look(last=True)
-    assert len(said) == 1
+    assert len(said) == 2
+
+
+def test_before_the_first_step_a_job_says_in_words_what_it_does(tmp_path: Path) -> None:
+    storage, said = Storage(str(tmp_path)), []
+    progress = JobProgress(storage, "rl", time.time() - 1, said.append)
+    progress.look(waits_for="2 GPUs")
+    for known in ({"doing": "loads the model"}, {"doing": "the first step of 9", "notes": ["7 of 8 answers are cut"]}):
+        storage.write_json("progress.json", {**known, "time": time.time()})
+        progress.looked = 0.0
+        progress.look()
+    assert said == [
+        "rl: waits for 2 GPUs",
+        "rl: loads the model",
+        "rl: 7 of 8 answers are cut",
+        "rl: the first step of 9",
+    ]

@@ -61,13 +61,14 @@ def write_release(
     config: dict[str, Any],
     name: str = "tiny",
     parents: Parents | None = None,
+    schema: pa.Schema = SCHEMA,
 ) -> str:
     """Publish the rows as a release under `folder`; returns its reference."""
     storage = Storage(str(folder))
     claim = claim_version(storage, name)
-    entry = write_part(storage, claim.folder, 0, SCHEMA, [pa.Table.from_pylist(rows, schema=SCHEMA)])
+    entry = write_part(storage, claim.folder, 0, schema, [pa.Table.from_pylist(rows, schema=schema)])
     fields = ManifestFields(content_digest=f"{len(rows)}", config=config, tags=["latest"], parents=parents or Parents())
-    return publish(storage, claim, SCHEMA, [entry], fields).reference
+    return publish(storage, claim, schema, [entry], fields).reference
 
 
 def slow_weights(target: list[float], behavior: list[float], config: WeightsConfig) -> list[float]:

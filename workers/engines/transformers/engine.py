@@ -26,12 +26,18 @@ from grape_service.rows.statistics import LOGPROB, ordered
 from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.token_statistics import token_statistics
 from workers.engines.transformers import packed_attention
-from workers.engines.transformers.causal_model import CausalModel, LengthDependentRope, is_out_of_memory, load_model
+from workers.engines.transformers.causal_model import (
+    CausalModel,
+    LengthDependentRope,
+    device_of,
+    engine_args,
+    is_out_of_memory,
+    load_model,
+)
 from workers.engines.transformers.packing import PackedBatch, pack
 
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 LOGITS_CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
-ENGINE_ARGS = ("max_batch_tokens", "logits_chunk_rows", "device")
 
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 PROBE_ROWS = 5
@@ -60,8 +66,8 @@ class TransformersEngine:
         `probe_rows` is how many rows tell whether the model takes packed batches, from 2 on.
         Raises UserError where the policy asks for what this engine cannot do.
         """
-        args = _engine_args(policy)
-        device = torch.device(args.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        args = engine_args(policy)
+        device = device_of(args)
         if os.environ.get("OMP_NUM_THREADS", "").isdigit():
             torch.set_num_threads(max(int(os.environ["OMP_NUM_THREADS"]), 1))
         kind = "cpu" if device.type == "cpu" else "cuda"
@@ -129,6 +135,10 @@ class TransformersEngine:
         self.max_batch_tokens = max(self.max_batch_tokens // 2, 1)
         raise OutOfMemory(reason)
 
+    def divides(self, lengths: Int64s) -> npt.NDArray[np.bool_]:
+        """See `Engine.divides`: those whose rotary frequencies do not depend on their length."""
+        return self._rope.kinds(lengths) == 0
+
     def close(self) -> None:
         """Free the model's memory."""
         self._model.close()
@@ -149,8 +159,10 @@ class TransformersEngine:
                 logits = logits.float() if temperature == 1.0 else logits.float() / temperature
                 scores_LS[chunk, 0] = -torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
             else:
-                heat = None if temperature == 1.0 else torch.full_like(targets[chunk], temperature, dtype=torch.float32)
-                scores_LS[chunk] = token_statistics(logits, targets[chunk], heat, names)
+                divisors = (
+                    None if temperature == 1.0 else torch.full_like(targets[chunk], temperature, dtype=torch.float32)
+                )
+                scores_LS[chunk] = token_statistics(logits, targets[chunk], divisors, names)
         return scores_LS.cpu().numpy()
 
     def _hidden_states(self, packed: PackedBatch) -> torch.Tensor:
@@ -262,18 +274,6 @@ def _probe(vocab_size: int, num_rows: int) -> TokenBatch:
     rows = [prefix + random.integers(0, vocab_size, length).tolist() for length in (9, 1, 5, 9)]
     rows.append(random.integers(0, vocab_size, 12).tolist())
     return TokenBatch.from_rows([(row, [False] + [True] * (len(row) - 1)) for row in rows[:num_rows]])
-
-
-def _engine_args(policy: PolicyConfig) -> dict[str, Any]:
-    """The policy's engine_args that are this engine's. Raises UserError for what this engine cannot do."""
-    if policy.quantization is not None:
-        raise UserError(f"quantization: {policy.quantization} needs engine: vllm; the transformers engine has none")
-    if policy.tensor_parallel > 1:
-        raise UserError("tensor_parallel needs engine: vllm; the transformers engine takes one device")
-    unknown = sorted(set(policy.engine_args) - set(ENGINE_ARGS))
-    if unknown and policy.engine == "transformers":
-        raise UserError(f"engine_args has no '{unknown[0]}' for transformers: it takes {', '.join(ENGINE_ARGS)}")
-    return {name: value for name, value in policy.engine_args.items() if name in ENGINE_ARGS}
 
 
 def _without_bad_rows(scores_LS: npt.NDArray[np.float32], batch: TokenBatch) -> npt.NDArray[np.float32]:

@@ -86,7 +86,7 @@ def load_adapter(folder: str) -> LoraAdapter:
             halves.setdefault(match[1], {})[match[2]] = tensor
         elif ".lora_" in name:
             raise UserError(
-                f"the adapter {folder} holds {key}, which is no pair of LoRA matrices: use engine: transformers for it"
+                f"the adapter {folder} holds {key}, which is not a pair of LoRA matrices: use engine: transformers"
             )
         else:
             replaced[name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")] = tensor

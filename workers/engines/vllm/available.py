@@ -1,12 +1,16 @@
-"""Whether vLLM is here and runs a model."""
+"""Whether vLLM is here, runs a model and is a version that was checked."""
 
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from grape_service.errors import UserError
+
+CHECKED = ("0.26.0", "0.32.0")
+"""First and last version whose source has what the engine uses; tests/workers/engines/vllm_names.py reads it."""
 
 
 def vllm_available_for(folder: str) -> tuple[bool, str]:
@@ -36,3 +40,15 @@ def model_architecture(folder: str) -> str:
     if not architectures:
         raise UserError(f"{path} names no architectures: add the model's class, such as LlamaForCausalLM")
     return str(architectures[0])
+
+
+def version_sentence(version: str) -> str:
+    """Which version is there and which were checked."""
+    here = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    first, last = (tuple(int(part) for part in one.split(".")) for one in CHECKED)
+    if first <= here <= last:
+        return f"vLLM {version}, one of the versions {CHECKED[0]} to {CHECKED[1]} that were checked"
+    return (
+        f"vLLM {version} was not checked: {CHECKED[0]} to {CHECKED[1]} were; if its scoring head does not start, "
+        "scores are made through prompt_logprobs"
+    )

@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import queue
-import threading
 import time
 import traceback
 from collections import deque
@@ -24,10 +23,11 @@ import numpy.typing as npt
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
-from grape_service.rows.ragged import TokenBatch
+from grape_service.rows.ragged import Int64s, TokenBatch
 from grape_service.rows.statistics import LOGPROB, ordered
 from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.vllm.available import model_architecture
+from workers.engines.vllm.threaded import ThreadedVllm, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class _Job:
         return int(self.batch.offsets[row + 1] - self.batch.offsets[row] - self.batch.prompt_lens[row])
 
 
-class VllmEngine:
+class VllmEngine(ThreadedVllm[_Job]):
     """Scores sequences under one policy with vLLM; see `workers.engines.base.Engine`."""
 
     def __init__(
@@ -88,19 +88,13 @@ class VllmEngine:
         self._folder = folder
         self._max_batch_tokens = max_batch_tokens
         self._is_wrapped = is_wrapped
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closed = False
         self._waiting: deque[tuple[_Job, int, bool]] = deque()  # job, row, whether the prefix cache may be read
         self._running: dict[str, tuple[_Job, int, bool]] = {}  # the same, by request id
         self._ids = itertools.count()
-        self._broken: Exception | None = None
         self._held_tokens = 0
         self._tokens = self._cached = self._rescored = self._out_of_memory = 0
         self._seconds = 0.0
-        started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="vllm", daemon=True)
-        self._thread.start()
-        started.result()
+        super().__init__()
 
     @property
     def description(self) -> EngineDescription:
@@ -119,8 +113,6 @@ class VllmEngine:
         is prompt_logprobs. After OutOfMemory the engine's steps are half as large and it can be used again.
         """
         names = ordered(names)
-        if self._broken is not None:
-            raise RuntimeError(f"the vLLM engine stopped: {self._broken}") from self._broken
         if len(batch) == 0:
             return {name: np.empty(0, dtype=np.float32) for name in names}
         if len(names) > 1 and self._description.path != "head":
@@ -139,23 +131,20 @@ class VllmEngine:
                 f"a row of {longest} tokens is longer than the {self._core.max_row_tokens} tokens that "
                 f"{self._policy.model} takes: set render.max_tokens to the model's length"
             )
-        job = _Job(batch, temperature, names)
-        self._inbox.put(job)
-        scores_LS = job.answer.result()
+        scores_LS = self._answer(_Job(batch, temperature, names))
         return {name: np.ascontiguousarray(scores_LS[:, place]) for place, name in enumerate(names)}
 
     num_callers = 2
     """Threads that may be in `score` at once: their rows share steps, so that none runs half empty."""
 
     @property
-    def is_usable(self) -> bool:
-        """False once a step failed in a way that leaves the cache's content unknown."""
-        return self._broken is None
-
-    @property
     def max_batch_tokens(self) -> int:
         """Tokens of one step."""
         return self._step_tokens
+
+    def divides(self, lengths: Int64s) -> npt.NDArray[np.bool_]:
+        """See `Engine.divides`: all, as vLLM's rotary frequencies are those of the longest row that it takes."""
+        return np.ones(len(lengths), dtype=bool)
 
     def forget_cached_prompts(self) -> None:
         """Empty the prefix cache between two measurements. Not while a call of `score` is running."""
@@ -173,34 +162,22 @@ class VllmEngine:
             "out_of_memory": float(self._out_of_memory),
         }
 
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(None)
-            self._thread.join()
-
     # What follows runs in the engine's own thread.
 
-    def _run(self, started: Future[None]) -> None:
+    def _step(self) -> bool:
+        if not self._take_jobs():
+            return False
+        begun = time.monotonic()
         try:
-            self._start()
-        except BaseException as error:
-            started.set_exception(_out_of_memory(error) or error)
-            return
-        started.set_result(None)
-        while self._broken is None and self._take_jobs():
-            begun = time.monotonic()
-            try:
-                self._fill()
-                for ended in self._core.step():
-                    self._take_values(*ended)
-            except Exception as error:
-                self._give_up(error)
-            self._seconds += time.monotonic() - begun
-        self._broken = self._broken or RuntimeError("the engine was closed")
-        while not self._inbox.empty():
-            if (job := self._inbox.get()) is not None:
-                job.answer.set_exception(self._broken)
+            self._fill()
+            for ended in self._core.step():
+                self._take_values(*ended)
+        except Exception as error:
+            self._give_up(error)
+        self._seconds += time.monotonic() - begun
+        return True
+
+    def _shut_down(self) -> None:
         self._core.shut_down()
 
     def _start(self) -> None:
@@ -245,7 +222,7 @@ class VllmEngine:
             try:
                 self._core = head.start_with_head(architecture, adapter, head_options, settings)
             except Exception as error:
-                if isinstance(error, UserError) or _out_of_memory(error):
+                if isinstance(error, UserError) or out_of_memory(error):
                     raise
                 if head.NOT_FINITE in str(error):  # said by a worker process
                     raise UserError(f"model '{self._policy.model}': its files hold {head.NOT_FINITE}") from None
@@ -267,7 +244,7 @@ class VllmEngine:
             version=head.VERSION,
             model=self._policy.model,
             dtype=self._policy.dtype,
-            quantization=self._policy.quantization,
+            quantization=self._policy.quantization or self._policy.quantised_by,
             path="head" if why_not is None else "prompt_logprobs",
             device=torch.cuda.get_device_name() if cuda else "cpu",
             extra={
@@ -323,25 +300,24 @@ class VllmEngine:
             job.answer.set_result(job.scores)
 
     def _give_up(self, error: Exception) -> None:
-        """A step failed: every call in flight fails with it. After OutOfMemory the engine goes on, else it is done."""
+        """Every call in flight fails with its step. Raises unless the engine goes on, as after most OutOfMemory."""
         jobs = {id(job): job for job, _, _ in (*self._waiting, *self._running.values())}
         running = list(self._running)
         self._waiting.clear()
         self._running.clear()
         self._held_tokens = 0
         traceback.clear_frames(error.__traceback__)  # they hold the model, its cache and what the step had made
-        full = _out_of_memory(error)
+        full = out_of_memory(error)
         if full is None or self._step_tokens // 2 < MIN_STEP_TOKENS:
-            self._broken = error
-        else:
-            self._out_of_memory += 1
-            try:
-                self._shrink(running)
-            except Exception as second:
-                log.warning("vLLM did not start again after it ran out of memory: %s", second)
-                self._broken = second
+            raise error
+        self._out_of_memory += 1
+        try:
+            self._shrink(running)
+        except Exception as second:
+            log.warning("vLLM did not start again after it ran out of memory: %s", second)
+            raise OutOfMemory(f"{second}, when vLLM was started again after: {full}".replace("\n", " ")) from second
         for job in jobs.values():
-            job.answer.set_exception(full or error)
+            job.answer.set_exception(full)
 
     def _shrink(self, running: list[str]) -> None:
         """After running out of memory: half as many tokens per step, and a clean cache."""
@@ -376,11 +352,3 @@ def prepare_environment() -> None:
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def _out_of_memory(error: BaseException) -> OutOfMemory | None:
-    """The error as OutOfMemory if that is what it says."""
-    text = str(error).lower()
-    if "out of memory" in text or "can't allocate memory" in text:
-        return OutOfMemory(str(error).splitlines()[0])
-    return None

@@ -35,6 +35,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from grape_service.errors import UserError
 from grape_service.models.weights import unwrapped
 from grape_service.rows.statistics import LOGPROB, ordered
+from grape_service.storage.options import StorageOptions
 from workers.engines.token_statistics import token_statistics
 from workers.engines.transformers.lora_merge import load_adapter
 
@@ -50,7 +51,7 @@ HEAD_CHUNK_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 PROMPT_LOGPROBS_TOKENS = 1024
 """Tokens of a row that vLLM's prompt_logprobs take in one step: it makes logits and float32 copies of them for all at
-once, 10 bytes a token and entry of the vocabulary, in memory that it has not set aside: for 16,384 tokens 25 GB."""
+once, 10 bytes a token and entry of the vocabulary, in memory that it has not reserved: for 16,384 tokens 25 GB."""
 
 NOT_FINITE = "values that are not finite (NaN or infinity)"
 
@@ -148,7 +149,8 @@ class ScoringPooler(Pooler):
         begins = ends - counts
         step_starts = np.cumsum(counts) - counts
 
-        rows, targets, spans, heat = [], [], [], []
+        rows, targets, spans = [], [], []
+        temperatures, numbers = [], []  # of each request, and of its rows
         names = ordered(name for request in requests for name in request.get("statistics", ()))
         scored = 0
         for i, request in enumerate(requests):
@@ -156,7 +158,8 @@ class ScoringPooler(Pooler):
             low, high = np.searchsorted(positions, (begins[i], ends[i]))
             rows.append(positions[low:high] + (step_starts[i] - begins[i]))
             targets.append(np.frombuffer(request["targets"], dtype=np.int32)[low:high])
-            heat.append((request.get("temperature", 1.0), high - low))
+            temperatures.append(request.get("temperature", 1.0))
+            numbers.append(high - low)
             spans.append((low, scored, scored + high - low, len(positions)))
             scored += high - low
         with torch.profiler.record_function("scoring head"):
@@ -164,7 +167,7 @@ class ScoringPooler(Pooler):
                 hidden_states,
                 np.concatenate(rows),
                 np.concatenate(targets),
-                np.repeat(*map(np.asarray, zip(*heat, strict=True))) if any(t != 1.0 for t, _ in heat) else None,
+                np.repeat(temperatures, numbers) if any(one != 1.0 for one in temperatures) else None,
                 names,
             )
         if scores_LS is None:  # a tensor-parallel rank that the logits are not gathered to
@@ -214,8 +217,8 @@ class ScoringPooler(Pooler):
             logits = self._compute_logits(hidden_states.index_select(0, wanted[0, chunk]))
             if logits is None:
                 return None
-            heat = None if temperatures is None else temperatures[chunk]
-            scores_LS[chunk] = token_statistics(logits, wanted[1, chunk], heat, names)
+            of_chunk = None if temperatures is None else temperatures[chunk]
+            scores_LS[chunk] = token_statistics(logits, wanted[1, chunk], of_chunk, names)
         return scores_LS
 
     def _chunk_rows(self, device: torch.device) -> int:
@@ -354,7 +357,7 @@ def why_no_head(architecture: str) -> str | None:
 
 
 def start_with_head(
-    architecture: str, adapter: str | None, options: dict[str, Any], settings: dict[str, Any]
+    architecture: str, adapter: str | None, options: StorageOptions, settings: dict[str, Any]
 ) -> VllmCore:
     """vLLM with the scoring head. `options` are the head's (chunk_bytes), `settings` vLLM's EngineArgs."""
     # The class itself: given a name alone, vLLM starts a process to look at it, which takes many seconds.

@@ -6,85 +6,37 @@ Trainers work in a local folder. Where the output is on S3, each whole checkpoin
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-import struct
 from pathlib import Path
-from typing import Any
 
 from grape_service.errors import StageError, UserError
+from grape_service.models.whole import MARKER, CheckpointFacts, CheckpointFile, check_whole
 from grape_service.storage.storage import Storage, json_bytes
+from workers.training.trainers.card import CARD, card
 
-MARKER = "complete.json"
 PROGRESS_FILE = "progress.json"
 """Where a job of our own trainers is: step, steps, loss, ess, reward, seconds_left, time."""
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+ERROR_FILE = "error.json"
+"""What a job of our own trainers said that the user can correct: error, time."""
 DIGEST_LIMIT = 64 * 2**20
 """Files up to this size are listed with their sha256; of larger ones the size is checked."""
 
 
-def mark_whole(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the marker of a checkpoint folder: its files and `facts` (what it was made from)."""
-    files = {}
+def mark_whole(folder: Path, facts: CheckpointFacts) -> None:
+    """Write the card and, last, the marker of a checkpoint folder: its files and `facts` (what it was made from).
+
+    Files get the folder's permissions: weights are written for their owner alone, whoever else may read the folder.
+    """
+    (folder / CARD).write_text(card(facts), encoding="utf-8")
+    files: dict[str, CheckpointFile] = {}
+    mode = folder.stat().st_mode & 0o666
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MARKER:
+            path.chmod(mode)
             size = path.stat().st_size
             digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= DIGEST_LIMIT else None
             files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
     Storage(str(folder)).write(MARKER, json_bytes({**facts, "files": files}))
-
-
-def check_whole(storage: Storage) -> dict[str, Any]:
-    """The marker's facts if the checkpoint in this folder is whole; raises StageError that says what is missing.
-
-    A folder without our marker (another trainer wrote it) is whole when it holds a model's config and
-    weights, every safetensors file is as long as its header says, and every shard of an index is there.
-    """
-    if storage.exists(MARKER):
-        facts = storage.read_json(MARKER)
-        present = {info.path: info.size for info in storage.list()}
-        for name, expected in facts["files"].items():
-            if present.get(name) != expected["size"]:
-                found = "is missing" if name not in present else f"has {present[name]} bytes"
-                raise StageError(f"the checkpoint {storage.root} is not whole: {name} {found}, not {expected['size']}")
-            if expected["sha256"] and hashlib.sha256(storage.read(name)).hexdigest() != expected["sha256"]:
-                raise StageError(f"the checkpoint {storage.root} is not whole: {name} has other contents than recorded")
-        return facts
-    return _check_foreign(storage)
-
-
-def _check_foreign(storage: Storage) -> dict[str, Any]:
-    sizes = {info.path: info.size for info in storage.list() if "/" not in info.path}
-    if not {"config.json", "adapter_config.json"} & set(sizes):
-        raise StageError(
-            f"there is no checkpoint in {storage.root}: neither config.json nor adapter_config.json is there"
-        )
-    weights = [name for name in sizes if name.endswith(WEIGHT_SUFFIXES)]
-    expected: set[str] = set()
-    for name in sizes:
-        if name.endswith(".index.json"):
-            expected |= set(storage.read_json(name).get("weight_map", {}).values())
-    if not weights or expected - set(sizes):
-        lacking = ", ".join(sorted(expected - set(sizes))) or "its weights"
-        raise StageError(f"the checkpoint {storage.root} is not whole: {lacking} are missing")
-    for name in weights:
-        if name.endswith(".safetensors") and sizes[name] != _safetensors_size(storage, name):
-            raise StageError(f"the checkpoint {storage.root} is not whole: {name} is cut off at {sizes[name]} bytes")
-    return {}
-
-
-def _safetensors_size(storage: Storage, name: str) -> int:
-    """Length that a safetensors file should have by its header; -1 if the header itself is cut off."""
-    with storage.open(name) as file:
-        start = file.read(8)
-        if len(start) < 8:
-            return -1
-        (length,) = struct.unpack("<Q", start)
-        header = file.read(length) if length < 2**28 else b""
-    if len(header) != length:
-        return -1
-    tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
-    return 8 + length + max((tensor["data_offsets"][1] for tensor in tensors), default=0)
 
 
 def is_whole(storage: Storage) -> bool:
@@ -101,9 +53,13 @@ def step_folders(storage: Storage) -> list[str]:
     return sorted(names, key=lambda name: -int(name.removeprefix("checkpoint-")))
 
 
-def last_whole(storage: Storage) -> str | None:
-    """Name of the newest whole checkpoint of a trainer's folder."""
-    return next((name for name in step_folders(storage) if is_whole(storage.sub(name))), None)
+def last_whole(storage: Storage, inputs: str | None = None) -> str | None:
+    """Name of the newest whole checkpoint of a trainer's folder; with `inputs`, of those made of these."""
+    return next((name for name in step_folders(storage) if _is_whole_of(storage.sub(name), inputs)), None)
+
+
+def _is_whole_of(storage: Storage, inputs: str | None) -> bool:
+    return is_whole(storage) and (inputs is None or storage.read_json(MARKER).get("inputs") == inputs)
 
 
 def upload(folder: Path, storage: Storage) -> None:

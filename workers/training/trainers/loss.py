@@ -2,7 +2,7 @@
 
     loss = sum_i w_i * l_i / (tokens with loss in the global batch),   l = -log p  or  -p log p (DFT)
 
-`pear_weights` is grape_service.weigh.pear in torch, for weights that are recomputed at each step.
+Weights that are recomputed at each step are made by the twin in torch of their method (grape_service/methods/weights).
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from grape_service.config.methods import WeightsConfig
+from grape_service.methods import WEIGHTS
+from grape_service.methods.weights.pear import pear_weights_n
+
+__all__ = ["LossTotals", "online_weights_n", "pear_weights_n", "token_losses_n"]
 
 
 def token_losses_n(log_probs_n: Tensor, base_loss: str) -> Tensor:
@@ -22,60 +26,11 @@ def token_losses_n(log_probs_n: Tensor, base_loss: str) -> Tensor:
     return -log_probs_n
 
 
-def pear_weights_n(target_n: Tensor, behavior_n: Tensor, sequence_n: Tensor, config: WeightsConfig) -> Tensor:
-    """PEAR weights [n], float32, without gradient (arXiv 2602.01058, section 3).
-
-    `target_n`, `behavior_n`: log-probabilities; NaN in `behavior_n` is a ratio that is not known, whose delta is 0.
-    `sequence_n`: the response of each token, ascending. All n tokens are tokens with loss.
-    """
-    ratios_n = target_n.detach().double() - behavior_n.double()
-    known_n = ~ratios_n.isnan()
-    ratios_n = ratios_n.nan_to_num(0.0)
-    _, row_n, lengths_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
-    num_rows = len(lengths_s)
-
-    def row_sums_s(values_n: Tensor) -> Tensor:
-        return torch.zeros(num_rows, dtype=torch.float64, device=values_n.device).index_add_(0, row_n, values_n)
-
-    if config.center == "sequence":
-        means_s = row_sums_s(ratios_n) / row_sums_s(known_n.double()).clamp(min=1)
-        ratios_n = ratios_n - means_s[row_n]
-    delta_n = ratios_n.clamp(*config.ratio_clip) * known_n
-
-    ends_s = lengths_s.cumsum(0)
-    last_n = (ends_s - 1)[row_n]
-    running_n = delta_n.cumsum(0)
-    if config.level == "sequence":
-        log_weights_n = row_sums_s(delta_n)[row_n]
-    else:
-        start_n = (ends_s - lengths_s)[row_n]
-        size = config.block_size if config.level == "block" else 1
-        block_n = (torch.arange(len(delta_n), device=delta_n.device) - start_n) // size
-        block_end_n = torch.minimum(start_n + (block_n + 1) * size - 1, last_n)
-        log_gamma = torch.log(torch.tensor(config.gamma, dtype=torch.float64)).item()
-        log_weights_n = (last_n - block_end_n) * log_gamma + running_n[last_n] - running_n[block_end_n]
-    weights_n = log_weights_n.clamp(*config.weight_clip).exp()
-    if config.normalize == "sequence":
-        weights_n = weights_n * (lengths_s / row_sums_s(weights_n))[row_n]
-    return weights_n.float()
-
-
 def online_weights_n(target_n: Tensor, behavior_n: Tensor, sequence_n: Tensor, config: WeightsConfig) -> Tensor:
-    """Weights [n] of a method that the trainer can make again from the model's own log p, as `pear_weights_n`.
-
-    probability: the token's probability under the model that is trained, which makes nll the loss of DFT.
-    """
-    if config.method == "pear":
-        return pear_weights_n(target_n, behavior_n, sequence_n, config)
-    assert config.method == "probability", "settings are checked before training"
-    weights_n = target_n.detach().double().clamp(*config.weight_clip).exp()
-    if config.normalize == "sequence":
-        _, row_n, lengths_s = torch.unique_consecutive(sequence_n, return_inverse=True, return_counts=True)
-        sums_s = torch.zeros(len(lengths_s), dtype=torch.float64, device=weights_n.device).index_add_(
-            0, row_n, weights_n
-        )
-        weights_n = weights_n * (lengths_s / sums_s)[row_n]
-    return weights_n.float()
+    """Weights [n] of a method that the trainer can make again from the model's own log p, as `pear_weights_n`."""
+    online = WEIGHTS[config.method].online
+    assert online is not None, "settings are checked before training"
+    return online(target_n, behavior_n, sequence_n, config)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,20 +11,24 @@ import orjson
 
 from grape_service.config.training import RewardSettings
 from grape_service.errors import UserError
+from workers.training.reward_functions import RewardFunction, imported
 
-Reward = Callable[..., list[float | None]]
+Reward = Callable[..., list[float]]
 """As TRL calls it: prompts, completions and each further column as lists of one length."""
 
 
 def reward_function(settings: RewardSettings, number: int) -> Reward:
-    """The function of a reward, named for the logs. Raises UserError where a function cannot be imported."""
+    """The function of a reward, named for the logs. Raises UserError where a function cannot be imported, and when it
+    raises or gives no finite number."""
     judge = _judge(settings)
 
-    def reward(prompts: list[Any], completions: list[Any], row: list[str], **_: Any) -> list[float | None]:
-        rows = [orjson.loads(text) for text in row]
+    def reward(
+        prompts: list[Any], completions: list[Any], row: list[str], messages: list[str] | None = None, **_: Any
+    ) -> list[float]:
+        asked = prompts if messages is None else [orjson.loads(text) for text in messages]
         return [
-            float(judge(prompt, response_text(completion), values))
-            for prompt, completion, values in zip(prompts, completions, rows, strict=True)
+            float(judge(prompt, response_text(completion), orjson.loads(values)))
+            for prompt, completion, values in zip(asked, completions, row, strict=True)
         ]
 
     reward.__name__ = f"{settings.type}_{number}" if number else settings.type
@@ -38,14 +42,39 @@ def response_text(completion: Any) -> str:
     return "".join(message.get("content") or "" for message in completion)
 
 
-def _judge(settings: RewardSettings) -> Callable[[Any, str, dict[str, Any]], float]:
+def _judge(settings: RewardSettings) -> RewardFunction:
     if settings.type == "function":
         assert settings.function is not None
-        return imported(settings.function)
+        return _checked(settings.function, imported(settings.function))
     if settings.type == "math":
         return lambda prompt, response, row: math_correct(response, str(row[settings.answer_column]))
     pattern = re.compile(settings.pattern) if settings.pattern else None
     return lambda prompt, response, row: exact_match(response, str(row[settings.answer_column]), pattern)
+
+
+def _checked(path: str, function: RewardFunction) -> RewardFunction:
+    """A user's function whose mistakes are told, with the answer that it was asked about."""
+
+    def judge(prompt: Any, response: str, row: dict[str, Any]) -> float:
+        of = f"train.rl.rewards: '{path}'"
+        asked = f"of the answer {response[:80]!a}"
+        try:
+            found = function(prompt, response, row)
+        except Exception as error:
+            raise UserError(f"{of} raised {type(error).__name__} {asked}: {_first_line(error)}") from error
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            raise UserError(f"{of} gave a {type(found).__name__} {asked}: it has to give a number") from None
+        if isinstance(found, str) or not math.isfinite(value):
+            raise UserError(f"{of} gave {found!r} {asked}: it has to give a finite number")
+        return value
+
+    return judge
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def math_correct(response: str, answer: str) -> float:
@@ -65,15 +94,3 @@ def exact_match(response: str, answer: str, pattern: re.Pattern[str] | None) -> 
             return 0.0
         response = matches[-1].group(1 if pattern.groups else 0)
     return float(response.strip() == answer.strip())
-
-
-def imported(path: str) -> Callable[..., float]:
-    """The function at module:name. Raises UserError."""
-    module_name, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"train.rl.rewards: '{path}' cannot be imported: {error}") from None
-    if not callable(function):
-        raise UserError(f"train.rl.rewards: '{path}' is no function")
-    return function

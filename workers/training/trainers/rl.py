@@ -13,13 +13,21 @@ from typing import Any
 
 import orjson
 
-import grape_service
-from grape_service.config.training import RlSettings, RlTask, require_train_extra
+from grape_service.config.training import RlSettings, RlTask, SftSettings, require_train_extra
 from grape_service.errors import UserError
+from grape_service.json_types import JsonObject
+from grape_service.models.whole import CheckpointFacts
+from grape_service.release.load import load_training_set
+from workers.training.base_model import check_tokenizer
+from workers.training.batch_split import split_of
+from workers.training.inputs import release_digest, resolved_model_inputs, rl_inputs
 from workers.training.trainers.task_file import main
 
+FORMAT = 3
+"""Raised when the same inputs come to give another model."""
 
-def run_rl(task: RlTask) -> dict[str, Any]:
+
+def run_rl(task: RlTask) -> CheckpointFacts:
     """Train, from the last whole checkpoint in the output folder if there is one; returns the final facts.
 
     Raises UserError for settings that do not fit the prompts, the machine or the number of processes.
@@ -27,53 +35,79 @@ def run_rl(task: RlTask) -> dict[str, Any]:
     settings = task.settings
     require_train_extra(*(["math_verify"] if any(reward.type == "math" for reward in settings.rewards) else []))
     from datasets import Dataset
-    from trl import GRPOTrainer
 
+    from workers.training.trainers import output as outputs
     from workers.training.trainers import session
+    from workers.training.trainers.grpo import PromptedGRPOTrainer
     from workers.training.trainers.prompts import rl_prompts
+    from workers.training.trainers.rendering import prompt_tokens, renderer_of
+    from workers.training.trainers.reports import reported
     from workers.training.trainers.rewards import reward_function
 
-    release = grape_service.load(task.dataset, task.storage)
-    run_config = release.manifest.config
-    output = session.Output(task.output, task.storage)
-    model = session.local_model(task.checkpoint, settings, task.storage)
-    tokenizer = session.load_tokenizer(model, settings, run_config)
-    prompts = rl_prompts(release, settings, task.storage)
-    facts = {
+    release = load_training_set(task.dataset, task.storage)
+    system_prompt, render = release.manifest.rendered_with
+    files = session.local_model(task.checkpoint, settings.revision, settings, task.storage)
+    facts: CheckpointFacts = {
         "stage": "rl",
         "dataset": release.reference,
         "run": task.run,
         "model": task.checkpoint,
         "settings": settings.model_dump(mode="json"),
-        "prompts": len(prompts),
     }
-    trainer = GRPOTrainer(
-        model=model,
+    inputs: JsonObject = {"stage": facts["stage"], "dataset": facts["dataset"], "settings": facts["settings"]}
+    inputs |= {"format": FORMAT, "release": release_digest(release), "model_files": resolved_model_inputs(files)}
+    inputs |= rl_inputs(settings, None, task.storage)
+    output = outputs.Output(task.output, task.storage, inputs)
+    output.doing("reads the prompts")
+    tokenizer = session.load_tokenizer(files.folder, settings, render)
+    if settings.prompts is None:
+        trusted = SftSettings(trust_remote_code=settings.trust_remote_code)
+        check_tokenizer(release, task.checkpoint, files.folder, trusted)
+    prompts = rl_prompts(release, settings, task.storage)
+    renderer = renderer_of(files.folder, tokenizer, settings, (system_prompt, render), output.note)
+    if renderer is None and settings.prompts is not None:
+        raise UserError(f"train.rl.prompts: {task.checkpoint} cannot render them: {output.notes[-1]}")
+    ids, others = prompt_tokens(prompts, renderer)
+    if others:
+        output.note(
+            f"{others:,} of {len(ids):,} prompts render otherwise with the template of {task.checkpoint}: they are "
+            "asked in the tokens of the release"
+        )
+    examples = [_example(prompt, tokenizer, system_prompt) for prompt in prompts]
+    output.doing("loads the model")
+    facts |= {"inputs": output.inputs, "prompts": len(prompts)}
+    trainer = PromptedGRPOTrainer(
+        renderer=renderer,
+        output=output,
+        model=files.folder,
         reward_funcs=[reward_function(reward, number) for number, reward in enumerate(settings.rewards)],
-        args=grpo_arguments(settings, output, run_config),
-        train_dataset=Dataset.from_list([_example(prompt, tokenizer, run_config) for prompt in prompts]),
+        args=grpo_arguments(settings, output, sorted(renderer.stop_ids) if renderer else []),
+        train_dataset=Dataset.from_list(
+            [_trl_row(example, tokens, tokenizer) for example, tokens in zip(examples, ids, strict=True)]
+        ),
         processing_class=tokenizer,
         peft_config=session.lora_config(settings),
-        callbacks=[session.WholeCheckpoints(output, facts), session.MetricsFile(output), session.Progress(output)],
+        callbacks=outputs.callbacks(output, facts),
     )
-    trainer.train(resume_from_checkpoint=output.resume_from())
+    with reported(trainer, output, facts, release):
+        trainer.train(resume_from_checkpoint=output.resume_from())
     return session.save_final(trainer, settings, output, facts)
 
 
-def grpo_arguments(settings: RlSettings, output: Any, run_config: dict[str, Any]) -> Any:
-    """Our settings in TRL's words. Raises UserError where the answers of a step cannot be split evenly."""
+def grpo_arguments(settings: RlSettings, output: Any, stop_ids: list[int]) -> Any:
+    """Our settings in TRL's words; `stop_ids` end an answer. Raises UserError where the answers of a step cannot be
+    split evenly."""
     import torch
     from trl import GRPOConfig
 
     from workers.training.trainers import session
 
-    answers = settings.prompts_per_step * settings.num_generations
-    micro_batch_size, accumulation = session.split_batch(answers, settings.micro_batch_size, session.num_processes())
+    micro_batch_size, accumulation = split_of(settings, session.num_processes())
     on_gpu = settings.device == "auto" and torch.cuda.is_available()
     has_vllm = importlib.util.find_spec("vllm") is not None
     if settings.rollouts == "vllm" and not (on_gpu and has_vllm):
         raise UserError("train.rl.rollouts: vllm needs a GPU and vLLM in the job's environment; use transformers")
-    template_kwargs = (run_config.get("render") or {}).get("template_kwargs") or None
+    use_vllm = settings.rollouts != "transformers" and on_gpu and has_vllm
     arguments: dict[str, Any] = {
         **session.shared_arguments(settings, output.folder),
         "per_device_train_batch_size": micro_batch_size,
@@ -85,28 +119,39 @@ def grpo_arguments(settings: RlSettings, output: Any, run_config: dict[str, Any]
         "top_p": settings.top_p,
         "beta": settings.beta,
         "reward_weights": [reward.weight for reward in settings.rewards],
-        "chat_template_kwargs": template_kwargs,
-        "use_vllm": settings.rollouts != "transformers" and on_gpu and has_vllm,
+        "use_vllm": use_vllm,
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": settings.vllm_memory,
     }
-    try:
-        return GRPOConfig(**{**arguments, **settings.extra})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"train.rl: TRL refuses these settings: {error}") from None
+    extra = dict(settings.extra)
+    if use_vllm:  # transformers takes them from the model's generation config
+        extra["generation_kwargs"] = {"stop_token_ids": stop_ids, **(extra.get("generation_kwargs") or {})}
+    return session.trl_arguments(GRPOConfig, "train.rl", **{**arguments, **extra})
 
 
-def _example(prompt: dict[str, Any], tokenizer: Any, run_config: dict[str, Any]) -> dict[str, Any]:
-    """A row of TRL's dataset: the prompt as it was rendered for the release, and its other columns as JSON."""
-    messages = prompt["messages"]
-    render = run_config.get("render") or {}
-    system_prompt = (run_config.get("target") or {}).get("system_prompt")
-    if system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+def _example(prompt: dict[str, Any], tokenizer: Any, system_prompt: str | None) -> dict[str, Any]:
+    """A prompt as it is asked: messages with the system prompt, the tools that it offers, its tokens in the release
+    (None for one of a pool, which is rendered) with their text, and its other columns as JSON."""
+    messages, ids = prompt["messages"], prompt["ids"]
+    if system_prompt is not None and (not messages or messages[0]["role"] not in ("system", "developer")):
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    row = orjson.dumps(prompt["row"], default=str).decode()
-    if render.get("mode") == "plain" or not tokenizer.chat_template:
-        return {"prompt": render.get("separator", "\n\n").join([*(m["content"] for m in messages), ""]), "row": row}
-    return {"prompt": [{"role": m["role"], "content": m["content"]} for m in messages], "row": row}
+    return {
+        "prompt": messages,
+        "tools": prompt["tools"],
+        "prompt_ids": ids,
+        "text": None if ids is None else tokenizer.decode(ids),
+        "row": orjson.dumps(prompt["row"], default=str).decode(),
+    }
+
+
+def _trl_row(example: dict[str, Any], ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    """A row of TRL's dataset: the prompt's tokens and text, and for the rewards its messages and other columns."""
+    return {
+        "prompt": example["text"] or tokenizer.decode(ids),
+        "prompt_ids": ids,
+        "messages": orjson.dumps(example["prompt"], default=str).decode(),
+        "row": example["row"],
+    }
 
 
 if __name__ == "__main__":

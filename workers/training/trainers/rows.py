@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from grape_service.errors import UserError
+from grape_service.rows.columns import BEHAVIOR_KNOWN
 from grape_service.rows.keys import in_eval_share
 from grape_service.rows.ragged import Int64s
 
 TRAINING_COLUMNS = ("prompt_id", "input_ids", "loss_mask", "loss_weights", "behavior_logprobs")
+"""What is read of a release; behavior_known too where it has that."""
 
 LOCAL_ROWS = pa.schema(
     [
@@ -28,6 +31,8 @@ LOCAL_ROWS = pa.schema(
         pa.field("loss_weights", pa.list_(pa.float32()), nullable=False),
         pa.field("behavior_logprobs", pa.list_(pa.float32())),
         pa.field("is_eval", pa.bool_(), nullable=False),
+        pa.field("has_loss", pa.bool_(), nullable=False),  # whether a token has loss
+        pa.field("has_weight", pa.bool_(), nullable=False),  # whether the weight of such a token is not 0
     ]
 )
 
@@ -37,7 +42,8 @@ PACKING_WINDOW = 4096
 
 @dataclass(frozen=True)
 class Row:
-    """One row: four arrays of the length of its tokens; behavior_logprobs None where there are none."""
+    """One row: four arrays of the length of its tokens; behavior_logprobs None where there are none, NaN where a
+    token's is not known."""
 
     input_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
@@ -50,14 +56,45 @@ def write_local_rows(dataset: pads.Dataset, path: Path, eval_share: float) -> No
     missing = [name for name in TRAINING_COLUMNS if name not in dataset.schema.names]
     if missing:
         raise UserError(f"the dataset has no column '{missing[0]}': training reads the columns of a release")
+    known = [BEHAVIOR_KNOWN.name] if BEHAVIOR_KNOWN.name in dataset.schema.names else []
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, LOCAL_ROWS) as writer:
-        for batch in dataset.to_batches(columns=list(TRAINING_COLUMNS), batch_size=1024):
+        for batch in dataset.to_batches(columns=[*TRAINING_COLUMNS, *known], batch_size=1024):
             is_eval = [in_eval_share(prompt_id, eval_share) for prompt_id in batch.column("prompt_id").to_pylist()]
-            columns = [batch.column(name).cast(LOCAL_ROWS.field(name).type) for name in LOCAL_ROWS.names[:-1]]
-            writer.write_batch(pa.record_batch([*columns, pa.array(is_eval, pa.bool_())], schema=LOCAL_ROWS))
+            columns = {name: batch.column(name).cast(LOCAL_ROWS.field(name).type) for name in LOCAL_ROWS.names[:4]}
+            if known:
+                columns["behavior_logprobs"] = _where_known(columns["behavior_logprobs"], batch.column(known[0]))
+            offsets = columns["input_ids"].offsets.to_numpy()
+            mask = _values(columns["loss_mask"])
+            has_loss = _any_in_row(mask, offsets)
+            has_weight = _any_in_row(mask & (_values(columns["loss_weights"]) != 0), offsets)
+            flags = [pa.array(column, pa.bool_()) for column in (is_eval, has_loss, has_weight)]
+            writer.write_batch(pa.record_batch([*columns.values(), *flags], schema=LOCAL_ROWS))
     temporary.rename(path)
+
+
+def _values(lists: pa.ListArray) -> npt.NDArray[Any]:
+    """The values of all rows, one after the other."""
+    return lists.flatten().to_numpy(zero_copy_only=False)
+
+
+def _any_in_row(values: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Whether any value of each row is true; `offsets` [N + 1] say where rows begin."""
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    places = offsets - offsets[0]
+    return totals[places[1:]] > totals[places[:-1]]
+
+
+def _where_known(logprobs: pa.ListArray, known: pa.ListArray) -> pa.ListArray:
+    """The log-probabilities with NaN where a number only fills a gap; rows without any stay null."""
+    numbers, is_known = logprobs.flatten(), pc.fill_null(known.flatten(), False)
+    if len(numbers) != len(is_known):
+        raise UserError("behavior_known is not as long as behavior_logprobs: restore the release, or make another")
+    values = pc.if_else(is_known, numbers, pa.scalar(np.nan, numbers.type))
+    lengths = pc.fill_null(pc.list_value_length(logprobs), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, values, type=logprobs.type, mask=logprobs.is_null())
 
 
 class LocalRows:
@@ -70,9 +107,14 @@ class LocalRows:
         counts = [batch.num_rows for batch in self._batches]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         lengths = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches]
-        evals = [batch.column("is_eval").to_numpy(zero_copy_only=False) for batch in self._batches]
         self.lengths: Int64s = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
-        self.is_eval: npt.NDArray[np.bool_] = np.concatenate([np.zeros(0, bool), *evals])
+        self.is_eval = self._flags("is_eval")
+        self.has_loss = self._flags("has_loss")
+        self.has_weight = self._flags("has_weight")
+
+    def _flags(self, name: str) -> npt.NDArray[np.bool_]:
+        found = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate([np.zeros(0, bool), *found])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalRows, (self.path,)

@@ -19,6 +19,7 @@ from grape_service.config.methods import WeightsConfig
 from grape_service.config.training import SftSettings
 from workers.training.trainers.batches import OWN_KEYS
 from workers.training.trainers.loss import LossTotals, online_weights_n, token_losses_n
+from workers.training.trainers.output import EndsAtLastStep
 
 
 def has_dropout(config: PretrainedConfig) -> bool:
@@ -30,7 +31,7 @@ def has_dropout(config: PretrainedConfig) -> bool:
     )
 
 
-class WeightedSFTTrainer(SFTTrainer):
+class WeightedSFTTrainer(EndsAtLastStep, SFTTrainer):
     """SFT on batches of `RowCollator`, with the loss of `settings`; `pear` is for loss: online."""
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
@@ -44,6 +45,9 @@ class WeightedSFTTrainer(SFTTrainer):
         config: PretrainedConfig = self.accelerator.unwrap_model(self.model).config
         self.has_dropout = has_dropout(config) or (settings.lora is not None and settings.lora.dropout > 0)
         self._totals = {"train": LossTotals(), "eval": LossTotals()}
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: a checkpoint has our card, which knows the release."""
 
     def compute_loss(
         self,

@@ -13,12 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(item.path).parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.vllm)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def vllm_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A checkout that is not installed has no entry points: its metadata is laid beside it for these tests."""

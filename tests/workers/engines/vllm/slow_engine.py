@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from workers.engines.vllm.engine import VllmEngine
 class SlowVllmEngine(VllmEngine):
     """Takes half a second longer for each call."""
 
-    def score(self, batch: TokenBatch, temperature: float = 1.0) -> npt.NDArray[np.float32]:
+    def score_statistics(
+        self, batch: TokenBatch, names: Sequence[str], temperature: float = 1.0
+    ) -> dict[str, npt.NDArray[np.float32]]:
         time.sleep(0.5)
-        return super().score(batch, temperature)
+        return super().score_statistics(batch, names, temperature)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from workers.engines.token_logprobs import token_logprobs
 
+pytestmark = pytest.mark.vllm
+
 
 @settings(deadline=None, max_examples=60)
 @given(

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from grape_service.rows.statistics import MAX_RANK, STATISTICS
 from workers.engines.token_statistics import token_statistics
 
+pytestmark = pytest.mark.vllm
+
 
 def loops(logits: list[float], target: int, temperature: float) -> list[float]:
     """The four statistics of one row, in Python's float64."""

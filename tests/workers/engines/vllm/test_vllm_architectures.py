@@ -22,6 +22,8 @@ from tests.workers.engines.vllm.reference import (
     tiny_model,
 )
 
+pytestmark = pytest.mark.vllm
+
 
 def make(arch: str, folder: Path) -> str:
     """A tiny model of one of tests/tiny_models.py's architectures, or of two more: OPT, mixture-of-experts."""

@@ -26,10 +26,12 @@ from grape_service.storage.parquet import write_parquet
 from tests.workers.engines.vllm.reference import load_reference, random_ids, reference_scores, row, tiny_model
 from workers.cluster.ray import ray_for
 from workers.run import Run, new_run
-from workers.scoring.actor import COLUMNS
 from workers.scoring.engines import engines_of
 from workers.scoring.replicas import Replicas
-from workers.stages.score import score_shards
+from workers.scoring.rows import COLUMNS
+from workers.stages.score import Scoring, score_shards
+
+pytestmark = pytest.mark.vllm
 
 NUM_SHARDS = 16
 
@@ -104,7 +106,7 @@ def test_a_killed_worker_and_a_killed_actor(tmp_path: Path, monkeypatch: pytest.
             killer = Killer(engines.of(config.target, NUM_SHARDS), store)
             set_reporter(killer)
             try:
-                totals = score_shards(run, engines, config.target, shards, "score")
+                totals = score_shards(run, engines, Scoring(config.target, "score"), shards)
             finally:
                 set_reporter(Silent())
             seen = set(psutil.Process().children(recursive=True)) - before

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from grape_service.rows.ragged import TokenBatch
+from grape_service.methods.base import Window
+from grape_service.rows.ragged import TokenBatch, list_array
+from grape_service.score.windows import windows_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run make test-vllm")
 
@@ -25,6 +29,8 @@ from tests.workers.engines.vllm.reference import (
     tiny_model,
 )
 from workers.engines.vllm.engine import VllmEngine
+
+pytestmark = pytest.mark.vllm
 
 STEP = 48
 """Tokens of a step: more than a cache block (32), fewer than most rows, so that chunks begin and end anywhere."""
@@ -138,6 +144,30 @@ def test_long_prompts_leave_no_step_half_empty(
 def test_no_rows(engine: VllmEngine) -> None:
     empty = TokenBatch(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), np.zeros(0, np.int32))
     assert engine.score(empty).shape == (0,)
+
+
+@pytest.mark.parametrize("window", [Window(steps=1), Window(steps=3), Window(tokens=5)])
+def test_windows_of_responses(engine: VllmEngine, model: torch.nn.Module, window: Window) -> None:
+    """Rows that share a prompt, and then hold stretches from the middle of a response, beside the whole response."""
+    prompt, random = random_ids(7, 40), np.random.default_rng(7)
+    rows, steps = [], []
+    for candidate in range(3):
+        lengths = random.integers(1, 9, 6)
+        rows.append(row(prompt, random_ids(100 + candidate, int(lengths.sum()))))
+        steps.append(np.repeat(np.arange(len(lengths)), lengths))
+    whole = TokenBatch.from_rows(rows)
+    table = pa.table(
+        {
+            "input_ids": list_array(whole.offsets, whole.input_ids, pa.int32()),
+            "loss_mask": list_array(whole.offsets, whole.mask.astype(np.uint8), pa.uint8()),
+            "prompt_len": pa.array(whole.prompt_lens, pa.int32()),
+        }
+    )
+    windows = windows_of(table, np.concatenate(steps), window)
+    ids, mask, offsets, _ = windows.sequences(slice(0, len(windows)))
+    sequences = [(ids[a:b].tolist(), (mask[a:b] > 0).tolist()) for a, b in pairwise(offsets.tolist())]
+    assert len(sequences) == 18
+    assert_exact(engine, model, [*rows, *sequences])
 
 
 @pytest.mark.usefixtures("folder")

@@ -21,6 +21,8 @@ from workers.engines.base import OutOfMemory
 from workers.engines.vllm import head
 from workers.engines.vllm.engine import VllmEngine
 
+pytestmark = pytest.mark.vllm
+
 
 def test_a_cache_too_small_for_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are admitted that do not fit together, and thrown out again half-way (preemption)."""

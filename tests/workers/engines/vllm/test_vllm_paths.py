@@ -23,6 +23,8 @@ from workers.engines.vllm import head
 from workers.engines.vllm.available import vllm_available_for
 from workers.engines.vllm.engine import VllmEngine
 
+pytestmark = pytest.mark.vllm
+
 ROWS = [row(random_ids(1, length), random_ids(2, 20)) for length in (1, 33, 70)]
 
 

@@ -14,6 +14,8 @@ from tests.workers.engines.vllm.reference import engine_of, load_reference, rand
 from workers.engines.base import invalid_rows
 from workers.engines.vllm.engine import VllmEngine
 
+pytestmark = pytest.mark.vllm
+
 pytest.importorskip("vllm", reason="vLLM is not installed: run make test-vllm")
 
 

@@ -13,6 +13,8 @@ import psutil
 
 from tests.workers.engines.vllm.reference import assert_exact, engine_of, load_reference, random_ids, row, tiny_model
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.mark.timeout(240)
 def test_two_workers_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

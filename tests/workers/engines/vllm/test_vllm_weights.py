@@ -17,6 +17,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed: run make test-vllm")
 from tests.workers.engines.vllm.reference import assert_exact, load_reference, random_ids, row, tiny_model
 from workers.engines.choose import load_engine
 
+pytestmark = pytest.mark.vllm
+
 ROWS = [row(random_ids(1, length), random_ids(2, 20)) for length in (1, 33)]
 
 

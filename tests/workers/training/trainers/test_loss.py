@@ -104,3 +104,16 @@ def test_what_cannot_be_made_again_is_refused() -> None:
     for method in ("entropy", "own_method:surprising_places"):
         with pytest.raises(UserError, match="cannot make weights of method"):
             online_config(settings, {"weights": {"method": method}})
+
+
+@pytest.mark.parametrize("gamma", [0.999, 0.9])
+@pytest.mark.parametrize("level", ["token", "block"])
+def test_online_weights_of_a_long_response_are_those_of_the_column(gamma: float, level: str) -> None:
+    """What gamma takes away the ratios give back, so that all digits of (T - t) * log(gamma) count."""
+    length = 128_000
+    config = WeightsConfig(gamma=gamma, ratio_clip=(-1, 1), level=level)
+    target = torch.full((length,), -1.0, dtype=torch.float64)
+    behavior = target + np.log(gamma)
+    online = pear_weights_n(target, behavior, torch.zeros(length, dtype=torch.int64), config).double().numpy()
+    column = pear_weights((target - behavior).numpy(), np.array([0, length]), config).weights
+    np.testing.assert_allclose(online, column, rtol=2e-6)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,10 +23,14 @@ from grape_service.config.methods import WeightsConfig
 from grape_service.config.training import LoraSettings, SftSettings, SftTask
 from grape_service.errors import UserError
 from grape_service.release.manifest import Parents, PolicyUse
+from grape_service.rows.columns import BEHAVIOR_KNOWN, release_schema
+from grape_service.storage.storage import Storage
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, slow_weights, write_release
 from workers.training.trainers import checkpoints
 from workers.training.trainers.sft import run_sft
+
+pytestmark = pytest.mark.alone
 
 NUM_ROWS = 12
 BLOCK = {"level": "block", "block_size": 4, "ratio_clip": [-0.5, 0.5], "normalize": "sequence"}
@@ -263,25 +271,79 @@ def test_a_resumed_run_ends_with_the_same_weights(reference: str, tmp_path: Path
     weights.write_bytes(weights.read_bytes()[:1000])
     for path in (broken / "model").iterdir():
         path.unlink()
-    (broken / "metrics.jsonl").unlink()
+    (broken / "checkpoint-4" / "made").write_text("once")
+    mark_again(broken / "checkpoint-4")
 
     run_sft(SftTask(dataset=reference, output=str(broken), settings=settings))
-    curves = [
-        [
-            (line["step"], line.get("loss"))
-            for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        ]
-        for folder in (broken, straight)
-    ]
-    assert [step for step, _ in curves[0]] == [
-        5,
-        6,
-        6,
-    ]  # steps 1 to 4 were not made again; the last line is the summary
-    assert curves[0][:2] == curves[1][4:6]  # the same losses
+    assert (broken / "checkpoint-4" / "made").exists(), "steps 1 to 4 were not made again"
+    metrics = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (broken, straight)]
+    assert metrics[0] == metrics[1]
+    assert [json.loads(line)["step"] for line in metrics[0]] == [1, 2, 3, 4, 5, 6]
     expected = load_file(straight / "model" / "model.safetensors")
     for name, value in load_file(broken / "model" / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+def mark_again(folder: Path) -> None:
+    """The marker of a checkpoint into which a test has put something."""
+    facts = checkpoints.Storage(str(folder)).read_json("complete.json")
+    checkpoints.mark_whole(folder, {key: value for key, value in facts.items() if key != "files"})
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_another_jobs_checkpoint_in_the_output_is_not_resumed(
+    place: str, reference: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    output = str(tmp_path / "sft") if place == "local" else f"{request.getfixturevalue('s3_url')}/fixed"
+    storage = checkpoints.Storage(output)
+    first = step_settings(max_steps=2, save_steps=1, batch_size=4, micro_batch_size=4)
+    run_sft(SftTask(dataset=reference, output=output, settings=first))
+    before = storage.read("model/model.safetensors")
+    settings = first.model_copy(update={"learning_rate": 0.25})
+    facts = run_sft(SftTask(dataset=reference, output=output, settings=settings))
+    run_sft(SftTask(dataset=reference, output=str(tmp_path / "fresh"), settings=settings))
+    assert storage.read("model/model.safetensors") == (tmp_path / "fresh/model/model.safetensors").read_bytes()
+    assert storage.read("metrics.jsonl") == (tmp_path / "fresh/metrics.jsonl").read_bytes()
+    assert storage.read_json("model/complete.json")["settings"] == settings.model_dump()
+    (kept,) = [folder for folder in storage.folders() if folder.startswith("earlier-")]
+    assert storage.read(f"{kept}/model/model.safetensors") == before, "nothing is lost"
+    assert facts["notes"] == [
+        f"{storage.root} held a job of other inputs, which is in {kept}/ now: training from the start"
+    ]
+
+
+def test_a_row_whose_behavior_is_partly_unknown_counts_as_a_ratio_of_one(tmp_path: Path) -> None:
+    from workers.training.trainers.rows import LocalRows, write_local_rows
+
+    rows = make_rows(5)
+    schema = release_schema([], [BEHAVIOR_KNOWN])
+    for number, row in enumerate(rows):
+        known = row["loss_mask"].copy()
+        known[-1] = number == 3
+        row["behavior_known"] = None if row["behavior_logprobs"] is None else known
+    table = pa.Table.from_pylist(rows, schema=schema)
+    write_local_rows(pads.dataset(table), tmp_path / "rows.arrow", 0.0)
+    local = LocalRows(tmp_path / "rows.arrow")
+    for number, row in enumerate(rows[:-1]):
+        found = local.row(number).behavior_logprobs
+        assert found is not None
+        expected = np.where(row["behavior_known"], row["behavior_logprobs"], np.nan)
+        np.testing.assert_array_equal(found, expected.astype(np.float32))
+    assert local.row(4).behavior_logprobs is None
+
+
+def test_a_checkpoint_has_our_card_and_the_folders_permissions(reference: str, model: str, tmp_path: Path) -> None:
+    output = tmp_path / "sft"
+    output.mkdir(mode=0o755)
+    run_sft(SftTask(dataset=reference, output=str(output), run="r7", settings=step_settings(save_steps=1)))
+    for folder in (output / "model", output / "checkpoint-1"):
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+        text = (folder / "README.md").read_text()
+        assert f"of the dataset version `{reference}`, from the model `{model}`" in text
+        assert '"learning_rate": 0.5' in text
+        assert "| run | `r7` |" in text
+        checkpoints.check_whole(checkpoints.Storage(str(folder)))
+    assert not (output / "README.md").exists()
 
 
 def test_an_adapter_is_trained_and_merged(reference: str, model: str, tmp_path: Path) -> None:
@@ -329,12 +391,59 @@ def test_evaluation_counts_each_token_once(reference: str, model: str, tmp_path:
 def test_long_rows_are_left_out_and_counted(reference: str, tmp_path: Path) -> None:
     lengths = [len(row["input_ids"]) for row in make_rows(NUM_ROWS)]
     limit = sorted(lengths)[NUM_ROWS // 2]
-    settings = step_settings(max_length=limit)
+    settings = step_settings(max_length=limit, max_left_out_share=0.6)
     facts = run_sft(SftTask(dataset=reference, output=str(tmp_path), settings=settings))
     assert facts["rows"] == sum(length <= limit for length in lengths)
-    assert facts["rows_too_long"] == sum(length > limit for length in lengths) > 0
+    too_long = sum(length > limit for length in lengths)
+    assert facts["rows_too_long"] == too_long > 0
+    sentence = f"{too_long} of 12 rows are longer than max_length {limit} and left out"
+    assert facts["notes"] == [sentence]
+    assert json.loads((tmp_path / "progress.json").read_text())["notes"] == [sentence]
+    with pytest.raises(UserError, match=rf"{sentence} in .*, more than train\.sft\.max_left_out_share 0\.1 allows"):
+        run_sft(SftTask(dataset=reference, output=str(tmp_path / "limit"), settings=step_settings(max_length=limit)))
     with pytest.raises(UserError, match="12 are longer than max_length 3"):
         run_sft(SftTask(dataset=reference, output=str(tmp_path / "none"), settings=step_settings(max_length=3)))
+
+
+def test_rows_that_train_nothing_are_told_or_refused(model: str, tmp_path: Path) -> None:
+    rows = make_rows(8)
+    for row in rows[:2]:
+        row["loss_weights"] = np.zeros_like(row["loss_weights"])
+    rows[2]["loss_mask"] = np.zeros_like(rows[2]["loss_mask"])
+    reference = write_release(tmp_path / "out", rows, {"target": {"model": model}})
+    settings = step_settings(batch_size=4, micro_batch_size=4, max_left_out_share=0.5)
+    facts = run_sft(SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=settings))
+    assert (facts["rows"], facts["rows_without_loss"], facts["rows_without_weight"]) == (7, 1, 2)
+    assert facts["notes"] == [
+        "1 of 8 rows have no token with loss and are left out",
+        "2 of 8 rows have loss weights that are all 0 and train nothing",
+    ]
+    uniform = settings.model_copy(update={"loss": "uniform"})
+    found = run_sft(SftTask(dataset=reference, output=str(tmp_path / "uniform"), settings=uniform))
+    assert found["rows_without_weight"] == 0
+
+    for row in rows:
+        row["loss_weights"] = np.zeros_like(row["loss_weights"])
+    zero = write_release(tmp_path / "zero", rows, {"target": {"model": model}})
+    with pytest.raises(UserError, match=r"all loss weights of .* are 0, so that nothing would be trained"):
+        run_sft(SftTask(dataset=zero, output=str(tmp_path / "none"), settings=settings))
+
+
+def test_training_that_diverges_ends_without_a_model(reference: str, model: str, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(model, tmp_path / "half"))
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    for over, sentence in (
+        ({"learning_rate": 1e38, "max_steps": 4, "save_steps": 1}, r"(loss|grad_norm) is (nan|inf) at step \d: lower"),
+        (
+            {"learning_rate": 1e10, "model": str(half)},
+            r"weight holds values that are no finite numbers in torch\.float16",
+        ),
+    ):
+        output = tmp_path / str(over["learning_rate"])
+        with pytest.raises(UserError, match=f"training has diverged: .*{sentence}"):
+            run_sft(SftTask(dataset=reference, output=str(output), settings=step_settings(**over)))
+        assert not checkpoints.is_whole(Storage(str(output / "model")))
 
 
 def test_a_batch_that_cannot_be_split_is_refused(reference: str, tmp_path: Path) -> None:
@@ -343,7 +452,9 @@ def test_a_batch_that_cannot_be_split_is_refused(reference: str, tmp_path: Path)
         run_sft(task)
 
 
-def test_checkpoints_on_s3_are_whole_and_gone_on_from(reference: str, s3_url: str) -> None:
+def test_checkpoints_on_s3_are_whole_and_gone_on_from(
+    reference: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = step_settings(batch_size=4, max_steps=4, micro_batch_size=4, save_steps=2, keep_checkpoints=1)
     task = SftTask(dataset=reference, output=f"{s3_url}/sft", settings=settings)
     run_sft(task)
@@ -353,9 +464,16 @@ def test_checkpoints_on_s3_are_whole_and_gone_on_from(reference: str, s3_url: st
         "model",
         "metrics.jsonl",
         "progress.json",
+        "inputs.json",
     }
     assert checkpoints.check_whole(storage.sub("model"))["steps"] == 4
     assert checkpoints.last_whole(storage) == "checkpoint-4"
+    metrics = storage.read("metrics.jsonl")
+    # Another node, which has nothing of the job on its disk, goes on.
+    storage.delete_folder("model")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_sft(task)["steps"] == 4
+    assert storage.read("metrics.jsonl") == metrics
     storage.delete("checkpoint-4/optimizer.pt")
     assert checkpoints.last_whole(storage) is None
 
@@ -370,4 +488,6 @@ def test_a_missing_package_is_named(reference: str, tmp_path: Path) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert ended.stderr.strip().endswith("training needs the package 'trl': run pip install '.[train]'")
+    root = Path(__file__).parents[4]
+    command = f"{sys.executable} -m pip install -c {root}/requirements/constraints.txt -e '{root}[run,train]'"
+    assert ended.stderr.strip().endswith(f"training needs the package 'trl': {command}")

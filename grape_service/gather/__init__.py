@@ -1,0 +1,1 @@
+"""Gather: candidates that are sampled here, with log-probabilities that can be trusted."""

@@ -1,0 +1,34 @@
+"""Work that is done once: a small JSON file, written last, says that it is done and what it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from grape_service.storage.storage import Storage
+
+
+def once(storage: Storage, path: str, work: Callable[[], Any]) -> Any:
+    """The JSON value at `path`; where there is none, what `work` gives, written there.
+
+    A task that is killed and started again finds what it had finished. Where another run of the same work is faster
+    and deletes what `work` reads, so that it raises FileNotFoundError, the other's value is taken.
+    """
+    value = _read(storage, path)
+    if value is None:
+        try:
+            value = work()
+        except FileNotFoundError:
+            value = _read(storage, path)
+            if value is None:
+                raise
+        else:
+            storage.write_json(path, value)
+    return value
+
+
+def _read(storage: Storage, path: str) -> Any:
+    try:
+        return storage.read_json(path)
+    except FileNotFoundError:
+        return None

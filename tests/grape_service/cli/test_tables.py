@@ -1,0 +1,52 @@
+"""Tables and sentences in a terminal: no word is broken, nothing is lost, whatever its width."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+
+from grape_service.cli.tables import LONG, column_widths, print_table, wrapped
+
+pytestmark = pytest.mark.quick
+
+ROWS = [
+    ["quickstart", "v0001", "s3://team/pools/mathematics/part-0.jsonl:37", "it has no response"],
+    ["code-sft", "v0002", "s3://team/pools/code/part-1.jsonl:1", "数学题" * 20],
+]
+COLUMNS = ["dataset", "version", "file:line", "detail"]
+
+
+def shown(width: int, columns: list[str] = COLUMNS, rows: list[list[str]] = ROWS) -> str:
+    out = io.StringIO()
+    print_table(Console(file=out, width=width), "title", columns, rows)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_table_fits_and_breaks_no_word(width: int) -> None:
+    text = shown(width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    words = set(re.findall(r"[A-Za-z]+", text))
+    whole = {word for row in [COLUMNS, *ROWS, ["title"]] for cell in row for word in re.findall(r"[A-Za-z]+", cell)}
+    assert words <= whole
+    assert "┃" in text
+
+
+def test_what_is_too_narrow_for_a_table_is_shown_row_by_row() -> None:
+    text = shown(30)
+    assert "┃" not in text
+    assert "  file:line: s3://team/pools/code/part-1.jsonl:1\n" in text
+    assert column_widths([["a" * 20], ["b" * 20]], 30) is None
+
+
+@given(st.text(alphabet="ab /-_ \n", max_size=80), st.integers(LONG, 60))
+def test_wrapping_loses_nothing_but_space(text: str, width: int) -> None:
+    found = wrapped(text, width)
+    assert "".join(found.split()) == "".join(text.split())
+    assert all(cell_len(line) <= width or not re.search(r"\s", line.strip()) for line in found.split("\n"))

@@ -1,0 +1,94 @@
+"""A checkpoint is told back to the pool's files, and what is withdrawn is found in every version and checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from grape_service.cli.app import app
+from grape_service.errors import UserError
+from grape_service.release.ancestry import Wanted, facts_of, holders, lineage_of_checkpoint, rows_of_checkpoint
+from grape_service.release.load import load
+from grape_service.release.manifest import Parents, PoolFile
+from grape_service.storage.storage import Storage, json_bytes
+from tests.grape_service.release.made_up import publish_version, rows
+from workers.training.trainers.checkpoints import mark_whole
+
+PARENTS = Parents(pool=[PoolFile(path="s3://team/pool/a.jsonl", size=10)])
+
+
+def checkpoint(folder: Path, stage: str, dataset: str, model: str) -> str:
+    """A checkpoint as our trainers leave it."""
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    facts: dict[str, Any] = {"stage": stage, "dataset": dataset, "model": model, "inputs": "x", "settings": {}}
+    mark_whole(folder, {**facts, "steps": 1200, "run": "r1"})
+    return str(folder)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Storage, str, str]:
+    """Two versions, SFT on the first and RL from there on the second; the RL checkpoint is on record."""
+    storage = Storage(str(tmp_path / "datasets"))
+    publish_version(storage, parts=[rows(0, 30)], parents=PARENTS)
+    publish_version(storage, parts=[rows(20, 30)])
+    root = storage.root
+    sft = checkpoint(tmp_path / "sft", "sft", f"{root}/math-sft@v0001", "org/base")
+    rl = checkpoint(tmp_path / "rl", "rl", f"{root}/math-sft@v0002", sft)
+    record = {"id": "r1", "version": "v0002", "stages": {"rl": {"state": "succeeded", "checkpoint": rl}}}
+    storage.write("math-sft/runs/r1.json", json_bytes(record))
+    return storage, sft, rl
+
+
+def test_a_checkpoint_is_told_back_to_the_pools_files(trained: tuple[Storage, str, str]) -> None:
+    storage, sft, rl = trained
+    text = lineage_of_checkpoint(rl, {}).render_text()
+    for said in (f"{rl}  rl, 1,200 steps, run r1", f"{sft}  sft", "math-sft@v0001  30 rows", "a.jsonl", "org/base"):
+        assert said in text
+    ids = pa.concat_tables(rows_of_checkpoint(rl, {}))
+    assert ids.num_rows == 60
+    wanted = load(f"{storage.root}/math-sft@v0001").dataset.to_table(columns=["prompt_id", "candidate_id"])
+    of_first = ids.filter(pa.compute.equal(ids["release"], f"{storage.root}/math-sft@v0001"))
+    assert of_first.select(["prompt_id", "candidate_id"]).to_pylist() == wanted.to_pylist()
+
+
+def test_what_is_withdrawn_is_found_everywhere(trained: tuple[Storage, str, str]) -> None:
+    storage, _, rl = trained
+    first = load(f"{storage.root}/math-sft@v0001").dataset.to_table().to_pylist()
+    both = [
+        holder.reference.rpartition("@")[2] for holder in holders(storage.root, Wanted(source=first[0]["source"]), {})
+    ]
+    assert both == ["v0001", "v0002"]
+    (only,) = holders(storage.root, Wanted(row=first[0]["prompt_id"]), {})
+    assert (only.reference, only.rows, only.checkpoints) == (f"{storage.root}/math-sft@v0001", 1, [])
+    later = load(f"{storage.root}/math-sft@v0002").dataset.to_table().to_pylist()[-1]
+    (only,) = holders(storage.root, Wanted(row=later["candidate_id"]), {})
+    assert only.checkpoints == [rl]
+    (of_file,) = holders(storage.root, Wanted(file="a.jsonl"), {})
+    assert (of_file.reference.rpartition("@")[2], of_file.rows) == ("v0001", None)
+    assert holders(storage.root, Wanted(source="nobody"), {}) == []
+
+
+def test_the_command(trained: tuple[Storage, str, str], tmp_path: Path) -> None:
+    storage, sft, rl = trained
+    run = CliRunner().invoke
+    assert "math-sft@v0001" in run(app, ["lineage", rl]).stdout
+    assert "math-sft@v0001" in run(app, ["lineage", f"{storage.root}/math-sft@v0001"]).stdout
+    assert run(app, ["lineage", sft, "--rows", str(tmp_path / "ids.parquet")]).exit_code == 0
+    assert pq.read_table(tmp_path / "ids.parquet").num_rows == 30
+    found = json.loads(run(app, ["lineage", storage.root, "--file", "a.jsonl", "--json"]).stdout)
+    assert [one["rows"] for one in found["held_by"]] == [None]
+    with pytest.raises(UserError, match="give one of"):
+        run(app, ["lineage", storage.root, "--file", "a", "--row", "b"], catch_exceptions=False)
+
+
+def test_a_folder_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    assert facts_of(str(tmp_path), {}) is None
+    with pytest.raises(UserError, match=r"neither a dataset version nor a checkpoint"):
+        lineage_of_checkpoint(str(tmp_path), {})
