@@ -13,27 +13,11 @@ import pytest
 
 import grape_service
 from grape_service.config.training import TrainConfig
-from tests.tiny_models import make_model
-from tests.workers.training.tiny_release import make_rows, write_release
 from tests.workers.training.webhook import Webhook
 from workers.stages import train as train_stage
-from workers.training import attempts, records, runs
+from workers.training import records
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def reference(tmp_path: Path, model: str) -> str:
-    return write_release(tmp_path / "out", make_rows(3), {"target": {"model": model}})
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attempts, runs):
-        monkeypatch.setattr(module, "POLL_SECONDS", 0.1)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def _until(condition: Callable[[], Any], seconds: float = 30) -> None:
