@@ -1,8 +1,8 @@
-"""What servers and evaluations write down, and what each becomes as a pool."""
+"""Lists of answers, and what servers and evaluations write down: what each becomes as a pool."""
 
 from __future__ import annotations
 
-from tests.published_pools import ANSWER, Published
+from tests.published_pools import ANSWER, SAID, USER, Published
 
 ANTHROPIC = Published(
     rows=[
@@ -121,7 +121,26 @@ LM_EVAL = Published(
     says="prompt in 'arguments.gen_args_0.arg_0', a list of responses in 'resps'",
 )
 
+ANSWERS = Published(
+    rows=[
+        {
+            "question": "Hi?",
+            "answers": [{"text": "Hello.", "model": "m", "votes": 3}, {"text": "Hm", "stop_reason": "max_tokens"}],
+        }
+    ],
+    expected=[("Hi?", "Hello.", "m", {"votes": 3})],
+    says="prompt in 'question', a list of responses in 'answers'; source in 'model'",
+    truncated=1,
+)
+CANDIDATE_MESSAGES = Published(
+    rows=[{"messages": [USER], "candidates": [{**ANSWER, "model": "m", "reward": 0.5}, {**SAID, "model": "n"}]}],
+    expected=[("Hi?", "Hello.", "m", {"reward": 0.5}), ("Hi?", "No idea.", "n", {"reward": None})],
+    says="prompt in 'messages', a list of responses in 'candidates'; source in 'model'",
+)
+
 ANSWERED: dict[str, Published] = {
+    "answers": ANSWERS,
+    "candidate-messages": CANDIDATE_MESSAGES,
     "anthropic": ANTHROPIC,
     "openai-responses": OPENAI_RESPONSES,
     "gemini": GEMINI,

@@ -40,6 +40,7 @@ class Published:
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Hello."}
+SAID = {"role": "assistant", "content": "No idea."}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
 TOOL = {"role": "tool", "content": "3"}
 
@@ -371,24 +372,6 @@ ALPACA = Published(
     says="prompt in 'instruction' and 'input', response in 'output'",
 )
 
-SAID = {"role": "assistant", "content": "No idea."}
-ANSWERS = Published(
-    rows=[
-        {
-            "question": "Hi?",
-            "answers": [{"text": "Hello.", "model": "m", "votes": 3}, {"text": "Hm", "stop_reason": "max_tokens"}],
-        }
-    ],
-    expected=[("Hi?", "Hello.", "m", {"votes": 3})],
-    says="prompt in 'question', a list of responses in 'answers'; source in 'model'",
-    truncated=1,
-)
-CANDIDATE_MESSAGES = Published(
-    rows=[{"messages": [USER], "candidates": [{**ANSWER, "model": "m", "reward": 0.5}, {**SAID, "model": "n"}]}],
-    expected=[("Hi?", "Hello.", "m", {"reward": 0.5}), ("Hi?", "No idea.", "n", {"reward": None})],
-    says="prompt in 'messages', a list of responses in 'candidates'; source in 'model'",
-)
-
 POOLS: dict[str, Published] = {
     "sharegpt": SHAREGPT,
     "tulu": TULU,
@@ -406,6 +389,4 @@ POOLS: dict[str, Published] = {
     "verl": VERL,
     "messages-as-text": MESSAGES_AS_TEXT,
     "alpaca": ALPACA,
-    "answers": ANSWERS,
-    "candidate-messages": CANDIDATE_MESSAGES,
 }

@@ -22,8 +22,10 @@ from grape_service.config.training import RewardSettings, RlSettings, RlTask, Sf
 from grape_service.release.load import load
 from grape_service.release.rounds import Round, Rounds, write_rounds
 from grape_service.storage.storage import Storage
+from tests.ray_cluster import free_port
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
+from tests.workers.training.trainers.wandb_files import offline_run
 from workers.training import tracking
 from workers.training.trainers import reports
 from workers.training.trainers.reports import Reporter, about, flat
@@ -70,12 +72,6 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def is_healthy(uri: str) -> bool:
@@ -263,53 +259,6 @@ def test_a_run_that_is_gone_from_the_tracker_is_begun_again_with_all_steps(
     assert second != first
     expected = [(line["step"], line["loss"]) for line in metrics(output) if "loss" in line]
     assert points(client, second, "loss") == expected, "steps of before the resume too"
-
-
-HEAD_BYTES = 7
-
-
-def offline_run(folder: Path, run_id: str) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """The rows, the config and the summary of wandb's offline files below a folder, in wandb's own messages."""
-    from wandb.proto import wandb_internal_pb2
-
-    rows: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    files = sorted(folder.rglob(f"run-{run_id}.wandb"))
-    assert files
-    deadline = time.monotonic() + 30
-    while any(file.stat().st_size <= HEAD_BYTES for file in files):  # wandb's own process writes after `finish` too
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    for data in (data for file in files for data in records(file.read_bytes())):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            config |= {key_of(entry): json.loads(entry.value_json) for entry in record.run.config.update}
-        if record.WhichOneof("record_type") == "summary":
-            summary |= {key_of(entry): json.loads(entry.value_json) for entry in record.summary.update}
-        if record.WhichOneof("record_type") == "history":
-            rows.append({key_of(item): json.loads(item.value_json) for item in record.history.item})
-    return rows, config, summary
-
-
-def key_of(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
-
-
-def records(data: bytes) -> Iterator[bytes]:
-    """The records of a file of wandb's: LevelDB's log format in blocks of 32 KiB, after a head."""
-    position, parts = HEAD_BYTES, b""
-    while position < len(data):
-        if 2**15 - position % 2**15 < 7:
-            position += 2**15 - position % 2**15
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield parts
-            parts = b""
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
