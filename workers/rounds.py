@@ -88,9 +88,9 @@ def _rounds(
         reporter().event(f"{this.name} of {settings.rounds}: the target is {this.target}")
         keeps_rows = before is not None and settings.refresh.select == "keep"
         if outcome is None or not keeps_rows:
-            outcome = release(own, RoundOf(this.name, job.checkpoints), None)
+            outcome = release(own, RoundOf(this.name, job), None)
         elif config.weights is not None and settings.refresh.weights == "again":
-            outcome = release(own, RoundOf(this.name, job.checkpoints), outcome.reference)
+            outcome = release(own, RoundOf(this.name, job), outcome.reference)
         assert outcome.version is not None, "a release has a version"
         this.reference, this.version, this.rows = outcome.reference, outcome.version, outcome.rows
         if before is not None and before.version is not None:

@@ -25,6 +25,7 @@ from grape_service.release.manifest import without_secrets
 from grape_service.release.outputs import register_output
 from grape_service.release.pools import Released
 from grape_service.release.reference import Reference
+from grape_service.release.rounds import Rounds
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.select.steps import Tokenizer
@@ -83,7 +84,7 @@ class Run:
     events: Events = field(default_factory=Events)
     checkpoints: dict[str, str] = field(default_factory=dict)  # by an address that moves, the folder it stands for
     candidates: Released = field(default_factory=dict)  # by what pool.path said, the version that it names
-    round: str | None = None  # of a job with several, its name
+    round: RoundOf | None = None  # of a job with several
     gathered: dict[str, Any] = field(default_factory=dict)  # by policy, what was sampled
     tags_moved: dict[str, str] = field(default_factory=dict)  # to a version that was there, from where they were
     stage_seconds: dict[str, float] = field(default_factory=dict)
@@ -178,10 +179,10 @@ class Run:
 
 @dataclass(frozen=True)
 class RoundOf:
-    """Which round of several a run is, and what the job found that addresses which move stand for."""
+    """Which round of several a run is, and the job's rounds up to it."""
 
     name: str
-    checkpoints: dict[str, str]
+    job: Rounds
 
 
 @contextlib.contextmanager
@@ -197,14 +198,14 @@ def new_run(
     Checkpoints that the config asks for by an address that moves are found here, once for the whole run, unless it is
     a round of a job that has found them.
     """
-    config, found = resolved(config, round_.checkpoints if round_ is not None else None)
+    config, found = resolved(config, round_.job.checkpoints if round_ is not None else None)
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     workspace = open_workspace(config.workspace_path, config.storage)
     name, output = (reference.name, reference.path) if reference else (config.name, config.output.path)
     checkpoints = {asked: one.folder for asked, one in found.items()}
     run = Run(config, name, run_id, workspace, Storage(output, config.storage), checkpoints=checkpoints)
     run.candidates = candidates or {}
-    run.round = round_.name if round_ is not None else None
+    run.round = round_
     check_writable(workspace)
     check_writable(run.output)
     begin_workspace(workspace)

@@ -99,6 +99,11 @@ def round_of_run(jobs: list[Rounds], run_id: str | None) -> Round | None:
     return next((one for job in reversed(jobs) for one in job.rounds if run_id and one.run == run_id), None)
 
 
+def job_of_version(jobs: list[Rounds], version: str) -> Rounds | None:
+    """The newest job with a round that released a version."""
+    return next((job for job in reversed(jobs) if any(one.version == version for one in job.rounds)), None)
+
+
 def round_under_way(jobs: list[Rounds], reference: str) -> tuple[Rounds, Round] | None:
     """The newest job that runs, and its round that trains on a version now."""
     for job in reversed(jobs):

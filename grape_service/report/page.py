@@ -20,6 +20,7 @@ from grape_service.prepare.shards import shard_paths
 from grape_service.release.candidates import open_scored_pool
 from grape_service.release.changes import since_of
 from grape_service.release.load import Release
+from grape_service.release.rounds import Rounds, all_rounds, job_of_version
 from grape_service.report import plots
 from grape_service.report.examples import (
     MAX_CANDIDATES,
@@ -44,8 +45,8 @@ from grape_service.weigh.totals import WeightFigures, WeightTotals
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def render_page(facts: Facts, examples: Sequence[PromptExample] = ()) -> str:
-    """The whole page. All text from outside is escaped; nothing is loaded from elsewhere."""
+def render_page(facts: Facts, examples: Sequence[PromptExample] = (), job: Rounds | None = None) -> str:
+    """The whole page, with the rounds of `job`. All text from outside is escaped; nothing is loaded from elsewhere."""
     report = facts["statistics"].get("report") or {}
     figures: dict[str, plots.Figure] = {}
     selection = SelectConfig.model_validate(facts["config"].get("select") or {})
@@ -66,6 +67,7 @@ def render_page(facts: Facts, examples: Sequence[PromptExample] = ()) -> str:
             reasons=reasons_of(facts),
             race=facts["statistics"].get("race"),
             since=since_of(facts["counts"]),
+            job=job,
             select=report.get("select"),
             sources=source_rows(report.get("select")),
             weights=report.get("weights"),
@@ -334,7 +336,8 @@ def report_page(release: Release, regenerate: bool = False) -> str:
             return release.storage.read(f"{release.folder}/report.html").decode()
         except FileNotFoundError:
             pass
-    return render_page(facts_of_manifest(release.manifest), examples_of(release))
+    job = job_of_version(all_rounds(release.storage, release.name), release.version)
+    return render_page(facts_of_manifest(release.manifest), examples_of(release), job)
 
 
 def examples_of(release: Release) -> list[PromptExample]:

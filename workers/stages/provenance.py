@@ -129,7 +129,7 @@ def common_parents(run: Run, policies: list[PolicyUse]) -> Parents:
         methods=[method.record() for method in run.config.own_methods],
         checkpoints=run.checkpoints,
         candidates=run.candidates,
-        round=run.round,
+        round=run.round.name if run.round is not None else None,
         workspace=run.workspace.root,
         run_id=run.run_id,
     )

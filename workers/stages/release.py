@@ -276,7 +276,8 @@ def publish_rows(
         proven = {"rows": sum(entry.proven_rows for entry in entries), "rendered": shared.renderer is not None}
         fields = fields.model_copy(update={"statistics": {**fields.statistics, "proven": proven}})
         with run.stage("report"):
-            page = render_page(facts_of_fields(fields, claim.name, claim.version, entries), examples())
+            job = run.round.job if run.round is not None else None
+            page = render_page(facts_of_fields(fields, claim.name, claim.version, entries), examples(), job)
         reason = why_new(output, name, fields, force)
         version = publish(output, claim, columns.schema, entries, fields, page, documents)
     if reason is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from grape_service.config.methods import SelectConfig
+from grape_service.release.rounds import Round, Rounds
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.rows.ragged import offsets_from_lengths
 from grape_service.select.choose import Candidates, Choice, Detail, choose
@@ -22,6 +23,17 @@ HOSTILE = [
     "</script>{{ 7 * 7 }}",
 ]
 NAMES = ["teacher", "student", "<b onmouseover=hacked()>forum</b>"]
+
+
+def job(version: str | None = "v0002") -> Rounds:
+    """Three rounds under way: the first with its gate's figures, the second released as `version`."""
+    gate = {"held_out_loss": 1.2345678, "prompts": 9, "samples": 72, "unknown": 0, "pass@8": 0.75, "pass@8 prompts": 9}
+    target = "s3://team/runs/7/sft/model-of-a-long-name/" + "y" * 300
+    rounds = [
+        Round("round-1", HOSTILE[0], "a@v0001", "v0001", 1234, None, {**gate, HOSTILE[5]: 1.0}, "1f2e", target),
+        Round("round-2", target, None, version, 400, 0.25),
+    ]
+    return Rounds("abc", "made-up", 3, "stopped", f"gate: {HOSTILE[0]}", rounds=rounds)
 
 
 def candidates(num_prompts: int, start: int = 0, each: int = 4, better: str | None = None) -> Candidates:

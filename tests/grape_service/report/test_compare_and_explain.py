@@ -13,6 +13,7 @@ from grape_service.cli.app import app
 from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
 from grape_service.release.compare import compare
+from grape_service.release.rounds import Round, Rounds, write_rounds
 from grape_service.report.examples import reason_of
 from grape_service.report.explain import explain
 from grape_service.report.page import report_page
@@ -117,3 +118,7 @@ def test_the_report_of_a_version_that_has_none_is_made_anew(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["report", release.reference, "--out", str(out), "--json"])
     assert orjson.loads(done.stdout) == {"reference": release.reference, "report": str(out)}
     assert out.read_text() == page
+    assert "Rounds" not in page
+    one = Round("round-1", "org/base", release.reference, release.version, gate={"pass@8": 0.4375, "samples": 72})
+    write_rounds(release.storage, Rounds("abc", release.name, 3, rounds=[one, Round("round-2", "/c1")]))
+    assert "pass@8 0.438" in report_page(release, regenerate=True)

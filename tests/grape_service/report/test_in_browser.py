@@ -10,7 +10,7 @@ import pytest
 
 from grape_service.report.page import render_comparison, render_page
 from tests.chromium import BINARY, CONTRASTS, SIZES, Browser, running_browser
-from tests.grape_service.report.made_report import HOSTILE, examples, facts
+from tests.grape_service.report.made_report import HOSTILE, examples, facts, job
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="Chromium is not installed: run apt-get install chromium")
 
@@ -21,7 +21,7 @@ DRAWN = ".cartesianlayer .trace, .cartesianlayer image"
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_page(facts(better="teacher", collapse=True), examples()))
+    path.write_text(render_page(facts(better="teacher", collapse=True), examples(), job()))
     return path
 
 

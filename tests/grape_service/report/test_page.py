@@ -17,7 +17,7 @@ from grape_service.report.notices import warnings_of
 from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
 from grape_service.report.race import race_figures
 from grape_service.select.counts import SelectCounts
-from tests.grape_service.report.made_report import NAMES, examples, facts
+from tests.grape_service.report.made_report import NAMES, examples, facts, job
 
 pytestmark = pytest.mark.quick
 
@@ -39,7 +39,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
-    page = render_page(facts(), examples())
+    page = render_page(facts(), examples(), job())
     elements = Elements(page)
     assert elements.tags.count("script") == 3
     assert "img" not in elements.tags
@@ -51,6 +51,18 @@ def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
     assert "zero&lt;U+200B&gt;width" in page
     assert 'dir="auto"' in page
     assert len(page) < 1_500_000
+
+
+def test_a_round_shows_the_gates_figures_of_those_before() -> None:
+    made = {**facts(), "version": "v0002"}
+    published = render_page({**made, "created": None}, (), job(version=None))
+    regenerated = render_page(made, (), job())
+    for page in (published, regenerated):
+        assert "2 of 3 rounds" in page
+        assert "held_out_loss 1.23, pass@8 0.75" in page
+        assert page.count("</b>, this one") == 1
+        assert "v0001</bdi>" in page
+    assert 'id="rounds"' not in render_page(made)
 
 
 def test_a_race_says_what_its_figures_lack() -> None:
