@@ -16,12 +16,12 @@ from grape_service.config.schema import Config
 from grape_service.prepare.counts import PartitionCounts, ShardCounts, summarise_map
 from grape_service.prepare.deal import deal_group, next_level
 from grape_service.prepare.finish import finish_prepare
-from grape_service.prepare.map import Renders, map_piece
+from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import FAN_OUT, PreparePlan, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
-from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.candidate import Candidate, Rejection, Rendered, RendersCandidates
 from grape_service.rows.columns import MAPPED
 from grape_service.rows.messages import response_messages
 from grape_service.storage.storage import Storage
@@ -75,7 +75,7 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 
 
 def prepare(
-    config: Config, storage: Storage, renderer: Renders | None = None, fan_out: int = FAN_OUT
+    config: Config, storage: Storage, renderer: RendersCandidates | None = None, fan_out: int = FAN_OUT
 ) -> tuple[PreparePlan, Prepared]:
     """All of prepare, one task after the other."""
     renderer = renderer or WordRenderer()

@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from grape_service.pool.reader import Segment
 from grape_service.prepare.plan import sized_segments
 from grape_service.prepare.result import Prepared
 from grape_service.render.renderer import Renderer
-from grape_service.rows.candidate import Candidate, Rejection, Rendered
+from grape_service.rows.candidate import Candidate, Rejection, Rendered, RendersCandidates
 
 PART_BYTES = 256 * 2**10
 """Size of a part that is read."""
@@ -30,12 +29,6 @@ SAMPLED_PARTS = 64
 MAX_SEGMENTS = 1024
 """Of a pool with more segments, parts are drawn from so many random ones."""
 BATCH_ROWS = 256
-
-
-class Renders(Protocol):
-    """What a survey needs of a renderer."""
-
-    def render(self, candidates: list[Candidate]) -> list[Rendered | Rejection]: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Survey:
 
 
 def survey_pool(
-    files: tuple[PoolFile, ...], config: Config, renderer: Renders, exact: bool = False, seed: int = 0
+    files: tuple[PoolFile, ...], config: Config, renderer: RendersCandidates, exact: bool = False, seed: int = 0
 ) -> Survey:
     """Count a pool. Pools of at most SAMPLED_PARTS parts, or with `exact`, are read whole.
 
@@ -141,7 +134,11 @@ def _parts(files: tuple[PoolFile, ...], segment: Segment, size: int) -> Iterator
 
 
 def _count(
-    candidates: FileCandidates, renderer: Renders, prompts: set[str], by_source: Counter[str], select: SelectConfig
+    candidates: FileCandidates,
+    renderer: RendersCandidates,
+    prompts: set[str],
+    by_source: Counter[str],
+    select: SelectConfig,
 ) -> tuple[int, int, int, int, int, int, int]:
     """(rows, tokens, tokens with loss, rejected, filtered, windows, their tokens) of a part; adds its prompts, and its
     rows by source."""

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -25,7 +25,7 @@ from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import FOLDER_OF_MAP, Piece, PreparePlan, reject_path, row_path
 from grape_service.render.proof import problem_of
 from grape_service.render.renderer import Renderer
-from grape_service.rows.candidate import TEMPLATE_KWARGS, Candidate, Rejection, Rendered
+from grape_service.rows.candidate import TEMPLATE_KWARGS, Candidate, Rejection, Rendered, RendersCandidates
 from grape_service.rows.columns import MAP_REJECT, MAPPED
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import field_of, only_text, response_messages
@@ -47,12 +47,6 @@ PROVED_ROWS = 16
 """Rows of each file group whose tokens a task compares with those of the whole conversation."""
 
 
-class Renders(Protocol):
-    """What map needs of a renderer."""
-
-    def render(self, candidates: list[Candidate]) -> list[Rendered | Rejection]: ...
-
-
 @dataclass(slots=True)
 class Placed:
     """Something of a piece and where it was."""
@@ -66,7 +60,7 @@ def map_piece(
     plan: PreparePlan,
     piece: Piece,
     config: Config,
-    renderer: Renders,
+    renderer: RendersCandidates,
     storage: Storage,
 ) -> PieceCounts:
     """Read, filter, normalise and render a piece; returns at once what a finished task counted.
@@ -117,7 +111,7 @@ def _batches(placed: Iterator[Placed]) -> Iterator[list[Placed]]:
 
 
 class _MapTask:
-    def __init__(self, plan: PreparePlan, piece: Piece, config: Config, renderer: Renders, storage: Storage):
+    def __init__(self, plan: PreparePlan, piece: Piece, config: Config, renderer: RendersCandidates, storage: Storage):
         self.plan, self.piece, self.renderer, self.storage = plan, piece, renderer, storage
         self.config = config
         self.counts = PieceCounts(piece.index)

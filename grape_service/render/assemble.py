@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.encoding import Encoder, Ids, Place, same_words
-from grape_service.render.layout import Batch, Plan
+from grape_service.render.layout import SequencePlan, TextBatch
 from grape_service.rows.candidate import Rejection, Rendered
 from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 
@@ -28,14 +28,16 @@ class Assembler:
         self.max_tokens: int | None = None
         """Longer sequences are rejected."""
 
-    def sequences(self, plans: list[Plan | Rejection], batch: Batch) -> list[Rendered | Rejection]:
+    def sequences(self, plans: list[SequencePlan | Rejection], batch: TextBatch) -> list[Rendered | Rejection]:
         """Tokens and mask of each plan, in order; arrays of one batch are views of one buffer."""
         contexts = self.encode_contexts(batch)
         places = [Place.INSIDE] * len(batch.texts)
         written_places = [Place.INSIDE] * len(batch.written)
         if batch.written or self._encoder.depends_on_place:
             for plan in plans:
-                for context, span in zip(plan.contexts, plan.spans, strict=True) if isinstance(plan, Plan) else ():
+                for context, span in (
+                    zip(plan.contexts, plan.spans, strict=True) if isinstance(plan, SequencePlan) else ()
+                ):
                     if span.text is not None:
                         assert isinstance(context, int), "texts follow texts"
                         there = written_places if span.is_rendered else places
@@ -47,7 +49,7 @@ class Assembler:
         rows = [plan if isinstance(plan, Rejection) else self._add(plan, encoded, sequence) for plan in plans]
         return sequence.rendered(rows)
 
-    def encode_contexts(self, batch: Batch) -> list[Ids]:
+    def encode_contexts(self, batch: TextBatch) -> list[Ids]:
         """Ids of each context of a batch."""
         if self._is_plain:
             prefix = self._encoder.sequence_prefix
@@ -75,7 +77,7 @@ class Assembler:
             verbatim[place] = same_words(stated, texts[place], self._encoder.unicode_forms)
         return verbatim.tolist()
 
-    def _add(self, plan: Plan, encoded: Encoded, sequences: _Sequences) -> _Row | Rejection:
+    def _add(self, plan: SequencePlan, encoded: Encoded, sequences: _Sequences) -> _Row | Rejection:
         """Add a plan's pieces to the batch's sequences."""
         pieces: list[Ids] = []
         values: list[int] = []

@@ -11,9 +11,10 @@ import itertools
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from grape_service.errors import UserError
+from grape_service.render.fields import RendersMessages
 from grape_service.render.sandbox import RenderingError
 from grape_service.rows.candidate import Message
 
@@ -25,12 +26,6 @@ THOUGHT_STARTS = (*TAG_STARTS, "◁")
 """How what opens thoughts begins."""
 LONGEST_TAIL = 300
 """Characters of a generation prompt that a response may begin with again."""
-
-
-class Renders(Protocol):
-    """What is asked of a template."""
-
-    def render(self, messages: list[Message], tools: None = None, generation_prompt: bool = False) -> str: ...
 
 
 class Lead(NamedTuple):
@@ -91,7 +86,7 @@ class AnswerFrame:
         return lead.behind(before), response
 
 
-def answer_frame(template: Renders, name: str) -> AnswerFrame:
+def answer_frame(template: RendersMessages, name: str) -> AnswerFrame:
     """Find out what stands before answers. Raises UserError where the template cannot be understood."""
     user: list[Message] = [{"role": "user", "content": USER}]
     prompt = template.render(user, generation_prompt=True)
@@ -124,7 +119,7 @@ def answer_frame(template: Renders, name: str) -> AnswerFrame:
     return AnswerFrame(plain, thinking, closing, is_open(plain.behind(end)), end.strip())
 
 
-def _thinking_lead(template: Renders, user: list[Message], prompt: str, answer: str) -> Lead:
+def _thinking_lead(template: RendersMessages, user: list[Message], prompt: str, answer: str) -> Lead:
     """What stands before an answer with thoughts, as far as it does not write that itself."""
     whole = template.render([*user, {"role": "assistant", "content": answer}])
     closed = ENDS_EMPTY.search(prompt)  # which stands there only where there are no thoughts
@@ -147,7 +142,7 @@ def _thinking_lead(template: Renders, user: list[Message], prompt: str, answer: 
     return Lead(cut, header) if not TAG.sub("", header).strip() else Lead()
 
 
-def _whole(template: Renders, user: list[Message], answer: str, name: str) -> str:
+def _whole(template: RendersMessages, user: list[Message], answer: str, name: str) -> str:
     try:
         return template.render([*user, {"role": "assistant", "content": answer}])
     except RenderingError as error:

@@ -15,7 +15,7 @@ LINKS = ("tool_call_id",)
 """Fields that say which message belongs to which: templates that keep the order need not show them."""
 
 
-class Renders(Protocol):
+class RendersMessages(Protocol):
     """What is asked of a template."""
 
     def render(
@@ -47,7 +47,7 @@ def _as_json(words: str, text: str) -> bool:
 
 
 def left_out_field(
-    template: Renders, messages: list[Message], tools: list[Tool] | None, start: int | None
+    template: RendersMessages, messages: list[Message], tools: list[Tool] | None, start: int | None
 ) -> str | None:
     """Which field of the messages changes nothing in their rendering; None where each one counts.
 
@@ -93,7 +93,7 @@ def _without(message: Message, key: str) -> list[tuple[str, Message]]:
 
 
 def _renders_alike(
-    template: Renders, messages: list[Message], tools: list[Tool] | None, is_prompt: bool, whole: str
+    template: RendersMessages, messages: list[Message], tools: list[Tool] | None, is_prompt: bool, whole: str
 ) -> bool:
     try:
         return template.render(messages, tools, generation_prompt=is_prompt) == whole

@@ -29,7 +29,7 @@ class Span:
 
 
 @dataclass(slots=True)
-class Plan:
+class SequencePlan:
     """A sequence before it is encoded: contexts[0], spans[0], contexts[1], ...; contexts index the batch's, or are ids.
 
     Contexts and spans of ids may be empty.
@@ -41,7 +41,7 @@ class Plan:
 
 
 @dataclass
-class Batch:
+class TextBatch:
     """The texts of a batch, each to be encoded once."""
 
     contexts: list[str] = field(default_factory=list)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.conversation import TAG_STARTS, repeated
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN, Ids, same_words
-from grape_service.render.layout import Plan, Span
+from grape_service.render.layout import SequencePlan, Span
 from grape_service.rows.candidate import Candidate, Message, Rejection
 from grape_service.rows.columns import LOSS_NONE, LOSS_TOKEN, LOSS_TURN_END
 from grape_service.rows.messages import THOUGHTS, only_text
@@ -54,7 +54,7 @@ class RecordedResponses:
         self._is_stop = _flags(stop_ids, vocabulary.size)
         self._is_tail = _flags({*stop_ids, *([] if pad_id is None else [pad_id])}, vocabulary.size)
 
-    def plan(self, candidate: Candidate, before: str, prompt: int) -> Plan | Rejection:
+    def plan(self, candidate: Candidate, before: str, prompt: int) -> SequencePlan | Rejection:
         """The recorded response behind `before`, the text of its generation prompt, which is the batch's `prompt`."""
         try:
             return self._plan(candidate, before.replace(MARK_OPEN, "").replace(MARK_CLOSE, ""), prompt)
@@ -75,7 +75,7 @@ class RecordedResponses:
         said, text = self._said(ids), response.strip()
         return self._same(said, text) or self._same(self._said(ids[~self._is_control[ids]]), text)
 
-    def _plan(self, candidate: Candidate, before: str, prompt: int) -> Plan | Rejection:
+    def _plan(self, candidate: Candidate, before: str, prompt: int) -> SequencePlan | Rejection:
         ids = self._valid(candidate.response_ids)
         mask = _mask(candidate.response_mask, len(ids))
         if isinstance(candidate.response, list) and len(candidate.response) != 1 and mask is None:
@@ -95,10 +95,10 @@ class RecordedResponses:
 
     def _pieces(
         self, ids: Ids, mask: Bools | None, turn_end: int | None, logprobs: Float32s | None, prompt: int
-    ) -> Plan | Rejection:
+    ) -> SequencePlan | Rejection:
         """`logprobs` [N] of the ids, or [N + 1] with the turn end's."""
         if mask is None or mask.all():
-            return Plan([prompt], [Span(ids=ids, turn_end=turn_end)], _at_most_0(logprobs))
+            return SequencePlan([prompt], [Span(ids=ids, turn_end=turn_end)], _at_most_0(logprobs))
         if not mask.any():
             return Rejection("no loss in the response", "its response_mask is 0 everywhere")
         if not mask[-1]:  # what stands behind the last token with loss changes nothing
@@ -125,7 +125,7 @@ class RecordedResponses:
                 )
                 read = ids[:0]
         spans[-1].turn_end = turn_end if spans[-1].turn_end is None else spans[-1].turn_end
-        return Plan(contexts, spans, recorded)
+        return SequencePlan(contexts, spans, recorded)
 
     # What the ids are
 

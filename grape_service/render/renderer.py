@@ -16,7 +16,7 @@ from grape_service.errors import UserError
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.assemble import TOO_LONG, Assembler
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.layout import Batch, Plan, Span, shared_spans, trajectory_problem
+from grape_service.render.layout import SequencePlan, Span, TextBatch, shared_spans, trajectory_problem
 from grape_service.render.messages import MessageError, MessageForm, written_texts
 from grape_service.render.prompts import PromptTexts
 from grape_service.render.proof import prove_renderer
@@ -183,8 +183,8 @@ class Renderer:
         return self._template is not None and any(candidate.template_kwargs for candidate in candidates)
 
     def _render(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
-        batch = Batch()
-        plans: list[Plan | Rejection] = []
+        batch = TextBatch()
+        plans: list[SequencePlan | Rejection] = []
         for candidate, prompt in zip(candidates, self._prompts(candidates, batch), strict=True):
             plans.append(prompt if isinstance(prompt, Rejection) else self._plan(candidate, prompt, batch))
         return self._assembler.sequences(plans, batch)
@@ -198,7 +198,7 @@ class Renderer:
         return self._render_prompts(candidates)
 
     def _render_prompts(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
-        batch = Batch()
+        batch = TextBatch()
         prompts = self._prompts(candidates, batch)
         contexts = self._assembler.encode_contexts(batch)
         rendered: list[Rendered | Rejection] = []
@@ -236,8 +236,8 @@ class Renderer:
     def _render_behavior(
         self, candidates: Sequence[Candidate], targets: Sequence[Rendered], target_turn_end_id: int | None
     ) -> list[Rendered | Rejection]:
-        batch = Batch()
-        plans: list[Plan | Rejection] = []
+        batch = TextBatch()
+        plans: list[SequencePlan | Rejection] = []
         prompts = self._prompts(candidates, batch)
         for candidate, target, prompt in zip(candidates, targets, prompts, strict=True):
             shared = shared_spans(target, target_turn_end_id, self.vocabulary, self.turn_end_id, self.stop_ids)
@@ -251,14 +251,16 @@ class Renderer:
             if len(spans) == 1:
                 written = spans[0].ids
                 assert written is not None, "shared spans have ids"
-                plans.append(Plan([self._shared.context(self._answer(candidate), prompt, written, batch)], spans))
+                plans.append(
+                    SequencePlan([self._shared.context(self._answer(candidate), prompt, written, batch)], spans)
+                )
             elif isinstance(candidate.response, str):
                 plans.append(self._shared.around_masked(candidate, target, prompt, read, spans, batch))
             else:
                 own = self._plan_trajectory(candidate, self._answer(candidate), prompt, batch)
-                if isinstance(own, Plan) and len(own.spans) != len(spans):
+                if isinstance(own, SequencePlan) and len(own.spans) != len(spans):
                     own = Rejection("rendering cannot be split", "the two policies split the response differently")
-                plans.append(own if isinstance(own, Rejection) else Plan(own.contexts, spans))
+                plans.append(own if isinstance(own, Rejection) else SequencePlan(own.contexts, spans))
         return self._assembler.sequences(plans, batch)
 
     # What a proof asks (proof.py)
@@ -292,7 +294,7 @@ class Renderer:
 
     # Prompts
 
-    def _prompts(self, candidates: Sequence[Candidate], batch: Batch) -> list[int | Rejection]:
+    def _prompts(self, candidates: Sequence[Candidate], batch: TextBatch) -> list[int | Rejection]:
         """For each candidate the index of its prompt's text; neighbours of one prompt share it."""
         prompts: list[int | Rejection] = []
         previous: Candidate | None = None
@@ -307,7 +309,7 @@ class Renderer:
 
     # Responses
 
-    def _plan(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
+    def _plan(self, candidate: Candidate, prompt: int, batch: TextBatch) -> SequencePlan | Rejection:
         if candidate.response_ids is not None:
             return self._plan_recorded(candidate, prompt, batch)
         if candidate.recorded_logprobs is not None:
@@ -327,15 +329,15 @@ class Renderer:
             return spelled
         turn_end = None if candidate.truncated else self.turn_end_id
         if self._template is None:
-            return Plan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
+            return SequencePlan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
         before = batch.contexts[prompt]
         own, text = self._split(before, text)
         if not text:
             return Rejection("empty response", "it only repeats the end of the generation prompt")
         context = prompt if own == before else batch.add_context(own)
-        return Plan([context], [Span(batch.add_text(text), turn_end=turn_end)])
+        return SequencePlan([context], [Span(batch.add_text(text), turn_end=turn_end)])
 
-    def _plan_recorded(self, candidate: Candidate, prompt: int, batch: Batch) -> Plan | Rejection:
+    def _plan_recorded(self, candidate: Candidate, prompt: int, batch: TextBatch) -> SequencePlan | Rejection:
         before, text = batch.contexts[prompt], only_text(candidate.response)
         own = before if self._template is None or text is None else self._split(before, text)[0]
         return self._recorded.plan(candidate, before, prompt if own == before else batch.add_context(own))
@@ -355,8 +357,8 @@ class Renderer:
         return self._template.frame.split(before, response, self.encoder.drops_space)
 
     def _plan_trajectory(
-        self, candidate: Candidate, response: str | list[Message], prompt: int, batch: Batch
-    ) -> Plan | Rejection:
+        self, candidate: Candidate, response: str | list[Message], prompt: int, batch: TextBatch
+    ) -> SequencePlan | Rejection:
         assert isinstance(response, list), "text is planned elsewhere"
         problem = trajectory_problem(response)
         if problem is not None:

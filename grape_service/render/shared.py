@@ -5,7 +5,7 @@ from __future__ import annotations
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.conversation import Lead, repeated
 from grape_service.render.encoding import Ids
-from grape_service.render.layout import Batch, Plan, Span
+from grape_service.render.layout import SequencePlan, Span, TextBatch
 from grape_service.render.recorded import RecordedResponses
 from grape_service.render.template import ChatTemplate
 from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
@@ -18,7 +18,7 @@ class SharedResponses:
     def __init__(self, template: ChatTemplate | None, vocabulary: Vocabulary, recorded: RecordedResponses):
         self._template, self._vocabulary, self._recorded = template, vocabulary, recorded
 
-    def context(self, answer: str | list[Message], prompt: int, written: Ids, batch: Batch) -> int:
+    def context(self, answer: str | list[Message], prompt: int, written: Ids, batch: TextBatch) -> int:
         """The index of the context before a response.
 
         What the other's generation prompt holds already, such as <think>, is not among the tokens; what this one's
@@ -43,10 +43,10 @@ class SharedResponses:
         return prompt
 
     def around_masked(
-        self, candidate: Candidate, target: Rendered, prompt: int, read: list[Ids], spans: list[Span], batch: Batch
-    ) -> Plan | Rejection:
+        self, candidate: Candidate, target: Rendered, prompt: int, read: list[Ids], spans: list[Span], batch: TextBatch
+    ) -> SequencePlan | Rejection:
         """What another policy wrote and, between, read, as it was recorded under a response_mask."""
         ids = target.input_ids[target.prompt_len :]
         if not self._vocabulary.knows(ids).all() or not self._recorded.says(ids, str(candidate.response)):
             return Rejection("rendering cannot be split", "what was read between has other tokens for this policy")
-        return Plan([self.context(candidate.response, prompt, ids, batch), *read[1:]], spans)
+        return SequencePlan([self.context(candidate.response, prompt, ids, batch), *read[1:]], spans)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from grape_service.render.conversation import EMPTY_THOUGHTS, ENDS_EMPTY, Lead
 from grape_service.render.encoding import MARK_CLOSE, MARK_OPEN
 from grape_service.render.fields import left_out_field
-from grape_service.render.layout import Batch, Plan, Span
+from grape_service.render.layout import SequencePlan, Span, TextBatch
 from grape_service.render.template import ChatTemplate
 from grape_service.rows.candidate import Message, Tool
 from grape_service.rows.messages import THOUGHTS, has_loss, tool_names
@@ -156,8 +156,13 @@ def _with_loss(turns: list[Turn], loss: Sequence[bool]) -> list[Turn]:
 
 
 def plan_turns(
-    turns: list[Turn], batch: Batch, prompt: int, turn_end_id: int | None, id_of_stop: dict[str, int], truncated: bool
-) -> Plan:
+    turns: list[Turn],
+    batch: TextBatch,
+    prompt: int,
+    turn_end_id: int | None,
+    id_of_stop: dict[str, int],
+    truncated: bool,
+) -> SequencePlan:
     """The plan of a trajectory behind the batch's `prompt`; a last turn without a turn end gets `turn_end_id`."""
     contexts: list[int] = []
     spans: list[Span] = []
@@ -169,4 +174,4 @@ def plan_turns(
         spans.append(Span(batch.add_written(turn.written), is_rendered=True, turn_end=end))
     if truncated:
         spans[-1].turn_end = None
-    return Plan(contexts, spans)
+    return SequencePlan(contexts, spans)

@@ -9,7 +9,7 @@ import numpy as np
 from grape_service.display import short
 from grape_service.report.facts import Facts, SelectReport
 from grape_service.report.families import families_of, is_same_model
-from grape_service.report.warning import MIN_PROMPTS, Warning, compared_prompts, share
+from grape_service.report.warning import MIN_PROMPTS, ReportWarning, compared_prompts, share
 
 LONG_TOKENS = 1024
 """Responses of at least so many tokens in the median are long traces."""
@@ -19,20 +19,20 @@ BEYOND = 0.1
 """How much more of the kept rows than of the candidates the target's own family has where that is told of."""
 
 
-def misled(facts: Facts, select: SelectReport) -> list[Warning]:
+def misled(facts: Facts, select: SelectReport) -> list[ReportWarning]:
     """Warnings of a choice by grape, from the report's statistics of select."""
     if select["contested"] < MIN_PROMPTS or (facts["config"].get("select") or {}).get("method", "grape") != "grape":
         return []
     return [*_steps(select), *_long_traces(select)]
 
 
-def _steps(select: SelectReport) -> list[Warning]:
+def _steps(select: SelectReport) -> list[ReportWarning]:
     winner, rival = select.get("winner_step_tokens"), select.get("rival_step_tokens")
     if not winner or not rival or 1 / STEP_RATIO <= winner / rival <= STEP_RATIO:
         return []
     kind = "longer" if winner > rival else "shorter"
     return [
-        Warning(
+        ReportWarning(
             f"Winners have {kind} steps than their rivals: {winner:.0f} tokens a step against {rival:.0f}."
             f"{_other(select)}",
             "The first token of a step is improbable whatever it says, so a mean over tokens goes with the length of "
@@ -50,7 +50,7 @@ def _other(select: SelectReport) -> str:
     )
 
 
-def _long_traces(select: SelectReport) -> list[Warning]:
+def _long_traces(select: SelectReport) -> list[ReportWarning]:
     from grape_service.report.statistics import LENGTH_EDGES, quantile
 
     teachers = [name for name, number in zip(select["names"], select["prompts_with"], strict=True) if number]
@@ -58,7 +58,7 @@ def _long_traces(select: SelectReport) -> list[Warning]:
     if len(teachers) < 2 or median is None or median < LONG_TOKENS:
         return []
     return [
-        Warning(
+        ReportWarning(
             f"{len(teachers)} sources compete with long responses ({median:,.0f} tokens in the median): a mean over "
             "the whole response then tells of style and step length more than of what the target can learn.",
             "Compare with select.method: steps, local (each step with a short window before it) or rsr, and limit each "
@@ -87,7 +87,7 @@ def kin(facts: Facts) -> tuple[dict[str, int], dict[str, int], set[str]]:
     return kept, candidates, how
 
 
-def own_family(facts: Facts) -> list[Warning]:
+def own_family(facts: Facts) -> list[ReportWarning]:
     """Where winners are of the target's own family beyond its share of the candidates."""
     select = facts["counts"].get("select") or {}
     kept, candidates, how = kin(facts)
@@ -97,7 +97,7 @@ def own_family(facts: Facts) -> list[Warning]:
         return []
     named = ", ".join(short(name) for name in sorted(kept, key=lambda name: -kept[name])[:3])
     return [
-        Warning(
+        ReportWarning(
             f"The target's own family has {of_kept:.0%} of the kept rows and {of_all:.0%} of the candidates ({named}; "
             f"by {', '.join(sorted(how))}).",
             "The target finds its own kind of text probable, whether or not it is better: compare with "

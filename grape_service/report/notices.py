@@ -7,10 +7,10 @@ from grape_service.json_types import JsonObject
 from grape_service.report.facts import Facts, SelectReport, WeightsReport
 from grape_service.report.families import families_of, is_same_model
 from grape_service.report.misled import misled, own_family
-from grape_service.report.warning import MIN_PROMPTS, Warning, compared_prompts, share
+from grape_service.report.warning import MIN_PROMPTS, ReportWarning, compared_prompts, share
 
 
-def warnings_of(facts: Facts) -> list[Warning]:
+def warnings_of(facts: Facts) -> list[ReportWarning]:
     """All warnings of a release, from its manifest's counts, config and statistics."""
     report = facts["statistics"].get("report") or {}
     found = _pool(facts) + _checks(facts)
@@ -24,7 +24,7 @@ def warnings_of(facts: Facts) -> list[Warning]:
     return found
 
 
-def _pool(facts: Facts) -> list[Warning]:
+def _pool(facts: Facts) -> list[ReportWarning]:
     pool, select = facts["counts"].get("pool") or {}, facts["counts"].get("select") or {}
     found = []
     rejected = share(pool.get("rejected", 0), pool.get("rows_in", 0))
@@ -32,7 +32,7 @@ def _pool(facts: Facts) -> list[Warning]:
         reasons = pool.get("rejected_by_reason") or {"?": 0}
         worst = max(reasons, key=lambda reason: reasons[reason])
         found.append(
-            Warning(
+            ReportWarning(
                 f"{rejected:.1%} of the pool's rows could not be used; most often: {short(worst, 80)}.",
                 "Look at them with `grape rejects`, and fix the pool or pool.columns.",
             )
@@ -40,7 +40,7 @@ def _pool(facts: Facts) -> list[Warning]:
     truncated = share(pool.get("truncated", 0), pool.get("rows", 0))
     if truncated > 0.02:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{truncated:.1%} of the candidates were cut off by a length limit, and a model trained on them "
                 "learns not to end.",
                 "Set pool.truncated: reject, or sample them again with a higher limit.",
@@ -50,7 +50,7 @@ def _pool(facts: Facts) -> list[Warning]:
         left = share(count, select.get("prompts", 0))
         if left > 0.1:
             found.append(
-                Warning(
+                ReportWarning(
                     f"{left:.1%} of the prompts were left out: {short(reason, 60)}.",
                     "Check select.min_margin, the token limits and max_source_share, and the failures of the run.",
                 )
@@ -58,21 +58,21 @@ def _pool(facts: Facts) -> list[Warning]:
     return found
 
 
-def _singletons(facts: Facts) -> list[Warning]:
+def _singletons(facts: Facts) -> list[ReportWarning]:
     """Prompts with nothing to choose from."""
     select = facts["counts"].get("select") or {}
     alone, prompts = select.get("singletons", 0), select.get("kept_prompts", 0)
     if share(alone, prompts) <= 0.1 or (facts["config"].get("select") or {}).get("method") == "all":
         return []
     return [
-        Warning(
+        ReportWarning(
             f"{alone:,} of {prompts:,} kept prompts ({alone / prompts:.0%}) have one response, with nothing to choose.",
             "Set select.min_candidates: 2 to leave them out, or sample more responses for them.",
         )
     ]
 
 
-def _self_written(facts: Facts) -> list[Warning]:
+def _self_written(facts: Facts) -> list[ReportWarning]:
     """Kept rows that the target, or a model of its family, wrote, as far as names show it."""
     config, select = facts["config"], facts["counts"].get("select") or {}
     target = str((config.get("target") or {}).get("model") or "")
@@ -90,7 +90,7 @@ def _self_written(facts: Facts) -> list[Warning]:
     found = []
     if share(own, kept) > 0.05:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{own:,} of {kept:,} kept rows ({own / kept:.0%}) were written by the target itself.",
                 "Self-distillation hurt in GRAPE's tables: leave its own samples out with pool.where, or limit them "
                 "with select.max_source_share.",
@@ -98,7 +98,7 @@ def _self_written(facts: Facts) -> list[Warning]:
         )
     if share(of_family, kept) > 0.5:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{of_family:,} of {kept:,} kept rows ({of_family / kept:.0%}) were written by models of the target's "
                 f"family ({', '.join(sorted(families))}).",
                 "Winners lean to the target's own family: compare with select.max_source_share before training.",
@@ -107,16 +107,16 @@ def _self_written(facts: Facts) -> list[Warning]:
     return found
 
 
-def _checks(facts: Facts) -> list[Warning]:
+def _checks(facts: Facts) -> list[ReportWarning]:
     found = []
     for check in facts["statistics"].get("checks") or []:
         if check.get("warning"):
-            found.append(Warning(check["warning"], check["change"]))
+            found.append(ReportWarning(check["warning"], check["change"]))
     return found
 
 
-def _sources(facts: Facts, select: SelectReport) -> list[Warning]:
-    found: list[Warning] = []
+def _sources(facts: Facts, select: SelectReport) -> list[ReportWarning]:
+    found: list[ReportWarning] = []
     contested = select["contested"]
     method = (facts["config"].get("select") or {}).get("method", "grape")
     if contested < MIN_PROMPTS or str(method).startswith("source:"):
@@ -127,7 +127,7 @@ def _sources(facts: Facts, select: SelectReport) -> list[Warning]:
         rate = wins / present
         if rate > 0.9:
             found.append(
-                Warning(
+                ReportWarning(
                     f"Source {short(name)} wins {rate:.0%} of the prompts that it competes in.",
                     "Read its examples; if it is not better, limit it with select.max_source_share or leave it out "
                     "with pool.where.",
@@ -136,7 +136,7 @@ def _sources(facts: Facts, select: SelectReport) -> list[Warning]:
         elif rate < 0.01:
             how_often = "almost never" if wins else "never"
             found.append(
-                Warning(
+                ReportWarning(
                     f"Source {short(name)} {how_often} wins ({wins:,} of {present:,} prompts).",
                     "Scoring it may be a waste: leave it out with pool.where, or check that its rows are rendered "
                     "as the target expects.",
@@ -145,15 +145,15 @@ def _sources(facts: Facts, select: SelectReport) -> list[Warning]:
     return found
 
 
-def _choice(facts: Facts, select: SelectReport) -> list[Warning]:
-    found: list[Warning] = []
+def _choice(facts: Facts, select: SelectReport) -> list[ReportWarning]:
+    found: list[ReportWarning] = []
     if select["contested"] < MIN_PROMPTS or (facts["config"].get("select") or {}).get("method", "grape") != "grape":
         return found
     ratio = share(select["winner_tokens"], select["rival_tokens"])
     if ratio and not 0.6 <= ratio <= 1.67:
         kind = "shorter" if ratio < 1 else "longer"
         found.append(
-            Warning(
+            ReportWarning(
                 f"Winners are much {kind} than their rivals: {select['winner_tokens']:.0f} tokens on average against "
                 f"{select['rival_tokens']:.0f}.",
                 "The choice may be one of length: set select.min_response_tokens or max_response_tokens, and compare "
@@ -163,7 +163,7 @@ def _choice(facts: Facts, select: SelectReport) -> list[Warning]:
     within = select.get("within")
     if within is not None and abs(within) > 0.6:
         found.append(
-            Warning(
+            ReportWarning(
                 f"Within a prompt, score and length go together (correlation {within:+.2f}).",
                 "Candidates of like length would be a fairer choice: filter the pool by length or set the token "
                 "limits of select.",
@@ -175,7 +175,7 @@ def _choice(facts: Facts, select: SelectReport) -> list[Warning]:
     tiny = sum(count for count, edge in zip(margins, MARGIN_EDGES[1:], strict=True) if edge <= 0.002)
     if share(tiny, sum(margins)) > 0.3:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{share(tiny, sum(margins)):.0%} of the choices are decided by less than 0.002 per token, "
                 "which is within the noise of bf16 scoring.",
                 "Set select.min_margin, or score with target.dtype: float32.",
@@ -185,7 +185,7 @@ def _choice(facts: Facts, select: SelectReport) -> list[Warning]:
     compared = compared_prompts(select)
     if other is not None and compared >= MIN_PROMPTS and share(other, compared) < 0.6:
         found.append(
-            Warning(
+            ReportWarning(
                 f"Whether the turn end counts changes {1 - share(other, compared):.0%} of the choices.",
                 "Answers are very short, or the target does not know the turn end: keep count_turn_end: false for a "
                 "base model and set select.min_response_tokens.",
@@ -207,7 +207,7 @@ NARROW = (
 )
 
 
-def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
+def _weights(facts: Facts, weights: WeightsReport) -> list[ReportWarning]:
     figures = facts["statistics"].get("weights") or {}
     counts = facts["counts"].get("weigh") or {}
     config = facts["config"].get("weights") or {}
@@ -219,7 +219,7 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     effective = figures.get("effective_share")
     if effective is not None and effective < 0.3:
         found.append(
-            Warning(
+            ReportWarning(
                 f"The weights are worth {effective:.0%} of the tokens (effective sample size): few tokens carry the "
                 "training.",
                 CENTERED if is_centered else NARROW,
@@ -228,7 +228,7 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     low = figures.get("weight_low")
     if low is not None and low > 0.1:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{low:.0%} of the weights are at their lower bound: only the ends of responses train.",
                 f"{NARROW} Or use a behavior policy nearer to the target.",
             )
@@ -236,7 +236,7 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     last = weights.get("last_tenth")
     if last is not None and last > 0.4:
         found.append(
-            Warning(
+            ReportWarning(
                 f"The last tenth of the responses holds {last:.0%} of the weight.",
                 f"Weights collapse towards the start. {NARROW}",
             )
@@ -244,7 +244,7 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     high = figures.get("weight_high")
     if high is not None and high > 0.01:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{high:.1%} of the weights are at their upper bound.",
                 CENTERED
                 if is_centered
@@ -254,7 +254,7 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
     uniform = share(counts.get("uniform_rows", 0), counts.get("rows", 0))
     if uniform > 0.2:
         found.append(
-            Warning(
+            ReportWarning(
                 f"{uniform:.0%} of the rows have no behavior policy and have weight 1 at each token.",
                 "Name their policies in behavior.sources, or leave them out with behavior.missing: drop.",
             )
@@ -265,14 +265,14 @@ def _weights(facts: Facts, weights: WeightsReport) -> list[Warning]:
 MOST = 0.5
 
 
-def _recorded_numbers(counts: JsonObject) -> list[Warning]:
+def _recorded_numbers(counts: JsonObject) -> list[ReportWarning]:
     """Sources whose recorded numbers are likely not what the config says, and whose ratios a clip holds."""
     found = []
     for name, tokens in (counts.get("recorded_tokens") or {}).items():
         same = share((counts.get("recorded_same") or {}).get(name, 0), tokens)
         if same > MOST:
             found.append(
-                Warning(
+                ReportWarning(
                     f"{same:.0%} of the log-probabilities recorded for source {short(name)} are the target's own "
                     "before the temperature.",
                     "They are raw, not processed: set behavior.recorded: raw, and weigh again.",
@@ -283,7 +283,7 @@ def _recorded_numbers(counts: JsonObject) -> list[Warning]:
             held = share(totals.get(clip, 0), totals.get("tokens", 0))
             if held > MOST:
                 found.append(
-                    Warning(
+                    ReportWarning(
                         f"{held:.0%} of the log ratios of source {short(name)} are at their {which} bound.",
                         "Are the numbers that policy's, and taken as behavior.recorded says (raw or processed)? If "
                         "they are, use a wider weights.ratio_clip.",
@@ -292,13 +292,13 @@ def _recorded_numbers(counts: JsonObject) -> list[Warning]:
     return found
 
 
-def _other_weights(figures: JsonObject) -> list[Warning]:
+def _other_weights(figures: JsonObject) -> list[ReportWarning]:
     """Of weights that compare with no behavior."""
     found = []
     effective = figures.get("effective_share")
     if effective is not None and effective < 0.3:
         found.append(
-            Warning(
+            ReportWarning(
                 f"The weights are worth {effective:.0%} of the tokens (effective sample size): few tokens carry the "
                 "training.",
                 "Raise the lower bound of weights.weight_clip, or lower weights.alpha where the method is entropy.",
@@ -308,7 +308,7 @@ def _other_weights(figures: JsonObject) -> list[Warning]:
         held = figures.get(key)
         if held is not None and held > 0.1:
             found.append(
-                Warning(
+                ReportWarning(
                     f"{held:.0%} of the weights are at their {side} bound.",
                     f"Look at the weights by source, and widen weights.weight_clip if its {side} bound is too near.",
                 )

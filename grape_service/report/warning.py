@@ -12,7 +12,7 @@ MIN_PROMPTS = 20
 
 
 @dataclass(frozen=True)
-class Warning:
+class ReportWarning:
     """One finding."""
 
     text: str

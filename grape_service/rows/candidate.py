@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,3 +75,9 @@ class Rejection:
     """What exactly was wrong, for a person."""
     text: str | None = None
     """The beginning of the row, where it could not be read."""
+
+
+class RendersCandidates(Protocol):
+    """What readers of a pool need of a renderer."""
+
+    def render(self, candidates: list[Candidate]) -> list[Rendered | Rejection]: ...

@@ -19,7 +19,7 @@ from grape_service.release.reference import Reference, check_name
 from grape_service.release.tags import Tag, read_tag
 from grape_service.report.facts import facts_of_manifest
 from grape_service.report.notices import warnings_of
-from grape_service.report.warning import Warning
+from grape_service.report.warning import ReportWarning
 from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import FileInfo, Storage
 from grape_service.storage.workspace import refuse_newer
@@ -192,7 +192,7 @@ class Folder:
         return told
 
 
-def warnings_in(manifest: Manifest) -> list[Warning] | None:
+def warnings_in(manifest: Manifest) -> list[ReportWarning] | None:
     """The report's warnings; None where the manifest's counts or statistics are not what they should be."""
     try:
         return warnings_of(facts_of_manifest(manifest))

@@ -40,7 +40,7 @@ UNIFORM = "uniform"
 """weight_source of rows without weights of their own; of the others it is the method's name."""
 
 
-class Batch:
+class WeighBatch:
     """Rows on their way through: N rows, L tokens with loss; those that no behavior is missing of are weighed."""
 
     def __init__(

@@ -32,7 +32,7 @@ from grape_service.rows.statistics import LOGPROB
 from grape_service.score.tables import ScoreTable
 from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.batch import Batch, method_batch
+from grape_service.weigh.batch import WeighBatch, method_batch
 from grape_service.weigh.behavior import (
     BEHAVIOR_READS,
     NOT_ASKED,
@@ -147,7 +147,7 @@ def weigh_partition(
         row = 0
         for table in read_row_groups(storage, partition.kept_path):
             rows = np.flatnonzero(kept[row : row + table.num_rows])
-            batch = Batch(table.take(rows), rows + row, behaviors, scores, target_columns)
+            batch = WeighBatch(table.take(rows), rows + row, behaviors, scores, target_columns)
             if behavior is not None:
                 result = compared_weights(batch.ratios, batch.weighed_offsets, weights)
             else:
@@ -217,7 +217,7 @@ def _rows_to_keep(
     return kept
 
 
-def _count_weights(counts: WeighCounts, batch: Batch, result: TokenWeights, weights: WeightsConfig) -> None:
+def _count_weights(counts: WeighCounts, batch: WeighBatch, result: TokenWeights, weights: WeightsConfig) -> None:
     encoded = batch.sources.fill_null(NO_SOURCE).dictionary_encode()
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
     for name, totals in zip(names, totals_by_group(result, batch.weighed_offsets, codes, len(names)), strict=True):
@@ -230,7 +230,7 @@ def _count_weights(counts: WeighCounts, batch: Batch, result: TokenWeights, weig
     counts.self_weights += _totals(exact, batch.weighed_offsets)
 
 
-def _count_recorded(counts: WeighCounts, batch: Batch, names: list[str], codes: Int64s) -> None:
+def _count_recorded(counts: WeighCounts, batch: WeighBatch, names: list[str], codes: Int64s) -> None:
     """How many numbers that are said to be processed are the target's own before the temperature."""
     target = batch.target[LOGPROB][batch.weighed_tokens]
     behavior = batch.behavior[batch.weighed_tokens]
@@ -247,7 +247,9 @@ def _count_recorded(counts: WeighCounts, batch: Batch, names: list[str], codes: 
                 into[name] = into.get(name, 0) + int((number & of_source).sum())
 
 
-def _count_repeat(counts: WeighCounts, batch: Batch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig) -> None:
+def _count_repeat(
+    counts: WeighCounts, batch: WeighBatch, repeat: ScoreTable, rows: Int64s, weights: WeightsConfig
+) -> None:
     """The weights of the target against its second scoring; `rows` [N] are the batch's places in `repeat`."""
     there = np.flatnonzero(_scored_twice(batch, {LOGPROB: repeat}, rows))
     if not len(there):
@@ -261,7 +263,7 @@ def _count_repeat(counts: WeighCounts, batch: Batch, repeat: ScoreTable, rows: I
 
 def _count_both_scorings(
     counts: WeighCounts,
-    batch: Batch,
+    batch: WeighBatch,
     first: TokenWeights,
     repeat: dict[str, ScoreTable],
     rows: Int64s,
@@ -285,7 +287,7 @@ def _count_both_scorings(
     counts.self_weights_repeat += _totals(result, offsets)
 
 
-def _scored_twice(batch: Batch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
+def _scored_twice(batch: WeighBatch, repeat: dict[str, ScoreTable], rows: Int64s) -> npt.NDArray[np.bool_]:
     """Rows [N] with usable values of both scorings."""
     usable = np.ones(len(rows), dtype=bool)
     for name, table in repeat.items():
