@@ -65,7 +65,7 @@ def deal_group(
         return write_slices(storage, path, rows, top_bits(orders, dealt.skip + dealt.bits, bits), 1 << bits)
 
     try:
-        bounds: list[int] = once(storage, f"{path}.json", work)
+        bounds: list[int] = once(storage, f"{path}.json", work, lambda _: storage.exists(path))
         return bounds
     except FileNotFoundError:
         # Another run of the same plan was faster, and deleted what map wrote: no partition is read from here.

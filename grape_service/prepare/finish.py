@@ -20,6 +20,7 @@ from grape_service.prepare.counts import (
 from grape_service.prepare.groups import GroupCounts, add_counts
 from grape_service.prepare.plan import FOLDER_OF_MAP, PREPARED, PreparePlan
 from grape_service.prepare.result import PartitionTotals, Prepared
+from grape_service.prepare.shards import are_all_there
 from grape_service.rows.counts import check_sum
 from grape_service.storage.storage import Storage
 
@@ -77,7 +78,7 @@ def _group(group: PoolGroup, counts: GroupCounts) -> dict[str, Any]:
 
 
 def load_prepared(plan: PreparePlan, config: Config, storage: Storage) -> Prepared | None:
-    """What an earlier run prepared, looked at as that run did; None where there is nothing.
+    """What an earlier run prepared, looked at as that run did; None where there is nothing, or a shard of it is gone.
 
     Raises UserError where the pool is not good enough for this config: see `refuse_unusable`.
     """
@@ -87,7 +88,7 @@ def load_prepared(plan: PreparePlan, config: Config, storage: Storage) -> Prepar
         return None
     check_prepared(prepared)
     refuse_unusable(plan, prepared, config, storage)
-    return prepared
+    return prepared if are_all_there(prepared, storage) else None
 
 
 def _add(prepared: Prepared, counts: PartitionCounts) -> None:

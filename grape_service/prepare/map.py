@@ -76,7 +76,13 @@ def map_piece(
                 task.render(batch)
             return task.finish().to_json()
 
-    return PieceCounts.from_json(once(storage, f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json", work))
+    def is_there(value: Any) -> bool:
+        counts = PieceCounts.from_json(value)
+        paths = [row_path(plan, piece, number) for number in range(counts.num_files)]
+        paths += [reject_path(plan, piece, number) for number in range(counts.num_reject_files)]
+        return all(map(storage.exists, paths))
+
+    return PieceCounts.from_json(once(storage, f"{plan.folder}/{FOLDER_OF_MAP}/{piece.name}.json", work, is_there))
 
 
 @contextmanager

@@ -62,18 +62,26 @@ def shard_schema(other_columns: dict[str, Kind]) -> pa.Schema:
 def reduce_partition(
     plan: PreparePlan, partition: str, config: Config, summary: MapSummary, storage: Storage
 ) -> PartitionCounts:
-    """Write a partition's shards and rejects; returns at once what a finished task counted.
+    """Write a partition's shards and rejects; returns at once what a finished task counted, whose shards are there.
 
     Rows are ordered by a digest of prompt_id, then by candidate_id: neither the pool's order nor its
     files have a part in a shard. Of exact duplicates the one with the smallest candidate_id stays, of two
     contents under one candidate_id the one with the smaller digest, of two prompts under one prompt_id too.
     """
+    folder = shard_folder(plan.folder, partition)
     found = once(
         storage,
         f"{plan.folder}/partitions/{partition}.json",
         lambda: _reduce(plan, partition, config, summary, storage).to_json(),
+        lambda value: has_shards(folder, len(value["shards"]), storage),
     )
     return PartitionCounts.from_json(found)
+
+
+def has_shards(folder: str, number: int, storage: Storage) -> bool:
+    """Whether the first `number` shards of a partition's folder are there: one listing."""
+    there = {info.path for info in storage.list(folder)} if number else set()
+    return all(shard_path(folder, place) in there for place in range(number))
 
 
 def _reduce(

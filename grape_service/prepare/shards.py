@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from grape_service.prepare.reduce import shard_folder, shard_path
+from grape_service.prepare.reduce import has_shards, shard_folder, shard_path
 from grape_service.prepare.result import Prepared
+from grape_service.storage.concurrent_map import concurrent_map
+from grape_service.storage.storage import Storage
+
+LISTINGS_IN_FLIGHT = 16
+"""Folders that are listed at the same time: all of a listing's time is waiting for the disk or S3."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,13 @@ class ShardPaths(Sequence[str]):
 def shard_paths(prepared: Prepared, partition: str) -> ShardPaths:
     """Paths of a partition's shards; relative to the workspace."""
     return ShardPaths(shard_folder(prepared.folder, partition), prepared.partitions[partition].num_shards)
+
+
+def are_all_there(prepared: Prepared, storage: Storage) -> bool:
+    """Whether no shard of a prepared pool is gone: one listing for each partition."""
+
+    def is_there(partition: str) -> bool:
+        paths = shard_paths(prepared, partition)
+        return has_shards(paths.folder, paths.number, storage)
+
+    return all(concurrent_map(is_there, prepared.partitions, LISTINGS_IN_FLIGHT))

@@ -13,7 +13,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.models.files import resolve_model
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.shards import are_all_there, shard_paths
 from grape_service.release.load import Release
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
@@ -109,7 +109,7 @@ EMPTY = pa.table(
 
 
 def open_scored_pool(release: Release) -> ScoredPool | None:
-    """What a release was chosen from; None where its workspace no longer has it. Raises UserError where a newer
+    """What a release was chosen from; None where its workspace no longer has all of it. Raises UserError where a newer
     grape-service wrote there."""
     parents = release.manifest.parents
     if not parents.workspace or not parents.prepare_id:
@@ -119,4 +119,4 @@ def open_scored_pool(release: Release) -> ScoredPool | None:
         prepared = Prepared.from_json(workspace.read_json(f"prepared/{parents.prepare_id}/prepared.json"))
     except FileNotFoundError:
         return None
-    return ScoredPool(release, workspace, prepared)
+    return ScoredPool(release, workspace, prepared) if are_all_there(prepared, workspace) else None

@@ -36,7 +36,8 @@ def rejects_of_release(release: Release) -> RejectTables:
     folder = f"{FOLDER}/{parents.prepare_id}"
     if not workspace.exists(f"{folder}/plan.json"):
         raise UserError(
-            f"the workspace of {release.reference} no longer holds its rejects: run the config again to see them"
+            f"the workspace of {release.reference} no longer holds its rejects: run `grape score` with its config "
+            "to have them there again"
         )
     return RejectTables(workspace, f"{folder}/rejects")
 

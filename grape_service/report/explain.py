@@ -34,7 +34,8 @@ def explain(release: Release, prompt: str) -> PromptExample:
     pool = open_scored_pool(release)
     if pool is None:
         raise UserError(
-            f"the workspace of {release.reference} no longer holds its candidates: run the config again to see them"
+            f"the workspace of {release.reference} no longer holds all its candidates: run `grape score` with its "
+            "config to have them there again"
         )
     prompt_id = prompt_meant(pool, prompt)
     partition = partition_of(prompt_id, pool.num_partitions)

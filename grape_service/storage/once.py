@@ -8,18 +8,19 @@ from typing import Any
 from grape_service.storage.storage import Storage
 
 
-def once(storage: Storage, path: str, work: Callable[[], Any]) -> Any:
-    """The JSON value at `path`; where there is none, what `work` gives, written there.
+def once(storage: Storage, path: str, work: Callable[[], Any], is_there: Callable[[Any], bool]) -> Any:
+    """The JSON value at `path`; where there is none, or `is_there(value)` says that a file which was written with it is
+    gone, what `work` gives, written there.
 
     A task that is killed and started again finds what it had finished. Where another run of the same work is faster
     and deletes what `work` reads, so that it raises FileNotFoundError, the other's value is taken.
     """
-    value = _read(storage, path)
+    value = _read(storage, path, is_there)
     if value is None:
         try:
             value = work()
         except FileNotFoundError:
-            value = _read(storage, path)
+            value = _read(storage, path, is_there)
             if value is None:
                 raise
         else:
@@ -27,8 +28,9 @@ def once(storage: Storage, path: str, work: Callable[[], Any]) -> Any:
     return value
 
 
-def _read(storage: Storage, path: str) -> Any:
+def _read(storage: Storage, path: str, is_there: Callable[[Any], bool]) -> Any:
     try:
-        return storage.read_json(path)
+        value = storage.read_json(path)
     except FileNotFoundError:
         return None
+    return value if is_there(value) else None

@@ -17,7 +17,7 @@ from grape_service.prepare.counts import PieceCounts, summarise_map
 from grape_service.prepare.deal import Dealt, deal_group, next_level
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map import map_piece
-from grape_service.prepare.plan import PreparePlan, plan_prepare, rendering_of
+from grape_service.prepare.plan import PREPARED, PreparePlan, plan_prepare, rendering_of
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
@@ -69,6 +69,9 @@ def prepare(run: Run, engines: Engines) -> Prepared:
 def read_pool(run: Run, plan: PreparePlan) -> Prepared:
     """All tasks of a plan: its pool's rows become shards."""
     config, workspace = run.config, run.workspace
+    if workspace.exists(f"{plan.folder}/{PREPARED}"):  # see load_prepared; from here on it is not prepared
+        run.event("prepare: shards of the prepared pool are gone from the workspace, so it is prepared again")
+        workspace.delete(f"{plan.folder}/{PREPARED}")
     threads = max(1, num_cores(config.workers) // max(1, len(plan.pieces)))
     reporter().begin("prepare", len(plan.pieces), "pieces")
     pieces = run_tasks(

@@ -14,7 +14,7 @@ from grape_service.models import digests
 from grape_service.prepare.counts import summarise_map
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map import map_piece
-from grape_service.prepare.plan import plan_prepare
+from grape_service.prepare.plan import PREPARED, plan_prepare
 from grape_service.prepare.reduce import reduce_partition
 from grape_service.prepare.shards import shard_paths
 from grape_service.storage.storage import Storage
@@ -165,6 +165,53 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert shard_bytes(storage, prepared) == shard_bytes(undisturbed, expected)
     assert storage.list(f"{plan.folder}/dealt") == []
     assert load_prepared(plan, config, storage) == prepared
+
+
+def test_shards_that_are_gone_are_made_again(tmp_path, any_storage):
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(150), b"{"])
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    plan, prepared = prepare(config, any_storage)
+    paths = [path for name in sorted(prepared.partitions) for path in shard_paths(prepared, name)]
+    before = shard_bytes(any_storage, prepared)
+    for gone in (paths[-1:], paths[1:3], paths):
+        any_storage.delete_files(gone)
+        assert load_prepared(plan, config, any_storage) is None
+        _, again = prepare(config, any_storage)
+        assert again == prepared
+        assert shard_bytes(any_storage, again) == before
+        assert load_prepared(plan, config, any_storage) == prepared
+
+
+def test_a_prepared_pool_that_was_deleted_in_part_is_made_again(tmp_path, storage):
+    """In whatever order files went: each of those that say what is done is believed only with what it speaks of."""
+    pool = write_jsonl(tmp_path / "p.jsonl", [*pool_rows(60), b"{"])
+    config = make_config(pool, workers=WORKERS, pool={"max_reject_share": 1})
+    plan, expected = prepare(config, storage, fan_out=2)
+    before = shard_bytes(storage, expected)
+    storage.delete_folder(plan.folder)
+    with pytest.raises(Stopped):
+        stop_before_the_end(config, storage)
+    files = [info.path for info in storage.list(plan.folder) if not info.path.endswith(("plan.json", PREPARED))]
+    assert {path.split("/")[2] for path in files} == {"dealt", "partitions", "rejects", "shards"}
+    for path in files:
+        storage.delete(path)
+        _, again = prepare(config, storage, fan_out=2)
+        assert again == expected, path
+        assert shard_bytes(storage, again) == before, path
+        storage.delete_folder(plan.folder)
+        with pytest.raises(Stopped):
+            stop_before_the_end(config, storage)
+
+
+def stop_before_the_end(config, storage):
+    """A run that is killed when all its partitions are done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.prepared_pools.finish_prepare", lambda *arguments: stop(list(arguments[2])))
+        prepare(config, storage, fan_out=2)
+
+
+def stop(_):
+    raise Stopped
 
 
 def test_pieces_of_another_size_take_nothing_from_a_run_that_was_stopped(tmp_path, storage):

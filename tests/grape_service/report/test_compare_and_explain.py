@@ -63,13 +63,15 @@ def test_two_targets_that_disagree_in_a_third_of_the_prompts(tmp_path: Path) -> 
     assert "p009" in page.read_text()
 
 
-def test_without_a_workspace_the_winners_are_still_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", ["workspace", "workspace/prepared/prepared-1/shards/b"])
+def test_without_a_workspace_the_winners_are_still_compared(tmp_path: Path, gone: str) -> None:
     release = make_release(tmp_path, "one", first_wins)
-    shutil.rmtree(tmp_path / "workspace")
+    shutil.rmtree(tmp_path / gone)
     assert compare(release, release)["agreement"] == 1.0
     assert compare(release, release)["ranking"] is None
-    with pytest.raises(UserError, match="run the config again"):
+    with pytest.raises(UserError, match="run `grape score` with its config"):
         explain(release, "p001")
+    assert "<h2>" in report_page(release, regenerate=True)
 
 
 def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
