@@ -59,7 +59,8 @@ def export(release: Release, target: Target) -> ExportSummary:
             "messages alone trains without the weights."
         )
     else:
-        sentence = f"{seen.rows} rows of chat messages with input_ids and loss_mask; every token has weight 1."
+        sentence = f"{seen.rows} rows of chat messages with input_ids and loss_mask, {seen.unweighted_words}."
     kept = [*described, "messages", *tokens]
-    lost, notes = left_behind(release, kept), seen.notes(target.drop_weights)
+    # Messages alone are trained on, whatever has no loss here.
+    lost, notes = left_behind(release, kept), [] if target.drop_weights else seen.notes(target.drop_weights)
     return target.summary("jsonl", release, rows, sentence, "Each line of train.jsonl is a row.", kept, lost, notes)

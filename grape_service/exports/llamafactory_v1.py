@@ -74,7 +74,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     if target.drop_weights and seen.weighted:
         sentence = f"{seen.rows} rows without their loss weights, as asked, {how}."
     else:
-        kind = "with token weights" if seen.weighted else "in which every token has weight 1"
+        kind = "with token weights" if seen.weighted else seen.unweighted_words
         sentence = (
             f"{seen.rows} rows {kind} {how} ({EFFECTS['llamafactory-v1'][seen.level].words}); with v1's own trainer, "
             f"{PLAIN_EFFECTS['llamafactory-v1'][seen.level].words}."

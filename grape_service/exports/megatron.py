@@ -34,7 +34,7 @@ def export(release: Release, target: Target) -> ExportSummary:
         if target.drop_weights and seen.weighted:
             return f"{seen.rows} rows without their loss weights, as asked, {how}."
         if not seen.weighted:
-            return f"{seen.rows} rows in which every token has weight 1, {how}."
+            return f"{seen.rows} rows {seen.unweighted_words}, {how}."
         return (
             f"{seen.rows} rows with token weights as a float loss_mask {how}, with its forward_step "
             f"({EFFECTS['megatron-bridge'][seen.level].words}); with Megatron-Bridge's own forward step, "

@@ -29,6 +29,11 @@ class Repeats:
         self.seen = WeightTotals()
         for _ in self.seen.watch(split_batches(release, NEEDED, target, "train")):
             pass
+        if self.seen.rows and not self.seen.tokens:
+            raise UserError(
+                f"no token of {release.reference} has loss, so no row would occur: export a release whose "
+                "responses have tokens with loss"
+            )
         if self.seen.weighted and not self.seen.total and not self.drop_weights:
             raise UserError(
                 f"all loss weights of {release.reference} are 0, so no row would occur: make the release with other "
@@ -62,7 +67,7 @@ class Repeats:
                 f"{trainer} takes no token weights: {rows} rows became {written}, each repeated in proportion to its "
                 f"mean weight ({self.left_out} not at all), and {EFFECTS[to][self.seen.level].words}."
             )
-        kept = "without their loss weights, as asked" if self.seen.weighted else "in which every token has weight 1"
+        kept = "without their loss weights, as asked" if self.seen.weighted else self.seen.unweighted_words
         gone = f" {self.without_loss} more have no token with loss and are left out." if self.without_loss else ""
         return f"{rows - self.without_loss} rows {kept}, for {trainer}.{gone}"
 

@@ -86,6 +86,7 @@ class WeightTotals:
 
     rows: int = 0
     total: float = 0.0  # of the rows' mean weights
+    tokens: int = 0  # with loss
     weighted: bool = False  # whether a token with loss has another weight than 1
     varies: bool = False  # whether two tokens of a row do
 
@@ -96,6 +97,7 @@ class WeightTotals:
         mask = mask.astype(bool)
         self.rows += batch.num_rows
         self.total += float(row_weights(batch).sum())
+        self.tokens += int(np.count_nonzero(mask))
         self.weighted = self.weighted or bool((weights[mask] != 1.0).any())
         if not self.varies:
             row = np.repeat(np.arange(batch.num_rows), segment_sums(mask, offsets))
@@ -109,8 +111,15 @@ class WeightTotals:
 
     def notes(self, drop_weights: bool) -> list[str]:
         """A line where nothing would be trained."""
+        if not self.tokens:
+            return ["No token has loss, so that nothing would be trained."]
         nothing = self.weighted and not self.total and not drop_weights
         return ["All loss weights are 0, so that nothing would be trained."] if nothing else []
+
+    @property
+    def unweighted_words(self) -> str:
+        """Of rows without another weight than 1, as part of a sentence."""
+        return "in which every token has weight 1" if self.tokens else "in which no token has loss"
 
     @property
     def level(self) -> Level:

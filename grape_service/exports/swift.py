@@ -54,7 +54,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     elif seen.weighted:
         told = f"with token weights as loss_scale ({EFFECTS['ms-swift'][seen.level].words})"
     else:
-        told = "in which every token has weight 1"
+        told = seen.unweighted_words
     sentence = (
         f"{seen.rows} rows {told}, for ms-swift 4.6 or newer with --external_plugins grape_swift.py --template grape "
         "--is_binary_loss_scale false: it gets the release's own tokens."

@@ -30,7 +30,7 @@ def export(release: Release, target: Target) -> ExportSummary:
         how = "for Tinker, as datums with weights and target_tokens through grape_tinker.py beside them"
         if target.drop_weights and seen.weighted:
             return f"{seen.rows} rows without their loss weights, as asked, {how}."
-        kind = "with token weights" if seen.weighted else "in which every token has weight 1"
+        kind = "with token weights" if seen.weighted else seen.unweighted_words
         return (
             f"{seen.rows} rows {kind} {how}, which divides them by the tokens with loss of each batch "
             f"({EFFECTS['tinker'][seen.level].words})."

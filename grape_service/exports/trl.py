@@ -30,7 +30,8 @@ def export(release: Release, target: Target) -> ExportSummary:
 
     def sentence(seen: WeightTotals) -> str:
         if not seen.weighted:
-            return f"{seen.rows} rows; every token has weight 1, so TRL's own SFTTrainer trains on all there is."
+            enough = ": TRL's own SFTTrainer trains on all there is" if seen.tokens else ""
+            return f"{seen.rows} rows {seen.unweighted_words}{enough}."
         if target.drop_weights:
             return f"{seen.rows} rows without their loss weights, as asked."
         return (

@@ -29,7 +29,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     def sentence(seen: WeightTotals) -> str:
         if not seen.weighted:
             return (
-                f"{seen.rows} rows; every token has weight 1. verl gets the release's own tokens through "
+                f"{seen.rows} rows {seen.unweighted_words}; verl gets the release's own tokens through "
                 "ReleaseDataset in grape_verl.py beside them (data.custom_cls), and not through messages."
             )
         if target.drop_weights:

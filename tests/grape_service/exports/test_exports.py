@@ -75,6 +75,26 @@ def test_weights_that_are_all_0_are_refused_where_rows_are_repeated(tmp_path: Pa
         assert told not in export(release, to, str(tmp_path / f"{to}-without"), drop_weights=True).notes
 
 
+def test_rows_of_which_no_token_has_loss_are_not_said_to_have_weight_1(tmp_path: Path) -> None:
+    rows = make_rows(4)
+    for row in rows:
+        row["loss_mask"] = np.zeros_like(row["loss_mask"])
+        row["loss_weights"] = np.zeros_like(row["loss_weights"])
+        row["labels"] = np.full_like(row["labels"], -100)
+    release = grape_service.load(write_release(tmp_path, rows, {}))
+    for to in ("axolotl", "openrlhf", "llamafactory"):
+        for drop_weights in (False, True):
+            with pytest.raises(UserError, match=r"no token of .* has loss, so no row would occur"):
+                export(release, to, str(tmp_path / to), drop_weights=drop_weights)
+    for to in ("trl", "verl", "ms-swift", "tinker", "megatron-bridge", "llamafactory-v1", "jsonl"):
+        summary = export(release, to, str(tmp_path / to))
+        assert "4 rows" in summary.sentence
+        assert "in which no token has loss" in summary.sentence
+        assert "No token has loss, so that nothing would be trained." in summary.notes
+        assert "weight 1" not in (tmp_path / to / "README.md").read_text()
+        assert "trains on all there is" not in summary.sentence
+
+
 @pytest.mark.parametrize("to", ["axolotl", "openrlhf", "llamafactory"])
 def test_a_row_without_loss_does_not_occur_where_a_trainer_makes_its_own_tokens(to: str, tmp_path: Path) -> None:
     rows = make_rows(4)
