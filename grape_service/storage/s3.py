@@ -6,9 +6,7 @@ Every request, those that pyarrow makes through this file system included, goes 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import os
 import random
 import time
@@ -27,11 +25,13 @@ from fsspec.asyn import sync_wrapper
 from grape_service.addresses import ask_loopback_directly
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
+from grape_service.storage import s3_events
 from grape_service.storage.arrow_io import ArrowHandler
 from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.files import FileInfo, FileInfos, Names, refuse_longer
 from grape_service.storage.options import first_answer_seconds
 from grape_service.storage.s3_errors import (
+    SAME_WITH_BODY,
     TRANSIENT_ERRORS,
     StorageUnavailable,
     condition_failed,
@@ -39,6 +39,7 @@ from grape_service.storage.s3_errors import (
     expired,
     has_expired,
     is_answer,
+    is_refusal,
     is_transient,
     may_be_of_old_credentials,
     no_answer,
@@ -76,8 +77,6 @@ class RetryingS3(s3fs.S3FileSystem):
             generation = self._generation
             try:
                 client = await self._client(kwargs.get("Bucket"))
-                if method == "delete_objects":
-                    client.meta.events.register_first("before-call.s3.DeleteObjects", _add_md5, unique_id="grape-md5")
                 call = getattr(client, method)
                 answering = call(**self._get_s3_method_kwargs(call, *akwarglist, **kwargs))
                 answer = await asyncio.wait_for(answering, self._first_seconds)
@@ -88,7 +87,8 @@ class RetryingS3(s3fs.S3FileSystem):
                 return answer
             except UserError:
                 raise
-            except Exception as error:
+            except Exception as refusal:
+                error = await self._with_cause(refusal, method, *akwarglist, **kwargs)
                 self._first_seconds = None if is_answer(error) else self._first_seconds
                 if not renewed and may_be_of_old_credentials(error) and await self._renewed(generation):
                     renewed = True
@@ -107,12 +107,28 @@ class RetryingS3(s3fs.S3FileSystem):
 
     call_s3 = sync_wrapper(_call_s3)
 
+    async def _with_cause(self, error: Exception, method: str, *akwarglist: JsonObject, **kwargs: Any) -> Exception:
+        """A request's error; that of a HEAD, which has no body, as a GET of the same is told it."""
+        if method in SAME_WITH_BODY and is_refusal(error, has_code=False):
+            name, options = SAME_WITH_BODY[method]
+            try:
+                call = getattr(await self._client(kwargs.get("Bucket")), name)
+                asking = call(**self._get_s3_method_kwargs(call, *akwarglist, **{**kwargs, **options}))
+                answer = await asyncio.wait_for(asking, self._first_seconds)
+            except Exception as cause:
+                return cause if is_refusal(cause, has_code=True) else error
+            if "Body" in answer:
+                answer["Body"].close()
+        return error
+
     async def _client(self, bucket: str | None) -> Any:
         try:
             await self.set_session()
-            return await self.get_s3(bucket)
+            client = await self.get_s3(bucket)
         except (TypeError, ValueError) as error:  # of a library that is given an option which it does not take
             raise UserError(f"the storage options for s3://{bucket} are not valid: {error}") from error
+        s3_events.register(client)
+        return client
 
     async def _renewed(self, generation: int) -> bool:
         """Whether there are other credentials than those of a request that was refused: they are read again, as
@@ -346,13 +362,6 @@ async def _frozen(session: Any) -> Any:
     """Key, secret and token that a session signs with; None where it has none."""
     credentials = await session.get_credentials()
     return None if credentials is None else await credentials.get_frozen_credentials()
-
-
-def _add_md5(params: JsonObject, **_: Any) -> None:
-    """Content-MD5, which botocore no longer sends and many servers want for this one request."""
-    body = params["body"]
-    digest = hashlib.md5(body.encode() if isinstance(body, str) else body, usedforsecurity=False).digest()
-    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _bucket_and_key(full: str) -> tuple[str, str]:

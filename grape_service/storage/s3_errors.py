@@ -51,9 +51,21 @@ SKEW_SECONDS = 14 * 60
 """S3 refuses requests that are dated a quarter of an hour before or after its own time."""
 
 
+SAME_WITH_BODY: dict[str, tuple[str, dict[str, Any]]] = {
+    "head_object": ("get_object", {"Range": "bytes=0-0"}),
+    "head_bucket": ("list_objects_v2", {"MaxKeys": 1}),
+}
+"""A request that is refused for the same reason as one whose answers have no body, and so no code."""
+
+
+def is_refusal(error: BaseException, has_code: bool) -> bool:
+    """Whether an error is a server's refusal, with a code of S3's or with an HTTP status alone."""
+    code, status = error_code(error)
+    return 300 <= status < 500 and status not in (404, 409, 412, 416, 429) and code.isdigit() is not has_code
+
+
 def may_be_of_old_credentials(error: BaseException) -> bool:
-    """Whether a request may have been refused because its credentials were replaced meanwhile. An answer to HEAD has
-    no body that would say so."""
+    """Whether a request may have been refused because its credentials were replaced meanwhile."""
     code, status = error_code(error)
     return code in EXPIRED | REFUSED or (code.isdigit() and status in (400, 403))
 
@@ -127,7 +139,8 @@ def plain_error(error: Exception, method: str, kwargs: dict[str, Any], attempts:
     address = f"s3://{bucket}/{kwargs['Key']}" if kwargs.get("Key") else f"s3://{bucket}"
     if (sentence := _of_clock_or_region(error, address, endpoint)) is not None:
         return UserError(sentence)
-    has_body = not method.startswith("head_")  # in which an S3 server says what is wrong, with a code of its own
+    # In the body an S3 server says what is wrong, with a code of its own; HEAD has none, but is redirected as others.
+    has_body = not method.startswith("head_") or 300 <= status < 400
     if code.isdigit() and has_body and status not in (403, 409, 412, 416) and (method, status) != ("get_object", 404):
         return UserError(
             f"{address}: {endpoint} answers with HTTP status {status} and is not an S3 server: correct the address"
@@ -163,7 +176,7 @@ def _of_clock_or_region(error: Exception, address: str, endpoint: str) -> str | 
         return f"{address}: the clock of this machine and that of {endpoint} differ {by}: set this machine's clock"
     details = response.get("Error", {})
     region = headers.get("x-amz-bucket-region") or details.get("Region")
-    # An answer to HEAD has no code of its own.
+    # Where a HEAD's cause could not be learnt either, its status is its code.
     if code in ELSEWHERE or (300 <= status < 400 and (region or not code.isdigit())) or (code == "400" and region):
         where = f", {region}," if region else ""
         other = f" and the endpoint to {details['Endpoint']}" if details.get("Endpoint") else ""

@@ -124,6 +124,50 @@ def test_a_bucket_of_another_region(
         ask(storage)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        (403, "RequestTimeTooSkewed", "the clock of this machine and that of .* differ by more than the server allows"),
+        (400, "AuthorizationHeaderMalformed", "is in another region than http://127.*AWS_DEFAULT_REGION"),
+        (301, "PermanentRedirect", "is in another region than http://127.*AWS_DEFAULT_REGION"),
+        (400, "ExpiredToken", r"the credentials for .* have expired \(ExpiredToken\)"),
+        (403, "ExpiredToken", r"the credentials for .* have expired \(ExpiredToken\)"),
+        (403, "SignatureDoesNotMatch", r"the credentials for .* are refused \(SignatureDoesNotMatch\)"),
+        (400, "InvalidToken", r"the credentials for .* are refused \(InvalidToken\)"),
+        (403, "AccessDenied", "these credentials may not read .*/a: allow it"),
+    ],
+)
+def test_why_a_head_is_refused_is_learnt_by_a_get(
+    proxy: Proxy, storage: Storage, status: int, code: str, sentence: str
+) -> None:
+    proxy.answer = lambda request: refusal(request, status, code)
+    for ask in (Storage.exists, Storage.info, lambda storage, path: storage.fs.info(storage.full(path))):
+        with pytest.raises((UserError, StageError), match=sentence) as refused:
+            ask(storage, "a")
+        assert "\n" not in str(refused.value)
+        assert storage.full("a") in str(refused.value)
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("status", [301, 307, 308])
+def test_a_redirect_that_names_no_region(
+    proxy: Proxy, storage: Storage, status: int, ask: Callable[[Storage], object]
+) -> None:
+    proxy.answer = lambda request: web.Response(status=status)
+    sentence = rf"answers with HTTP status {status} and is not an S3 server: correct"
+    with pytest.raises(UserError, match=sentence):
+        ask(storage)
+    assert len(proxy.seen) < 10
+
+
+def test_a_head_alone_that_is_refused(proxy: Proxy, storage: Storage) -> None:
+    storage.write("a", b"1")
+    proxy.answer = lambda request: refusal(request, 403, "AccessDenied") if request.method == "HEAD" else None
+    with pytest.raises(UserError, match="these credentials may not read"):
+        storage.exists("a")
+    assert storage.read("a") == b"1"
+
+
 class Rotated:
     """A server that takes the newest token alone, and credentials in a file that somebody rotates."""
 
@@ -207,21 +251,24 @@ def minted(rotated: Rotated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("status", [400, 403])
+@pytest.mark.parametrize(
+    ("status", "code", "sessions"),
+    [(400, "InvalidToken", 2), (403, "SignatureDoesNotMatch", 2), (400, "", 2), (403, "", 2), (403, "AccessDenied", 1)],
+)
 def test_a_refused_head_is_asked_once_more_where_each_session_has_other_keys(
-    minted: Rotated, proxy: Proxy, status: int
+    minted: Rotated, proxy: Proxy, status: int, code: str, sessions: int
 ) -> None:
     keys: list[str] = []
 
     def refuse(request: web.Request) -> web.Response:
         if request.path.endswith("/a"):  # botocore asks for the bucket too, which may be in another region
             keys.append(request.headers["x-amz-security-token"])
-        return refusal(request, status, "AccessDenied")
+        return refusal(request, status, code) if code else web.Response(status=status)
 
     proxy.answer = refuse
     with pytest.raises((UserError, OSError)):
         Storage("s3://bucket/x", {"retry_seconds": 3}).exists("a")
-    assert len(keys) == len(set(keys)) == 2
+    assert (len(set(keys)), len(keys)) == (sessions, 2 * sessions)  # a GET after each HEAD says why
 
 
 @pytest.mark.timeout(60)
