@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grape_service.cli.output import EndpointOption, JsonOption, print_json, print_table, say, storage_options
+from grape_service.cli.output import (
+    EndpointOption,
+    JsonOption,
+    open_file,
+    print_json,
+    print_table,
+    say,
+    storage_options,
+)
 from grape_service.errors import UserError
 from grape_service.storage.options import StorageOptions
 
@@ -29,13 +37,20 @@ def lineage(
         ),
     ],
     rows: Annotated[
-        Path | None, typer.Option("--rows", help="Write the ids of every row that it was trained on, as Parquet.")
+        Path | None,
+        typer.Option(
+            "--rows",
+            help="Write the ids of every row of the versions that it was trained on, as Parquet.",
+        ),
     ] = None,
     row: Annotated[
         str | None, typer.Option("--row", help="Which versions hold this prompt_id or candidate_id.")
     ] = None,
     source: Annotated[str | None, typer.Option("--source", help="Which versions hold rows of this source.")] = None,
-    file: Annotated[str | None, typer.Option("--file", help="Which versions were made from this pool file.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option("--file", help="Which versions were made from this pool file, or files of this folder."),
+    ] = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,31 +62,41 @@ def lineage(
     if wanted:
         _print_holders(what, wanted, options, as_json)
         return
-    from grape_service.release.ancestry import facts_of, lineage_of_checkpoint, rows_of_checkpoint, rows_of_release
+    from grape_service.release.ancestry import (
+        is_checkpoint,
+        lineage_of_checkpoint,
+        lineage_of_release,
+        rows_of_checkpoint,
+        rows_of_release,
+    )
     from grape_service.release.lineage import lineage_tree
     from grape_service.release.load import load
 
-    is_checkpoint = "@" not in what and facts_of(what, options) is not None
+    of_checkpoint = is_checkpoint(what, options)
     if rows is not None:
-        ids = rows_of_checkpoint(what, options) if is_checkpoint else rows_of_release(load(what, options))
-        number = _write(rows, ids)
-        say(f"{number:,} rows in {rows}")
+        ids = rows_of_checkpoint(what, options) if of_checkpoint else rows_of_release(load(what, options))
+        path, number = _write(rows, ids)
+        print_json({"file": str(path), "rows": number}) if as_json else say(f"{number:,} rows in {path}")
         return
-    node = lineage_of_checkpoint(what, options) if is_checkpoint else lineage_tree(load(what, options))
+    if of_checkpoint:
+        node = lineage_of_checkpoint(what, options)
+    else:
+        node = lineage_tree(load(what, options)) if as_json else lineage_of_release(load(what, options))
     print_json(node.to_json()) if as_json else say(node.render_text())
 
 
-def _write(path: Path, tables: Iterator[pa.Table]) -> int:
+def _write(path: Path, tables: Iterator[pa.Table]) -> tuple[Path, int]:
     import pyarrow.parquet as pq
 
     from grape_service.rows.columns import IDS
 
     number = 0
-    with pq.ParquetWriter(str(path), IDS, compression="zstd") as writer:
+    path, file = open_file(path)
+    with file, pq.ParquetWriter(file, IDS, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
             number += table.num_rows
-    return number
+    return path, number
 
 
 def _print_holders(folder: str, wanted: dict[str, str], options: StorageOptions, as_json: bool) -> None:
@@ -86,7 +111,12 @@ def _print_holders(folder: str, wanted: dict[str, str], options: StorageOptions,
         say(f"no version in {folder} holds {what}")
         return
     lines = [
-        [holder.reference, "–" if holder.rows is None else f"{holder.rows:,}", ", ".join(holder.checkpoints) or "none"]
+        [
+            holder.reference,
+            "–" if holder.rows is None else f"{holder.rows:,}",
+            "\n".join(holder.checkpoints) or "none",
+            "\n".join(holder.descendants) or "none",
+        ]
         for holder in found
     ]
-    print_table(what, ["version", "rows", "checkpoints trained on it"], lines)
+    print_table(what, ["version", "rows", "checkpoints trained on it", "trained further from those"], lines)

@@ -10,7 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -149,14 +149,25 @@ def events_told() -> Iterator[None]:
 
 def write_file(path: Path, text: str) -> Path:
     """Write a file that an option names; its absolute path. Raises UserError where that is not possible."""
+    path, file = open_file(path)
+    try:
+        with file:
+            file.write(text.encode("utf-8", "surrogatepass"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
+    return path
+
+
+def open_file(path: Path) -> tuple[Path, IO[bytes]]:
+    """A file that an option names, with its absolute path, opened to be written. Raises UserError where that is not
+    possible."""
     path = Path(os.path.expanduser(path)).absolute()
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} into: create it or name another")
     try:
-        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+        return path, path.open("wb")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from None
-    return path
 
 
 def storage_options(endpoint: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ checkpoints hold a row, a source or a pool file, for a license that is withdrawn
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +12,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from grape_service.config.schema import NAME_PATTERN
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.models.whole import MARKER
-from grape_service.release.catalog import read_catalog
+from grape_service.release.catalog import list_datasets, read_catalog
 from grape_service.release.lineage import Node, short_lineage, trained_version, training_runs
 from grape_service.release.load import Release, load
 from grape_service.release.reference import parse_reference
 from grape_service.release.rounds import all_rounds, round_of_run
 from grape_service.rows.columns import IDS
 from grape_service.storage.options import StorageOptions
-from grape_service.storage.storage import Storage
+from grape_service.storage.storage import Storage, normal_url
 
 MAX_DEPTH = 50
 """Checkpoints that were trained one from the other."""
+SETTINGS = ("epochs", "learning_rate", "loss")
+"""What is told of a training's settings: the checkpoint's marker has all of them."""
 
 
 def facts_of(checkpoint: str, options: StorageOptions) -> dict[str, Any] | None:
@@ -35,6 +37,31 @@ def facts_of(checkpoint: str, options: StorageOptions) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return facts if isinstance(facts, dict) and isinstance(facts.get("dataset"), str) else None
+
+
+def is_checkpoint(what: str, options: StorageOptions) -> bool:
+    """Whether an address is that of a checkpoint of our trainers, and not a dataset's.
+
+    Raises UserError for a folder that holds a model or a training job's files, and says nothing of what it is of.
+    """
+    if "@" in what:
+        return False
+    if facts_of(what, options) is not None:
+        return True
+    for inside in ("model", "sft/model", "rl/model"):
+        if facts_of(f"{what.rstrip('/')}/{inside}", options) is not None:
+            raise UserError(f"'{what}' is a training job's folder: name its checkpoint, {what.rstrip('/')}/{inside}")
+    folder = Storage(what, options)
+    if any(folder.exists(name) for name in ("config.json", "adapter_config.json")):
+        raise _says_nothing(what)
+    return False
+
+
+def _says_nothing(checkpoint: str) -> UserError:
+    return UserError(
+        f"'{checkpoint}' is neither a dataset version nor a checkpoint of our trainers: those hold {MARKER}, which "
+        "names the version"
+    )
 
 
 def ancestors(checkpoint: str, options: StorageOptions) -> list[tuple[str, dict[str, Any]]]:
@@ -51,11 +78,17 @@ def ancestors(checkpoint: str, options: StorageOptions) -> list[tuple[str, dict[
         found.append((place, facts))
         place = str(facts.get("model") or "").rstrip("/")
     if not found:
-        raise UserError(
-            f"'{checkpoint}' is neither a dataset version nor a checkpoint of our trainers: those hold {MARKER}, which "
-            "names the version"
-        )
+        raise _says_nothing(checkpoint)
     return found
+
+
+def lineage_of_release(release: Release) -> Node:
+    """The tree of a version for people; where its target is a checkpoint of our trainers, with that one's own."""
+    node = short_lineage(release)
+    target = str((release.manifest.config.get("target") or {}).get("model") or "").rstrip("/")
+    if target and facts_of(target, release.storage.options) is not None:
+        node.children.append(lineage_of_checkpoint(target, release.storage.options))
+    return node
 
 
 def lineage_of_checkpoint(checkpoint: str, options: StorageOptions) -> Node:
@@ -75,7 +108,9 @@ def _words(facts: dict[str, Any], options: StorageOptions) -> str:
     counts = [f"{facts[name]:,} {name}" for name in ("rows", "prompts", "steps") if isinstance(facts.get(name), int)]
     run = [f"run {facts['run']}"] if facts.get("run") else []
     round_ = [found.name] if found is not None else []
-    return ", ".join([str(facts.get("stage", "training")), *round_, *counts, *run])
+    settings = facts.get("settings") or {}
+    known = [f"{name.replace('_', ' ')} {settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+    return ", ".join([str(facts.get("stage", "training")), *round_, *counts, *known, *run])
 
 
 def _version_node(reference: str, options: StorageOptions) -> Node:
@@ -88,10 +123,11 @@ def _version_node(reference: str, options: StorageOptions) -> Node:
 def rows_of_checkpoint(checkpoint: str, options: StorageOptions) -> Iterator[pa.Table]:
     """Ids of every row of every release that a checkpoint was trained on, as tables of IDS.
 
-    Raises UserError where a release is gone.
+    Raises UserError where a release is gone, before the first table.
     """
-    for reference in dict.fromkeys(facts["dataset"] for _, facts in ancestors(checkpoint, options)):
-        yield from rows_of_release(load(reference, options))
+    references = dict.fromkeys(facts["dataset"] for _, facts in ancestors(checkpoint, options))
+    releases = [load(reference, options) for reference in references]
+    return itertools.chain.from_iterable(map(rows_of_release, releases))
 
 
 def rows_of_release(release: Release) -> Iterator[pa.Table]:
@@ -108,7 +144,7 @@ class Wanted:
 
     row: str | None = None  # a prompt_id or a candidate_id
     source: str | None = None
-    file: str | None = None  # a pool file, or the end of its address
+    file: str | None = None  # a pool file or a folder of them, or the end of its address
 
 
 @dataclass(frozen=True)
@@ -118,40 +154,110 @@ class Holder:
     reference: str
     rows: int | None  # None for a pool file: rows do not say which file they are from
     checkpoints: list[str] = field(default_factory=list)
+    descendants: list[str] = field(default_factory=list)  # checkpoints that were trained further from those
 
     def to_json(self) -> JsonObject:
         """For --json."""
-        return {"reference": self.reference, "rows": self.rows, "checkpoints": self.checkpoints}
+        return {
+            "reference": self.reference,
+            "rows": self.rows,
+            "checkpoints": self.checkpoints,
+            "descendants": self.descendants,
+        }
 
 
 def holders(folder: str, wanted: Wanted, options: StorageOptions) -> list[Holder]:
-    """Every version below a folder of datasets that holds what is looked for, by name, the oldest first."""
+    """Every version below a folder of datasets that holds what is looked for, by name, the oldest first, with the
+    checkpoints that were trained on it and those that were trained further from them.
+
+    Raises UserError where there is no dataset.
+    """
     storage = Storage(folder, options)
+    names = list_datasets(storage)
+    if not names:
+        if storage.folders("versions"):
+            raise UserError(f"{storage.root} is a dataset: name the folder that it is in")
+        raise UserError(f"there is no dataset in {storage.root}: name a folder of datasets, as output.path has it")
     found = []
-    for name in sorted(name for name in storage.folders() if NAME_PATTERN.fullmatch(name)):
-        runs = None
+    for name in names:
         for entry in read_catalog(storage, name):
             release = load(f"{storage.root}/{name}@{entry.version}", options)
             rows = _held(release, wanted)
-            if rows == 0:
-                continue
-            runs = training_runs(storage, name) if runs is None else runs
-            trained = [run for run in runs if trained_version(run) == entry.version]
-            found.append(Holder(release.reference, rows, _checkpoints(trained)))
-    return found
+            if rows != 0:
+                found.append((release.reference, rows))
+    trained = _Trained(storage, names, options) if found else None
+    return [Holder(reference, rows, *trained.on(reference)) for reference, rows in found if trained is not None]
 
 
 def _held(release: Release, wanted: Wanted) -> int | None:
     """Rows of a version that are looked for; of a pool file, None where it is a parent and 0 where not."""
     if wanted.file is not None:
-        paths = [item.path for item in release.manifest.parents.pool]
-        return None if any(path == wanted.file or path.endswith(f"/{wanted.file}") for path in paths) else 0
+        return None if any(_is_of(path, wanted.file) for path in _files_of(release, set())) else 0
     if wanted.source is not None:
         return int(release.dataset.count_rows(filter=pc.field("source") == wanted.source))
     is_row = (pc.field("prompt_id") == wanted.row) | (pc.field("candidate_id") == wanted.row)
     return int(release.dataset.count_rows(filter=is_row))
 
 
-def _checkpoints(runs: list[dict[str, Any]]) -> list[str]:
-    stages = [stage for run in runs for stage in (run.get("stages") or {}).values() if isinstance(stage, dict)]
-    return sorted({str(stage["checkpoint"]) for stage in stages if stage.get("checkpoint")})
+def _is_of(path: str, wanted: str) -> bool:
+    """Whether a file is the one that is looked for, or in that folder."""
+    return f"/{wanted.strip('/')}/" in f"/{path.strip('/')}/"
+
+
+def _files_of(release: Release, seen: set[str]) -> Iterator[str]:
+    """Files that a version was made from: its pool, prompts that gather sampled for, those of released candidates."""
+    parents = release.manifest.parents
+    yield from (item.path for item in (*parents.pool, *parents.prompts))
+    for reference in set(parents.candidates.values()) - seen:
+        try:
+            candidates = load(reference, release.storage.options)
+        except UserError:  # they are gone, and what they were made from with them
+            continue
+        yield from _files_of(candidates, seen | set(parents.candidates.values()))
+
+
+class _Trained:
+    """What was trained on which version, of all training runs of a folder of datasets."""
+
+    def __init__(self, storage: Storage, names: list[str], options: StorageOptions):
+        self.options = options
+        self.direct: dict[str, tuple[str, str]] = {}  # of a checkpoint, its version and the model that it started from
+        for name in names:
+            for run in training_runs(storage, name):
+                reference = f"{storage.root}/{name}@{trained_version(run)}"
+                for checkpoint in _checkpoints(run):
+                    self.direct[_place(checkpoint)] = reference, _place(str(run.get("target") or ""))
+        self.versions = {checkpoint: self._versions(checkpoint) for checkpoint in self.direct}
+
+    def on(self, reference: str) -> tuple[list[str], list[str]]:
+        """Checkpoints that were trained on a version, and those that were trained further from such a checkpoint."""
+        own = {checkpoint for checkpoint, (version, _) in self.direct.items() if version == reference}
+        further = {checkpoint for checkpoint, versions in self.versions.items() if reference in versions} - own
+        return sorted(own), sorted(further)
+
+    def _versions(self, checkpoint: str) -> set[str]:
+        """Versions that a checkpoint or one that it comes from was trained on, as far as anyone says it."""
+        versions: set[str] = set()
+        places: set[str] = set()
+        while checkpoint and checkpoint not in places:
+            places.add(checkpoint)
+            facts = facts_of(checkpoint, self.options)
+            version, model = self.direct.get(checkpoint, ("", ""))
+            if facts is not None:
+                version, model = facts["dataset"], _place(str(facts.get("model") or ""))
+            versions.add(version)
+            checkpoint = model
+        return versions
+
+
+def _place(address: str) -> str:
+    """An address by which the same folder is found again; a hub's model is no folder."""
+    try:
+        return normal_url(address) if address else ""
+    except UserError:
+        return address
+
+
+def _checkpoints(run: JsonObject) -> list[str]:
+    stages = [stage for stage in (run.get("stages") or {}).values() if isinstance(stage, dict)]
+    return [str(stage["checkpoint"]) for stage in stages if stage.get("checkpoint")]

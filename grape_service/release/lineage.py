@@ -15,7 +15,8 @@ from grape_service.display import counted
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.release.load import Release, load
-from grape_service.release.manifest import Manifest, PolicyUse
+from grape_service.release.made_by import MadeBy
+from grape_service.release.manifest import Manifest, PolicyUse, PoolFile
 from grape_service.storage.storage import Storage
 
 MAX_POOL_FILES = 20
@@ -56,10 +57,10 @@ def _short_version(release: Release, seen: set[str]) -> Node:
     manifest = release.manifest
     tags = release.tags()
     children = []
-    if manifest.parents.pool:
-        files = manifest.parents.pool
-        more = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
-        children.append(Node(f"pool: {files[0].path}{more}"))
+    for what, files in (("pool", manifest.parents.pool), ("prompts", manifest.parents.prompts)):
+        if files:
+            more = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
+            children.append(Node(f"{what}: {files[0].path}{more}"))
     children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     policies = dict.fromkeys(f"{policy.role}: {policy.model}" for policy in manifest.parents.policies)
     children += [Node(label) for label in policies]
@@ -75,7 +76,12 @@ def _short_version(release: Release, seen: set[str]) -> Node:
                 children.append(Node(f"weighed from {parent} (gone: {error})"))
     runs = [run for run in training_runs(release.storage, release.name) if trained_version(run) == release.version]
     children += [_short_run(run) for run in runs]
-    return Node(f"{release.reference}  {manifest.rows:,} rows" + (f"  [{', '.join(tags)}]" if tags else ""), children)
+    made_by = MadeBy.of(manifest.config)
+    settings = [made_by.method] if made_by.method else []
+    settings += [f"keep {made_by.keep}"] if made_by.keep else []
+    size = f"{counted(manifest.rows, 'row')}, {counted(manifest.tokens, 'token')}"
+    words = [f"{release.reference}  {', '.join([size, *settings])}", *([f"[{', '.join(tags)}]"] if tags else [])]
+    return Node("  ".join(words), children)
 
 
 def _short_run(run: JsonObject) -> Node:
@@ -127,7 +133,8 @@ def trained_version(record: JsonObject) -> str | None:
 def _version_node(release: Release, seen: set[str]) -> Node:
     manifest = release.manifest
     children = [_counts_node(manifest)] if manifest.counts else []
-    children += [_pool_node(manifest)] if manifest.parents.pool else []
+    parents = (("pool", manifest.parents.pool), ("prompts", manifest.parents.prompts))
+    children += [_files_node(what, files) for what, files in parents if files]
     children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     children += [_policy_node(policy) for policy in manifest.parents.policies]
     code = manifest.parents.code
@@ -161,15 +168,14 @@ def _counts_node(manifest: Manifest) -> Node:
     return Node("counts", _value_nodes(manifest.counts))
 
 
-def _pool_node(manifest: Manifest) -> Node:
-    files = manifest.parents.pool
+def _files_node(what: str, files: list[PoolFile]) -> Node:
     shown = [
         Node(f"{item.path}  {item.size:,} bytes, {'digest ' + item.digest if item.digest else f'etag {item.etag}'}")
         for item in files[:MAX_POOL_FILES]
     ]
     if len(files) > MAX_POOL_FILES:
         shown.append(Node(f"and {len(files) - MAX_POOL_FILES:,} more in the manifest"))
-    return Node(f"pool: {len(files):,} file{'s' if len(files) != 1 else ''}", shown)
+    return Node(f"{what}: {counted(len(files), 'file')}", shown)
 
 
 def _policy_node(policy: PolicyUse) -> Node:

@@ -125,6 +125,7 @@ class Parents(_Part):
     """Everything that a release was made from."""
 
     pool: list[PoolFile] = []
+    prompts: list[PoolFile] = []  # that gather sampled for: what it made is in `pool`, or in `candidates`
     policies: list[PolicyUse] = []
     libraries: dict[str, str] = {}
     code: CodeVersion | None = None

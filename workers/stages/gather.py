@@ -35,6 +35,7 @@ from workers.stages.accounts import check_gathered
 from workers.stages.audit import audit
 from workers.stages.judge import ask_judge
 from workers.stages.prepare import read_pool
+from workers.stages.provenance import pool_parents
 from workers.stages.release_candidates import release_candidates
 from workers.stages.sample import Budget, sample_missing
 
@@ -96,6 +97,7 @@ def _gather_policy(
     own = replace(run, config=prompts_config(config, policy))
     plan = plan_prepare(own.config, rendering_of(own.target_renderer, own.target_files), run.workspace)
     prompts = load_prepared(plan, own.config, run.workspace) or read_pool(own, plan)
+    run.prompts = pool_parents(run, prompts)
     renderer = own.target_renderer
     sampling = sampling_of(config.gather, name, run.policy_id(policy), renderer.stop_ids)
     shards = list(_shards(prompts))

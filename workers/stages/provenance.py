@@ -123,6 +123,7 @@ def pool_parents(run: Run, prepared: Prepared) -> list[PoolFile]:
 def common_parents(run: Run, policies: list[PolicyUse]) -> Parents:
     """What any release of this run was made from: policies, libraries, code."""
     return Parents(
+        prompts=run.prompts,
         policies=policies,
         libraries=library_versions(),
         code=code_version(),

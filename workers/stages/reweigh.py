@@ -194,6 +194,7 @@ def release_reweighed(
         update={
             "pool": old.parents.pool,
             "prepare_id": old.parents.prepare_id,
+            "prompts": old.parents.prompts,
             "candidates": old.parents.candidates,
             "release": release.reference,
             "rendering": old.parents.rendering,

@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from grape_service.cli.app import app
 from grape_service.errors import UserError
-from grape_service.release.ancestry import Wanted, facts_of, holders, lineage_of_checkpoint, rows_of_checkpoint
+from grape_service.release.ancestry import (
+    Wanted,
+    facts_of,
+    holders,
+    lineage_of_checkpoint,
+    lineage_of_release,
+    rows_of_checkpoint,
+)
 from grape_service.release.load import load
 from grape_service.release.manifest import Parents, PoolFile
 from grape_service.storage.storage import Storage, json_bytes
@@ -67,12 +74,51 @@ def test_what_is_withdrawn_is_found_everywhere(trained: tuple[Storage, str, str]
     assert both == ["v0001", "v0002"]
     (only,) = holders(storage.root, Wanted(row=first[0]["prompt_id"]), {})
     assert (only.reference, only.rows, only.checkpoints) == (f"{storage.root}/math-sft@v0001", 1, [])
+    assert only.descendants == [rl], "RL went on from a checkpoint that was trained on it, which is on no record"
     later = load(f"{storage.root}/math-sft@v0002").dataset.to_table().to_pylist()[-1]
     (only,) = holders(storage.root, Wanted(row=later["candidate_id"]), {})
-    assert only.checkpoints == [rl]
+    assert (only.checkpoints, only.descendants) == ([rl], [])
     (of_file,) = holders(storage.root, Wanted(file="a.jsonl"), {})
     assert (of_file.reference.rpartition("@")[2], of_file.rows) == ("v0001", None)
     assert holders(storage.root, Wanted(source="nobody"), {}) == []
+    for folder in ("s3://team/pool", "pool/"):
+        assert [holder.rows for holder in holders(storage.root, Wanted(file=folder), {})] == [None]
+    with pytest.raises(UserError, match="math-sft is a dataset: name the folder that it is in"):
+        holders(f"{storage.root}/math-sft", Wanted(source="a"), {})
+    with pytest.raises(UserError, match=r"there is no dataset in .*/nowhere"):
+        holders(f"{storage.root}/nowhere", Wanted(source="a"), {})
+
+
+def test_what_another_trainer_made_further_is_found_by_the_records(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for number in (1, 2, 3):
+        publish_version(storage, parts=[rows(20 * number, 20)])
+        target = f"/checkpoints/{number - 1}" if number > 1 else "org/base"
+        stages = {"sft": {"state": "sent", "checkpoint": f"/checkpoints/{number}"}}
+        record = {"id": f"r{number}", "version": f"v000{number}", "target": target, "stages": stages}
+        storage.write(f"math-sft/runs/r{number}.json", json_bytes(record))
+    first = load(f"{tmp_path}/math-sft@v0001").dataset.to_table().to_pylist()[0]
+    (only,) = holders(str(tmp_path), Wanted(row=first["prompt_id"]), {})
+    assert (only.checkpoints, only.descendants) == (["/checkpoints/1"], ["/checkpoints/2", "/checkpoints/3"])
+
+
+def test_the_prompts_of_gathered_candidates_are_among_the_files(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    prompts = Parents(prompts=[PoolFile(path="s3://team/prompts/q.jsonl", size=10)])
+    publish_version(storage, parts=[rows(0, 3)], parents=prompts)
+    publish_version(storage, parts=[rows(0, 3)], parents=Parents(candidates={"c@latest": f"{tmp_path}/math-sft@v0001"}))
+    publish_version(storage, parts=[rows(0, 3)], parents=Parents(candidates={"c@latest": f"{tmp_path}/gone@v0001"}))
+    found = holders(str(tmp_path), Wanted(file="q.jsonl"), {})
+    assert [one.reference.rpartition("@")[2] for one in found] == ["v0001", "v0002"]
+    assert "prompts: s3://team/prompts/q.jsonl" in lineage_of_release(load(f"{tmp_path}/math-sft@v0001")).render_text()
+
+
+def test_a_version_is_told_back_through_the_checkpoint_that_chose_it(trained: tuple[Storage, str, str]) -> None:
+    storage, sft, _ = trained
+    publish_version(storage, parts=[rows(40, 30)], config={"target": {"model": sft}})
+    text = lineage_of_release(load(f"{storage.root}/math-sft@v0003")).render_text()
+    assert f"{sft}  sft, 1,200 steps" in text
+    assert "from the model org/base" in text
 
 
 def test_the_command(trained: tuple[Storage, str, str], tmp_path: Path) -> None:
@@ -86,6 +132,27 @@ def test_the_command(trained: tuple[Storage, str, str], tmp_path: Path) -> None:
     assert [one["rows"] for one in found["held_by"]] == [None]
     with pytest.raises(UserError, match="give one of"):
         run(app, ["lineage", storage.root, "--file", "a", "--row", "b"], catch_exceptions=False)
+
+
+def test_a_file_that_cannot_be_written_and_folders_that_are_no_checkpoint(
+    trained: tuple[Storage, str, str], tmp_path: Path
+) -> None:
+    _, sft, _ = trained
+    (tmp_path / "job" / "sft").mkdir(parents=True)
+    Path(sft).rename(tmp_path / "job" / "sft" / "model")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "pool.jsonl").write_text("{}")
+    model = str(tmp_path / "job" / "sft" / "model")
+    for arguments, sentence in (
+        ([model, "--rows", str(tmp_path / "absent" / "ids.parquet")], "there is no folder"),
+        ([model, "--rows", str(tmp_path)], "cannot be written"),
+        ([str(tmp_path / "job")], f"is a training job's folder: name its checkpoint, {model}"),
+        ([str(tmp_path / "base")], "neither a dataset version nor a checkpoint of our trainers"),
+        ([str(tmp_path / "pool.jsonl")], "is a file, not a dataset"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            CliRunner().invoke(app, ["lineage", *arguments], catch_exceptions=False)
 
 
 def test_a_folder_that_says_nothing_is_refused(tmp_path: Path) -> None:

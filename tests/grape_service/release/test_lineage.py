@@ -32,11 +32,11 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
 
     release = load(f"{any_storage.root}/math-sft@v0002")
     short = short_lineage(release).render_text()
-    print(short)
+    tokens = f"3 rows, {release.manifest.tokens} tokens"
     assert short.splitlines() == [
-        f"{any_storage.root}/math-sft@v0002  3 rows  [best]",
+        f"{any_storage.root}/math-sft@v0002  {tokens}  [best]",
         "├── target: Qwen/Qwen2.5-7B",
-        f"├── weighed from {any_storage.root}/math-sft@v0001  3 rows  [latest]",
+        f"├── weighed from {any_storage.root}/math-sft@v0001  {tokens}, grape  [latest]",
         "│   ├── pool: s3://pool/a.jsonl and 1 more file",
         "│   ├── target: Qwen/Qwen2.5-7B",
         "│   └── run sft-8: succeeded",

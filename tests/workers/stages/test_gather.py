@@ -13,6 +13,7 @@ import grape_service
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
 from grape_service.estimate.plan import make_plan
+from grape_service.release.ancestry import Wanted, holders
 from grape_service.release.load import load_training_set
 from grape_service.release.verify import verify
 from tests import tiny_models
@@ -161,6 +162,11 @@ def test_candidates_are_released_and_are_the_pool_of_another_config(tmp_path: Pa
     }
     made = grape_service.run(other)
     assert made.manifest.parents.candidates == {pool["path"]: release.reference}
+    (prompts,) = release.manifest.parents.prompts
+    assert prompts.path == f"{tmp_path}/pool/a.jsonl"
+    for folder, version in (("out", release), ("theirs", made)):
+        held = [one.reference for one in holders(f"{tmp_path}/{folder}", Wanted(file="pool/a.jsonl"), {})]
+        assert held == [version.reference]
     assert made.row_count == 8
     for row in made.dataset.to_table().to_pylist():
         pairs = zip(row["target_logprobs"], row["behavior_logprobs"], row["loss_mask"], strict=True)
