@@ -45,8 +45,10 @@ class SamplingActor(ScoringActor):
     judged = 0  # verdicts since the start
 
     def moved(self) -> float:
-        """Tokens that were sampled and verdicts: a response counts as done once it is judged and stored."""
-        return float(self.engine.stats()["tokens"]) + self.judged
+        """Tokens that were sampled, an engine's steps on the way to them, and verdicts: a response counts as done once
+        it is judged and stored."""
+        stats = self.engine.stats()
+        return stats["tokens"] + stats.get("steps", 0.0) + self.judged
 
     def load(self, policy: PolicyConfig, folder: str) -> Any:
         assert isinstance(self.spec, SamplingSpec)

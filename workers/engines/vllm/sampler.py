@@ -32,7 +32,6 @@ class _Call:
     settings: SampleSettings
     answer: Future[list[Sample]] = field(default_factory=Future)
     samples: dict[int, Sample] = field(default_factory=dict)
-    lengths: dict[int, int] = field(default_factory=dict)  # of responses so far, by their place
 
 
 class VllmSampler(ThreadedVllm[_Call]):
@@ -52,7 +51,7 @@ class VllmSampler(ThreadedVllm[_Call]):
         self._folder = folder
         self._running: dict[str, tuple[_Call, int]] = {}  # by request id: the call and the place in it
         self._ids = itertools.count()
-        self._prompt_tokens = self._sampled_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._sampled_tokens = self._cached_tokens = self._steps = 0
         self._seconds = 0.0
         super().__init__()
 
@@ -66,6 +65,7 @@ class VllmSampler(ThreadedVllm[_Call]):
             "sampled_tokens": float(self._sampled_tokens),
             "tokens": float(self._prompt_tokens + self._sampled_tokens),
             "cached_tokens": float(self._cached_tokens),
+            "steps": float(self._steps),
             "seconds": self._seconds,
         }
 
@@ -89,12 +89,8 @@ class VllmSampler(ThreadedVllm[_Call]):
             return False
         begun = time.monotonic()
         for output in self._engine.step():
-            call, place = self._running[output.request_id]
-            length = len(output.outputs[0].token_ids)
-            self._sampled_tokens += length - call.lengths.get(place, 0)
-            call.lengths[place] = length
-            if output.finished:
-                self._take(output)
+            self._take(output)
+        self._steps += 1
         self._seconds += time.monotonic() - begun
         return True
 
@@ -164,6 +160,7 @@ class VllmSampler(ThreadedVllm[_Call]):
     def _add(self, request_id: str, call: _Call, place: int, request: SampleRequest) -> None:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
         settings = call.settings
         room = self._max_length - len(request.prompt_ids)
@@ -181,6 +178,7 @@ class VllmSampler(ThreadedVllm[_Call]):
             detokenize=bool(settings.stop_texts),
             skip_special_tokens=False,  # a text to stop at may be one
             flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # not one for each step and response
         )
         self._running[request_id] = (call, place)
         prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist())
@@ -199,6 +197,7 @@ class VllmSampler(ThreadedVllm[_Call]):
             raise RuntimeError(f"vLLM ended a response with '{completion.finish_reason}'")
         call.samples[place] = Sample(ids, logprobs, completion.finish_reason)
         self._prompt_tokens += len(call.requests[place].prompt_ids)
+        self._sampled_tokens += len(ids)
         self._cached_tokens += int(output.num_cached_tokens or 0)
         if len(call.samples) == len(call.requests):
             call.answer.set_result([call.samples[place] for place in range(len(call.requests))])

@@ -39,6 +39,15 @@ def test_vllm_samples_the_model(sampler: VllmSampler, folder: str) -> None:
     checks.check_stop_texts(sampler, AutoTokenizer.from_pretrained(folder))
 
 
+def test_a_long_response_is_seen_to_go_on(sampler: VllmSampler) -> None:
+    """Responses are told of once, when they end; what says before that the engine is at work are its steps."""
+    before = sampler.stats()
+    samples = sampler.sample(checks.requests(), checks.settings())
+    after = sampler.stats()
+    assert after["sampled_tokens"] - before["sampled_tokens"] == sum(len(sample.ids) for sample in samples)
+    assert after["steps"] - before["steps"] >= max(len(sample.ids) for sample in samples) > 1
+
+
 def test_two_callers_share_the_engine(sampler: VllmSampler) -> None:
     alone = sampler.sample(checks.requests(), checks.settings())
     found: list[list[bytes]] = []
