@@ -7,9 +7,11 @@ from typing import TypedDict
 import numpy as np
 
 from grape_service.display import short
+from grape_service.methods import SELECT
 from grape_service.report.facts import Facts, SelectReport
 from grape_service.report.families import families_of, is_same_model
 from grape_service.report.warning import MIN_PROMPTS, ReportWarning, compared_prompts, share
+from grape_service.rows.statistics import LOGPROB
 
 LONG_TOKENS = 1024
 """Responses of at least so many tokens in the median are long traces."""
@@ -122,4 +124,18 @@ def overlaps(select: SelectReport) -> list[Overlap]:
         left, right = (("grape" if name == "mean" else name) for name in pair.split("|"))
         compared = compared_prompts(select, left, right)
         found.append({"left": left, "right": right, "share": share(same, compared), "prompts": compared})
+    return found
+
+
+def not_compared(select: SelectReport, method: str) -> list[tuple[str, str]]:
+    """Methods of which nobody knows what they would choose, each with the scores that they lack; `method`: the one that
+    chose."""
+    found = []
+    for name, one in SELECT.items():
+        if name in ("grape", method) or name in select["agree"]:
+            continue
+        lacks = [statistic for statistic in one.statistics if statistic != LOGPROB]
+        lacks += ["each step scored in its window"] if one.scores_windows else []
+        if lacks:
+            found.append((name, ", ".join(lacks)))
     return found

@@ -36,7 +36,7 @@ from grape_service.report.examples import (
     release_rows,
 )
 from grape_service.report.facts import ExampleChoice, Facts, SelectReport, WeightsReport, facts_of_manifest
-from grape_service.report.misled import overlaps
+from grape_service.report.misled import not_compared, overlaps
 from grape_service.report.notices import warnings_of
 from grape_service.report.sums import MAX_SOURCES
 from grape_service.report.warning import compared_prompts, share
@@ -76,6 +76,7 @@ def render_page(facts: Facts, examples: Sequence[PromptExample] = (), job: Round
             noise=scoring_noise(facts),
             aligned=aligned_rows(facts),
             overlaps=overlaps(report["select"]) if report.get("select") else [],
+            not_compared=not_compared(report["select"], selection.method) if report.get("select") else [],
             modes=shown_modes(examples),
             engines=engine_rows(facts),
             estimate=facts["statistics"].get("estimate"),

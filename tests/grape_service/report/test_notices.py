@@ -10,7 +10,7 @@ import pytest
 
 from grape_service.config.methods import SelectConfig
 from grape_service.report.families import families_of, is_same_model
-from grape_service.report.misled import overlaps
+from grape_service.report.misled import not_compared, overlaps
 from grape_service.report.notices import warnings_of
 from grape_service.report.statistics import SelectStatistics
 from grape_service.select.choose import Candidates, Detail, choose
@@ -125,6 +125,14 @@ def test_several_teachers_with_long_traces() -> None:
     assert found.text.startswith("2 sources compete with long responses (")
     assert all(word in found.change for word in ("steps", "local", "rsr", "select.max_source_share"))
     assert not any("long responses" in text for text in texts(select_of(20, 400)))
+
+
+def test_methods_whose_scores_were_not_made_are_named() -> None:
+    made = select_of(20, 4000)["statistics"]["report"]["select"]
+    lacking = {"rsr": "rank", "surprise": "entropy", "local": "each step scored in its window"}
+    assert dict(not_compared(made, "grape")) == lacking
+    assert "rsr" not in dict(not_compared({**made, "agree": {**made["agree"], "rsr": 3}}, "grape"))
+    assert "local" not in dict(not_compared(made, "local"))
 
 
 @pytest.mark.parametrize(

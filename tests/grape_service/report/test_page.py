@@ -53,6 +53,12 @@ def test_text_from_a_pool_is_text_and_nothing_is_loaded() -> None:
     assert len(page) < 1_500_000
 
 
+def test_methods_that_were_not_compared_are_named_with_what_they_lack() -> None:
+    page = render_page(facts())
+    assert "as their scores were not made: " in page
+    assert "local (each step scored in its window)" in page
+
+
 def test_a_round_shows_the_gates_figures_of_those_before() -> None:
     made = {**facts(), "version": "v0002"}
     published = render_page({**made, "created": None}, (), job(version=None))
