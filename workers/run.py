@@ -16,7 +16,7 @@ from typing import Any
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError, best_effort
-from grape_service.models.files import ModelFiles, policy_id, resolve_model
+from grape_service.models.files import ModelFiles, PolicyFiles, policy_id, resolve_model
 from grape_service.models.newest import resolved
 from grape_service.models.vocabulary import refuse_unspelled
 from grape_service.models.weights import check_policy
@@ -120,6 +120,10 @@ class Run:
     def files_of(self, policy: PolicyConfig) -> ModelFiles:
         """The files of a policy's model on this machine."""
         return self.target_files if policy == self.config.target else resolve_model(policy, self.config.storage)
+
+    def shared_files_of(self, policy: PolicyConfig) -> PolicyFiles:
+        """The same files, for tasks on any machine."""
+        return PolicyFiles(policy, self.files_of(policy).folder, self.config.storage)
 
     def renderer_of(self, policy: PolicyConfig) -> Renderer:
         """The tokenizer and template of the target, or of a behavior policy."""

@@ -293,6 +293,19 @@ def folder_here(policy: PolicyConfig, folder: str, storage_options: StorageOptio
     return folder if Path(folder).is_dir() else resolve_model(policy, storage_options).folder
 
 
+@dataclass(frozen=True)
+class PolicyFiles:
+    """A policy and the files of its model, for tasks on any machine."""
+
+    policy: PolicyConfig
+    folder: str  # on the machine of the driver
+    options: StorageOptions
+
+    def here(self) -> str:
+        """The model's folder on this machine."""
+        return folder_here(self.policy, self.folder, self.options)
+
+
 def adapter_here(policy: PolicyConfig, storage_options: StorageOptions | None = None) -> str | None:
     """The folder of a policy's adapter on this machine, downloaded where it is not there yet; None without one."""
     if policy.adapter is None:

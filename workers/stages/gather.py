@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from grape_service.config.gather import VerifyConfig
-from grape_service.config.policy import PolicyConfig, RecordedBehavior
+from grape_service.config.policy import RecordedBehavior
 from grape_service.config.pool import PoolConfig, PoolGroup
 from grape_service.config.schema import Config
 from grape_service.display import counted
@@ -18,14 +18,13 @@ from grape_service.gather.missing import sampling_of
 from grape_service.gather.prompts import carried, prompts_config
 from grape_service.gather.verdicts import judge_of
 from grape_service.keys import digest_of
-from grape_service.models.files import folder_here
+from grape_service.models.files import PolicyFiles
 from grape_service.models.tokenizer import load_tokenizer
 from grape_service.pool.contract import group_contracts
 from grape_service.prepare.finish import load_prepared
 from grape_service.prepare.plan import plan_prepare, pool_listing, rendering_of
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
-from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
@@ -124,9 +123,7 @@ def _gather_policy(
             shared={
                 "storage": run.workspace,
                 "gathered": as_gathered,
-                "folder": own.target_files.folder,
-                "policy": policy,
-                "options": config.storage,
+                "model": PolicyFiles(policy, own.target_files.folder, config.storage),
                 "stop_ids": sampling.stop_ids,
             },
             together=together(config.workers, prompts.prompts),
@@ -164,14 +161,12 @@ def write_candidates_task(
     shard: str,
     partition: str,
     gathered: Gathered,
-    folder: str,
-    policy: PolicyConfig,
-    options: StorageOptions,
+    model: PolicyFiles,
     stop_ids: tuple[int, ...],
     out: str,
 ) -> GatherCounts:
     """write_candidates with the policy's tokenizer (a Ray task)."""
-    tokenizer = load_tokenizer(folder_here(policy, folder, options), policy)
+    tokenizer = load_tokenizer(model.here(), model.policy)
     return write_candidates(storage, shard, partition, gathered, tokenizer, stop_ids, out)
 
 

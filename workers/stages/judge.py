@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from grape_service.config.gather import VerifyConfig
-from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config, RenderConfig
 from grape_service.display import counted
 from grape_service.gather.candidates import GatherCounts
@@ -13,10 +12,9 @@ from grape_service.gather.judge import Judging, judge_sampling, write_judged, wr
 from grape_service.gather.missing import Sampling
 from grape_service.gather.samples import sampler_id
 from grape_service.keys import digest_of
-from grape_service.models.files import folder_here
+from grape_service.models.files import PolicyFiles
 from grape_service.models.tokenizer import load_tokenizer
 from grape_service.render.loading import load_renderer
-from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
@@ -44,14 +42,14 @@ def ask_judge(
     gathered = sorted(info.path for info in run.workspace.list(folder))
     names = [path.rsplit("/", 1)[-1] for path in gathered]
     shards = [(name.rsplit("-", 1)[0], f"{out}-questions/{name}", number) for number, name in enumerate(names)]
-    model = {"storage": run.workspace, "policy": judge, "folder": files.folder, "options": config.storage}
+    shared = {"storage": run.workspace, "model": run.shared_files_of(judge)}
     at_once = together(config.workers, candidates)
     asked = sum(
         run_tasks(
             write_questions_task,
             ({"path": path, "out": shard} for path, (_, shard, _) in zip(gathered, shards, strict=True)),
             config.workers,
-            shared={**model, "verify": verify, "render": render},
+            shared={**shared, "verify": verify, "render": render},
             together=at_once,
         )
     )
@@ -68,7 +66,7 @@ def ask_judge(
             for path, (partition, shard, _) in zip(gathered, shards, strict=True)
         ),
         config.workers,
-        shared={**model, "judging": judging},
+        shared={**shared, "judging": judging},
         together=at_once,
     )
     return out, sum(verdicts, GatherCounts()), not (totals.failed or budget.met)
@@ -84,24 +82,20 @@ def _render_of(config: Config, verify: VerifyConfig) -> RenderConfig:
 
 def write_questions_task(
     storage: Storage,
-    policy: PolicyConfig,
-    folder: str,
-    options: StorageOptions,
+    model: PolicyFiles,
     verify: VerifyConfig,
     render: RenderConfig,
     path: str,
     out: str,
 ) -> int:
     """write_questions with the judge's renderer (a Ray task)."""
-    renderer = load_renderer(folder_here(policy, folder, options), policy, render, storage_options=options)
+    renderer = load_renderer(model.here(), model.policy, render, storage_options=model.options)
     return write_questions(storage, path, out, verify, renderer)
 
 
 def write_judged_task(
     storage: Storage,
-    policy: PolicyConfig,
-    folder: str,
-    options: StorageOptions,
+    model: PolicyFiles,
     judging: Judging,
     path: str,
     questions: str,
@@ -109,5 +103,5 @@ def write_judged_task(
     out: str,
 ) -> GatherCounts:
     """write_judged with the judge's tokenizer (a Ray task)."""
-    tokenizer = load_tokenizer(folder_here(policy, folder, options), policy)
+    tokenizer = load_tokenizer(model.here(), model.policy)
     return write_judged(storage, path, questions, partition, judging, tokenizer, out)

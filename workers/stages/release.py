@@ -11,12 +11,11 @@ import orjson
 import pyarrow as pa
 
 from grape_service.checks.findings import CheckResult
-from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config, RenderConfig
 from grape_service.errors import StageError, UserError
 from grape_service.estimate.plan import estimate_against_actual
 from grape_service.json_types import JsonObject
-from grape_service.models.files import folder_here
+from grape_service.models.files import PolicyFiles
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
@@ -196,8 +195,8 @@ class Version:
     factor: float
     stop_ids: frozenset[int]
     """Tokens that end turns of whoever rendered the rows."""
-    renderer: tuple[str, PolicyConfig, RenderConfig] | None
-    """Of rows that the target rendered: the folder of its files, and what makes its renderer of them."""
+    renderer: tuple[PolicyFiles, RenderConfig] | None
+    """Of rows that the target rendered: what makes its renderer."""
 
 
 def write_part_task(version: Version, index: int, weighed: WeighedFile) -> FileEntry:
@@ -207,9 +206,8 @@ def write_part_task(version: Version, index: int, weighed: WeighedFile) -> FileE
     """
     columns, renderer = version.columns, None
     if version.renderer is not None:
-        folder, policy, render = version.renderer
-        options = version.output.options
-        renderer = load_renderer(folder_here(policy, folder, options), policy, render, storage_options=options)
+        model, render = version.renderer
+        renderer = load_renderer(model.here(), model.policy, render, storage_options=model.options)
     with open_parquet(version.workspace, weighed.path) as file:
         proof = RowProof(file.metadata.num_rows, columns.computed, version.stop_ids, renderer)
     batches = final_batches(
@@ -256,7 +254,7 @@ def publish_rows(
             columns,
             weighed.factor,
             frozenset(rendering.stop_ids if rendering is not None else run.target_renderer.stop_ids),
-            (run.target_files.folder, run.config.target, run.config.render) if by_target else None,
+            (run.shared_files_of(run.config.target), run.config.render) if by_target else None,
         )
         reporter().begin("release", len(files), "files")
         entries = list(
