@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelling
 
 from grape_service.errors import StageError, UserError
@@ -37,9 +37,9 @@ class PrefectDeployments:
                 raise UserError(f"the deployment {name} refuses these parameters: {error.response.text}") from None
         return str(cast(FlowRun, run).id)
 
-    def state(self, run_id: str) -> tuple[str, str]:
-        """(running, succeeded, failed or cancelled; the same in Prefect's words)."""
-        with _server(f"follow the flow run {run_id}") as client:
+    def state(self, run_id: str, seconds: float | None = None) -> tuple[str, str]:
+        """(running, succeeded, failed or cancelled; the same in Prefect's words), asked for once within `seconds`."""
+        with _server(f"follow the flow run {run_id}", seconds) as client:
             try:
                 state = client.read_flow_run(UUID(run_id)).state
             except ObjectNotFound:
@@ -56,12 +56,16 @@ class PrefectDeployments:
 
 
 @contextmanager
-def _server(purpose: str) -> Iterator[SyncPrefectClient]:
+def _server(purpose: str, seconds: float | None = None) -> Iterator[SyncPrefectClient]:
     address = PREFECT_API_URL.value()
     if not address:
         raise UserError(f"to {purpose}, set PREFECT_API_URL to the Prefect server that has it")
+    once = {PREFECT_CLIENT_MAX_RETRIES: 0} if seconds else {}
     try:
-        with get_client(sync_client=True) as client:
+        with (
+            temporary_settings(once),
+            get_client(httpx_settings={"timeout": seconds} if seconds else None, sync_client=True) as client,
+        ):
             yield client
     except (httpx.TransportError, PrefectHTTPStatusError) as error:
-        raise StageError(f"Prefect at {address} did not {purpose}: {error}") from error
+        raise StageError(f"Prefect at {address} did not {purpose}: {error or type(error).__name__}") from error

@@ -49,6 +49,7 @@ def request_json(
     key: str | None = None,
     pause: float = FIRST_PAUSE_SECONDS,
     timeout: float = TIMEOUT_SECONDS,
+    tries: int = TRIES,
 ) -> JsonObject:
     """Send `body` as JSON; the answer's JSON object, {} if it holds none. Raises WebhookError and nothing else.
 
@@ -84,7 +85,7 @@ def request_json(
             return answer.status_code, _object_in(answer) if answer.is_success else {}
 
     problem, transient = "", True
-    for attempt in range(TRIES):
+    for attempt in range(tries):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
         try:
@@ -245,14 +246,14 @@ class UnknownState(StageError):
     """A webhook's job tells its state in a word that is not one of STATE_WORDS, or not at all."""
 
 
-def get_status(url: str) -> JsonObject:
+def get_status(url: str, timeout: float = TIMEOUT_SECONDS, tries: int = TRIES) -> JsonObject:
     """{"state": running | succeeded | failed | cancelled, "word": the state as `url` words it, "checkpoint": ...,
     "error": ..., "metrics": ...} from `url`.
 
     Raises UnknownState for a word that is not in STATE_WORDS; UserError and StageError where there is no answer.
     """
     try:
-        status = request_json("GET", url)
+        status = request_json("GET", url, timeout=timeout, tries=tries)
     except WebhookError as error:
         raise (StageError if error.transient else UserError)(str(error)) from None
     word = status.get("state")

@@ -69,16 +69,16 @@ def train(
     # An adapter is no whole model, and the newest checkpoint is another by now: the release says what is trained.
     asked = settings.target
     is_of_release = asked.adapter is not None or moving_checkpoint(asked.model) is not None
-    target = (None, None) if is_of_release else (asked.model, asked.revision)
+    target: tuple[str | None, str | None] = (None, None) if is_of_release else (asked.model, asked.revision)
+    deployments = deployments_for(settings.train)
     if status:
-        record = runs.read(reference, settings.train, options, again, *target)
+        record = runs.read(reference, settings.train, options, again, *target, deployments=deployments)
     elif cancel:
-        record = runs.cancel(reference, settings.train, ray_address, options, again, *target)
+        record = runs.cancel(reference, settings.train, ray_address, options, again, *target, deployments=deployments)
     else:
         from workers.gate import train_gated
         from workers.pipeline import gather_alone
 
-        deployments = deployments_for(settings.train)
         if ray_address != "auto" or {job.kind for job in settings.train.jobs.values()} & {"webhook", "deployment"}:
             at_interrupt(GOES_ON)
         tell = (lambda line: None) if quiet else write_error_line

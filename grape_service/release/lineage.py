@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from grape_service.release.made_by import MadeBy
 from grape_service.release.manifest import Manifest, PolicyUse, PoolFile
 from grape_service.storage.storage import Storage
 
+UNFOLLOWED = "running, followed by nobody"
+"""A training run that may have ended: `grape train --status` asks for its job."""
 MAX_POOL_FILES = 20
 _MAX_DEPTH = 20
 
@@ -110,8 +113,11 @@ def lineage_tree(release: Release) -> Node:
 
 
 def training_runs(storage: Storage, name: str) -> list[JsonObject]:
-    """Records of runs that trained on a dataset, `<name>/runs/<id>.json`; sorted by file name."""
-    records = []
+    """Records of runs that trained on a dataset, `<name>/runs/<id>.json`; sorted by file name.
+
+    One that runs as far as its record says, and that nobody follows, has the state UNFOLLOWED here.
+    """
+    records: list[JsonObject] = []
     for info in storage.list(f"{name}/runs"):
         if not info.path.endswith(".json") or info.path.count("/") != 2:
             continue
@@ -121,7 +127,21 @@ def training_runs(storage: Storage, name: str) -> list[JsonObject]:
             continue
         if isinstance(record, dict):
             records.append({"id": info.path.rsplit("/", 1)[-1].removesuffix(".json"), **record})
+    followed = {record["id"] for record in records if _is_followed(record)}
+    for record in records:
+        found = record.get("stages")
+        stages = [entry for entry in found.values() if isinstance(entry, dict)] if isinstance(found, dict) else []
+        if not followed & {record["id"], *(entry.get("run") for entry in stages)}:
+            for one in (record, *stages):
+                if one.get("state") == "running":
+                    one["state"] = UNFOLLOWED
     return records
+
+
+def _is_followed(record: JsonObject) -> bool:
+    lease = record.get("lease")
+    expires = lease.get("expires") if isinstance(lease, dict) else None
+    return isinstance(expires, int | float) and expires > time.time()
 
 
 def trained_version(record: JsonObject) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+import grape_service
 from flows.deployments import PrefectDeployments
 from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError, UserError
@@ -26,6 +29,7 @@ from tests.prefect_service import PASSWORD, Service
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 from workers.stages import train as train_stage
+from workers.training.runs import TrainingRun
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -159,6 +163,60 @@ def test_a_deployment_that_fails_or_cannot_be_started(deployments: PrefectDeploy
         pytest.raises(UserError, match="set PREFECT_API_URL to the Prefect server that has it"),
     ):
         train_stage.train(reference, sft(seconds=1), deployments=deployments)
+
+
+def test_a_flow_run_that_nobody_follows_is_asked_for(
+    service: Service, deployments: PrefectDeployments, reference: str, tmp_path: Path
+) -> None:
+    def left_alone(**parameters: Any) -> tuple[TrainConfig, TrainingRun, str]:
+        """A run whose follower was killed right after it had started the deployment."""
+        config = sft(**parameters)
+        run = TrainingRun(grape_service.load(reference), config, config.jobs, None, print, deployments)
+        key = f"grape-{run.id}-sft-1"
+        output = {"dataset_path": "p", "dataset_version": "v0001", "checkpoint": "", "output": str(tmp_path / run.id)}
+        flow_run = deployments.start("team/sft", {**output, **parameters}, key)
+        run.note("sft", state="running", attempt=1, job_id=key, flow_run=flow_run, started=time.time())
+        return config, run, flow_run
+
+    def asked(config: TrainConfig, **over: Any) -> tuple[str, str]:
+        stage = train_stage.read(reference, config, **{"deployments": deployments, **over})["stages"]["sft"]
+        return stage["state"], stage.get("error") or ""
+
+    config, _, flow_run = left_alone(seconds=400)
+    service.wait(lambda: service.state(flow_run)["state_type"] == "RUNNING", 90, "it does not start")
+    assert asked(config) == ("running", "")
+    deployments.cancel(flow_run)
+    service.wait_final(flow_run, 60)
+    state, error = asked(config)
+    assert (state, "has been cancelled (Cancelled" in error, "nobody followed it" in error) == ("failed", True, True)
+
+    config, _, flow_run = left_alone(fail=True, seconds=1)
+    service.wait_final(flow_run, 90)
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump({**service.job.config, "train": config.model_dump(exclude_none=True)}))
+    shown = service.job.grape("train", reference, "--config", str(path), "--status")
+    assert shown.returncode == 0, shown.stderr
+    assert "sft       failed  Prefect says that the job grape-" in shown.stdout
+    assert "ValueError: no quota), and nobody followed it; run again to ask once more" in shown.stdout
+
+    config, _, flow_run = left_alone(seconds=2)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        began = time.monotonic()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{mute.getsockname()[1]}/api"}):
+            state, error = asked(config)
+    assert time.monotonic() - began < 30
+    assert state == "failed"
+    assert "and it cannot be asked: Prefect at http://127.0.0.1" in error
+    with pytest.raises(StageError, match="ended well, but"):  # it is followed again: its output is not the run's
+        train_stage.train(reference, config, deployments=deployments)
+    stage = train_stage.read(reference, config)["stages"]["sft"]
+    assert (stage["attempt"], stage["flow_run"]) == (1, flow_run)
+
+    config, _, flow_run = left_alone(seconds=3)
+    state, error = asked(config, deployments=None)
+    assert (state, f"whose flow run is {flow_run}, and it cannot be asked" in error) == ("failed", True)
 
 
 def test_a_deployment_is_cancelled(service: Service, deployments: PrefectDeployments, reference: str) -> None:

@@ -306,6 +306,10 @@ def _refuse_mute(address: str) -> None:
             f"{address} takes connections and has not answered for {ANSWER_SECONDS:.0f} seconds: "
             "give the address of a Ray head's dashboard, such as http://head:8265, or start that head again"
         ) from None
+    except requests.exceptions.ConnectTimeout:
+        raise UserError(
+            f"no Ray answers at {address}: it takes no connection within {ANSWER_SECONDS:.0f} seconds"
+        ) from None
     except requests.exceptions.RequestException:  # the client says why
         pass
 

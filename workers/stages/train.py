@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from grape_service.config.training import Job, SftJob, Stage, TrainConfig
 from grape_service.release.load import load_training_set
@@ -115,11 +116,12 @@ def read(
     key: str | None = None,
     target_model: str | None = None,
     target_revision: str | None = None,
+    deployments: Deployments | None = None,
 ) -> Record:
-    """The record of the run of a request. Raises UserError if it was never started."""
+    """The record of the run of a request, in which nothing runs that has ended. Raises UserError if there is none."""
     release = load_training_set(reference, storage_options)
     run_id = run_id_of(inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision)))
-    return settled(RunRecords(release.storage, release.name), run_id, problem_of)
+    return settled(RunRecords(release.storage, release.name), run_id, partial(problem_of, deployments=deployments))
 
 
 def cancel(
@@ -130,6 +132,7 @@ def cancel(
     key: str | None = None,
     target_model: str | None = None,
     target_revision: str | None = None,
+    deployments: Deployments | None = None,
 ) -> Record:
     """Cancel the run of a request. A job on a cluster is stopped here, others by the process that follows them."""
     release = load_training_set(reference, storage_options)
@@ -150,4 +153,4 @@ def cancel(
         if stage["state"] == "running" and address and address != PRIVATE:
             with job_server(address if ray_address == "auto" else ray_address) as server:
                 server.stop(stage["job_id"])
-    return settled(records, run_id, problem_of)
+    return settled(records, run_id, partial(problem_of, deployments=deployments))

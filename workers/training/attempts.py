@@ -31,6 +31,9 @@ from workers.training.trainers.checkpoints import ERROR_FILE
 Answer = TypeVar("Answer")
 
 POLL_SECONDS = 1.0
+ASKED_SECONDS = 10.0
+"""How long the answer is awaited where somebody who follows nothing asks how a job stands."""
+HAS = {"cancelled": "been cancelled"}
 CANNOT_BE_RUN = (126, 127)
 """What a shell ends with where a command is no program, or not there."""
 
@@ -41,8 +44,8 @@ class Deployments(Protocol):
     def start(self, name: str, parameters: JsonObject, key: str) -> str:
         """Id of the deployment's one run for `key`, which is started unless there is one."""
 
-    def state(self, run_id: str) -> tuple[str, str]:
-        """(running, succeeded, failed or cancelled; the same in Prefect's words)."""
+    def state(self, run_id: str, seconds: float | None = None) -> tuple[str, str]:
+        """(running, succeeded, failed or cancelled; the same in Prefect's words), asked for once within `seconds`."""
 
     def cancel(self, run_id: str) -> None:
         """Ask the run to end."""
@@ -194,25 +197,33 @@ def webhook(run: Run, stage: Stage, job: Job, values: dict[str, str]) -> Ended:
     return Ended("failed", f"{stage} failed: {status.get('error') or 'its status gives no reason'}")
 
 
-def problem_of(state: StageRecord) -> str | None:
+def problem_of(state: StageRecord, deployments: Deployments | None = None) -> str | None:
     """Why the job of a stage that nobody follows does not run, as far as it can be asked; None where it runs."""
     job_id, address, status_url = state["job_id"], state.get("address"), state.get("status_url")
+    flow_run, words = state.get("flow_run"), ""
     try:
         if address:
             with job_server(address) as server:
                 found = server.state(job_id)
             who = f"the Ray cluster at {address}"
         elif status_url:
-            found, who = str(webhooks.get_status(status_url)["state"]), "its webhook"
+            status = webhooks.get_status(status_url, timeout=ASKED_SECONDS / 2, tries=2)
+            found, who = str(status["state"]), "its webhook"
+        elif flow_run and deployments is not None:
+            (found, words), who = deployments.state(flow_run, ASKED_SECONDS), "Prefect"
+            words = f" ({words})"
         else:
-            return None
+            where = f", whose flow run is {flow_run}" if flow_run else ""
+            return f"nobody follows the job {job_id}{where}, and it cannot be asked: who has it is not known here"
     except webhooks.UnknownState:
         return None
     except (UserError, StageError, OSError, RuntimeError) as error:
         return f"nobody follows the job {job_id}, and it cannot be asked: {_first_line(error)}"
     if found is None:
         return f"{who} no longer knows the job {job_id}"
-    return None if found == "running" else f"{who} says that the job {job_id} has {found}, and nobody followed it"
+    if found == "running":
+        return None
+    return f"{who} says that the job {job_id} has {HAS.get(found, found)}{words}, and nobody followed it"
 
 
 def deployment(run: Run, stage: Stage, job: Job, values: dict[str, str]) -> Ended:

@@ -218,8 +218,11 @@ class TrainingRun:
         """Whether a webhook's job, of which nothing was to be learnt, tells its state now."""
         from grape_service import webhooks
 
+        status_url = state.get("status_url")
+        if not status_url:  # the webhook may have it: asked again with the same key, it starts no other
+            return True
         try:
-            webhooks.get_status(state["status_url"] or "")
+            webhooks.get_status(status_url)
         except (UserError, StageError) as error:
             self.say(f"{stage}: the job before still cannot be asked ({error}), so another is started")
             return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -42,6 +44,25 @@ def test_an_address_that_does_not_answer_is_an_error_without_its_secrets(monkeyp
     webhook = f"http://user:secret@127.0.0.1:{port}/token"
     with pytest.raises(UserError, match=r"^127\.0\.0\.1 does not answer: "):
         probes_of(config(notify={"webhook": webhook}))["notify.webhook"]()
+
+
+def test_a_head_that_takes_no_connection_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.5)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):  # until no more are let in, as at an address from which nothing comes back
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        began = time.monotonic()
+        with (
+            pytest.raises(UserError, match="it takes no connection within 0 seconds"),
+            jobs.job_server(f"http://127.0.0.1:{server.getsockname()[1]}"),
+        ):
+            pass
+    assert time.monotonic() - began < 10
 
 
 def test_only_what_the_config_names_is_looked_at() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import yaml
 
-from grape_service.release.lineage import lineage_tree, short_lineage
+from grape_service.release.lineage import UNFOLLOWED, lineage_tree, short_lineage, training_runs
 from grape_service.release.load import load
 from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile, columns_of
 from grape_service.storage.storage import Storage, json_bytes
@@ -76,6 +78,23 @@ def test_the_tree_tells_everything(any_storage: Storage) -> None:
     assert ["sft-8" in run for run in runs] == [True, False]
     assert len(runs[0]) - len(runs[0].lstrip("│ ├└─")) > len(runs[1]) - len(runs[1].lstrip("│ ├└─"))
     assert b'"label"' in json_bytes(tree.to_json())
+
+
+def test_a_training_run_that_nobody_follows_is_not_said_to_run(any_storage: Storage) -> None:
+    followed = {"holder": "x", "expires": time.time() + 60}
+    states = {}
+    for lease in (followed, {**followed, "expires": time.time() - 1}, None):
+        sft = {"state": "running", "lease": lease, "stages": {"sft": {"state": "running"}}}
+        any_storage.write_json("x/runs/sft.json", sft)
+        stages = {"sft": {"state": "running", "run": "sft"}, "rl": {"state": "waiting"}}
+        any_storage.write_json("x/runs/rl.json", {"state": "running", "lease": None, "stages": stages})
+        any_storage.write_json("x/runs/done.json", {"state": "succeeded", "lease": None, "stages": None})
+        found = {run["id"]: run for run in training_runs(any_storage, "x")}
+        assert found["done"]["state"] == "succeeded"
+        assert found["rl"]["stages"]["rl"]["state"] == "waiting"
+        assert found["rl"]["state"] == found["rl"]["stages"]["sft"]["state"] == found["sft"]["state"]
+        states[str(lease)] = found["sft"]["state"]
+    assert list(states.values()) == ["running", UNFOLLOWED, UNFOLLOWED]
 
 
 def test_a_parent_that_is_gone_or_goes_round_ends_the_tree(tmp_path) -> None:

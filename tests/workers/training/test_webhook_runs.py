@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -173,6 +174,38 @@ def test_a_lost_job_that_answers_again_is_followed(reference: str, model: str, m
         service.statuses = [{"state": "running"}, {"state": "succeeded"}]
         assert train_stage.train(reference, config)["stages"]["sft"]["attempt"] == 1
         assert len(service.posts) == 1
+
+
+def test_a_webhook_whose_answer_was_lost_with_its_follower_is_asked_again_with_the_same_key(
+    reference: str, model: str
+) -> None:
+    with Webhook([{"state": "succeeded"}], made=model).running() as service:
+        config = TrainConfig(sft={"webhook": service.url})
+        run = runs.TrainingRun(grape_service.load(reference), config, config.jobs, None, print, None)
+        run.note("sft", state="running", attempt=1, job_id=f"grape-{run.id}-sft-1", started=time.time())
+        stage = train_stage.read(reference, config)["stages"]["sft"]
+        assert stage["state"] == "failed"
+        assert "nobody follows the job" in (stage["error"] or "")
+        assert "run again to ask once more" in (stage["error"] or "")
+        stage = train_stage.train(reference, config)["stages"]["sft"]
+        assert (stage["state"], stage["attempt"]) == ("succeeded", 1)
+        ((_, headers),) = service.posts
+        assert headers["Idempotency-Key"] == f"grape-{run.id}-sft-1"
+
+
+def test_how_a_job_stands_is_told_soon_where_its_webhook_is_mute(reference: str) -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        config = TrainConfig(sft={"webhook": f"http://127.0.0.1:{mute.getsockname()[1]}"})
+        run = runs.TrainingRun(grape_service.load(reference), config, config.jobs, None, print, None)
+        where = {"status_url": config.sft.webhook if config.sft else None}
+        run.note("sft", state="running", attempt=1, job_id="j", started=time.time(), **where)
+        began = time.monotonic()
+        stage = train_stage.read(reference, config)["stages"]["sft"]
+    assert time.monotonic() - began < 20
+    assert stage["state"] == "failed"
+    assert "cannot be asked: the webhook at 127.0.0.1 does not answer" in (stage["error"] or "")
 
 
 def test_a_run_of_a_private_ray_whose_follower_was_killed_does_not_run_for_ever(reference: str) -> None:
