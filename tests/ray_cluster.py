@@ -92,14 +92,14 @@ class RayCluster:
         self.nodes.append(process)
         return process
 
-    def start_worker(self, num_cpus: int, seconds: float = 120) -> subprocess.Popen[bytes]:
-        """A further node that has joined.
+    def start_worker(self, num_cpus: int, seconds: float = 120, *arguments: str) -> subprocess.Popen[bytes]:
+        """A further node that has joined, started with `arguments`.
 
         With a temporary folder of its own: in the head's, each node would unpack a job's working dir again, under the
         feet of the other's processes.
         """
         scratch = f"--temp-dir={self.scratch}-{len(self.nodes)}"
-        node = self.start_node(f"--address=127.0.0.1:{self.gcs_port}", scratch, num_cpus=num_cpus)
+        node = self.start_node(f"--address=127.0.0.1:{self.gcs_port}", scratch, *arguments, num_cpus=num_cpus)
         log = self.folder / f"node-{len(self.nodes) - 1}.log"
         deadline = time.monotonic() + seconds
         while "block forever" not in log.read_text():

@@ -1,0 +1,90 @@
+"""A job whose node is lost goes on at another node of a real cluster, which has nothing of it on its disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grape_service.config.training import TrainConfig
+from grape_service.errors import StageError
+from grape_service.storage.storage import Storage
+from tests.ray_cluster import RayCluster, ray_cluster
+from tests.workers.training.tiny_release import make_rows, write_release
+from workers.stages import train as train_stage
+from workers.training.trainers import checkpoints
+
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(900), pytest.mark.usefixtures("quick")]
+
+STEPS = 30
+
+
+def node(cluster: RayCluster, name: str, disk: Path, monkeypatch: pytest.MonkeyPatch) -> subprocess.Popen[bytes]:
+    """A worker with a resource of its name, and a disk of its own."""
+    disk.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(disk))
+        return cluster.start_worker(2, 120, f"--resources={json.dumps({name: 1})}")
+
+
+def metrics(storage: Storage) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in storage.read("metrics.jsonl").splitlines()]
+
+
+def test_sft_goes_on_at_another_node(model: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = write_release(f"{s3_url}/out", make_rows(8), {"target": {"model": model}})
+
+    def config(place: str) -> TrainConfig:
+        settings = {"batch_size": 4, "micro_batch_size": 2, "max_steps": STEPS, "save_steps": 1, "device": "cpu"}
+        resources = {"cpus": 1, "gpus": 0, "custom": {place: 0.01}}
+        more = {"learning_rate": 1e-2, "keep_checkpoints": STEPS, "resources": resources}
+        return TrainConfig(sft={**settings, **more})
+
+    with ray_cluster(tmp_path) as cluster:
+        for name, value in cluster.environment.items():
+            monkeypatch.setenv(name, value)
+        disks = {name: tmp_path / name for name in ("a", "b")}
+        lost = node(cluster, "a", disks["a"], monkeypatch)
+        node(cluster, "b", disks["b"], monkeypatch)
+
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(train_stage.train, reference, config("a"), cluster.address)
+            run_id, output = "", Storage(s3_url)
+            deadline = time.monotonic() + 240
+            while checkpoints.last_whole(output) is None:
+                assert time.monotonic() < deadline, "no checkpoint is written"
+                assert not first.done(), first.exception()
+                time.sleep(0.2)
+                runs = [i.path for i in Storage(f"{s3_url}/out/tiny/runs").list() if "/" not in i.path]
+                run_id = runs[0].removesuffix(".json") if runs else ""
+                output = Storage(f"{s3_url}/out/tiny/runs/{run_id}/sft") if run_id else output
+            cluster.kill_node(lost)
+            with pytest.raises(StageError):
+                first.result(240)
+        at = checkpoints.last_whole(output)
+        assert at is not None
+        assert int(at.removeprefix("checkpoint-")) < STEPS, "it had ended already"
+        before = output.info(f"{at}/complete.json")
+        assert not output.exists("model/complete.json")
+        assert list(disks["a"].glob("grape-train-*"))
+        assert not list(disks["b"].glob("grape-train-*"))
+        shutil.rmtree(disks["a"])
+
+        record = train_stage.train(reference, config("b"), cluster.address)
+        stage = record["stages"]["sft"]
+        assert (record["id"], stage["state"], stage["attempt"]) == (run_id, "succeeded", 2)
+        assert list(disks["b"].glob("grape-train-*"))
+        assert output.info(f"{at}/complete.json") == before, "its steps were not made again"
+        straight = train_stage.train(reference, config("b"), cluster.address, key="straight")["stages"]["sft"]
+
+    found, expected = metrics(output), metrics(Storage(straight["output"]))
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert found == expected
+    weights = [Storage(one["checkpoint"]).read("model.safetensors") for one in (stage, straight)]
+    assert weights[0] == weights[1]
