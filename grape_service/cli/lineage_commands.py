@@ -108,7 +108,8 @@ def _print_holders(folder: str, wanted: dict[str, str], options: StorageOptions,
         print_json({**wanted, "held_by": [holder.to_json() for holder in found]})
         return
     if not found:
-        say(f"no version in {folder} holds {what}")
+        whole = "" if "file" in wanted else " (names and ids are compared whole)"
+        say(f"no version in {folder} holds {what}{whole}")
         return
     lines = [
         [

@@ -211,10 +211,16 @@ def _data_type(kind: str) -> str:
 
 
 def _derivation(manifest: Manifest) -> JsonObject:
-    """PROV: pool files, the policies that scored, the release that was weighed again, the code that did it."""
+    """PROV: pool files, prompts that were sampled for, policies, the release that was weighed again, the code."""
     parents = manifest.parents
     entities: list[JsonObject] = [
         {"@type": "prov:Entity", "@id": item.path, "sc:identifier": item.digest or item.etag} for item in parents.pool
+    ]
+    in_pool = {item.path for item in parents.pool}
+    entities += [
+        {"@type": "prov:Entity", "@id": item.path, "sc:identifier": item.digest or item.etag, "prov:label": "prompts"}
+        for item in parents.prompts
+        if item.path not in in_pool
     ]
     entities += [_policy(policy) for policy in parents.policies]
     if parents.release:

@@ -51,7 +51,11 @@ class Drawing:
 def drawing_of(release: Release) -> Drawing:
     """What a version was made from and what was made from it. Raises UserError where its records cannot be read."""
     parents = release.manifest.parents
-    files = [Box("pool", short(item.path.rpartition("/")[2], 60), f"{item.size:,} bytes") for item in parents.pool]
+    files = [
+        Box("pool", short(item.path.rpartition("/")[2], 60), f"{what}{item.size:,} bytes")
+        for what, items in (("", parents.pool), ("prompts, ", parents.prompts))
+        for item in items
+    ]
     models = _models(release)
     older = []
     if parents.release:

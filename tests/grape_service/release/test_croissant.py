@@ -20,6 +20,7 @@ from tests.grape_service.release.made_up import publish_version, rows
 
 PARENTS = Parents(
     pool=[PoolFile(path="s3://team/pool/a.jsonl", size=10, etag="e1")],
+    prompts=[PoolFile(path="s3://team/pool/a.jsonl", size=10), PoolFile(path="s3://team/prompts/q.jsonl", size=3)],
     policies=[PolicyUse(role="target", policy_id="m-1", model="org/m", revision="abc", weights_digest="d")],
     code=CodeVersion(package_version="1.0"),
     run_id="r1",
@@ -58,7 +59,8 @@ def test_mlcroissant_takes_it_and_reads_the_rows(version: tuple[Storage, dict[st
 def test_it_says_what_the_version_was_derived_from(version: tuple[Storage, dict[str, Any]]) -> None:
     _, value = version
     derived = {one["@id"] for one in value["prov:wasDerivedFrom"]}
-    assert derived == {"s3://team/pool/a.jsonl", "urn:grape-service:policy:m-1"}
+    assert derived == {"s3://team/pool/a.jsonl", "s3://team/prompts/q.jsonl", "urn:grape-service:policy:m-1"}
+    assert len(value["prov:wasDerivedFrom"]) == 3
     assert "self-distillation" not in value["rai:dataBiases"]
     assert value["rai:dataBiases"].startswith("Winners lean to the target's own family")
     fields = {one["@id"]: one for one in value["recordSet"][0]["field"]}

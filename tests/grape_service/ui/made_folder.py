@@ -80,6 +80,7 @@ def hostile(datasets: Storage) -> None:
         parts=[table],
         parents=Parents(
             pool=pool,
+            prompts=pool[:1],
             policies=[PolicyUse(role="target", policy_id="p", model=HOSTILE)],
             workspace="/etc",
             prepare_id="../../../etc/passwd",
