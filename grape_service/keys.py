@@ -222,6 +222,7 @@ PREPARED_WITHOUT: WithoutEffect = {
     "target.tensor_parallel": _NO_TOKENS,
     "target.allow_pickle": _NO_TOKENS,
     "target.engine_args": _NO_TOKENS,
+    "render.chat_template_for": "which template renders a policy's text is in the renderer's digest",
     "behavior.policy": _POLICY,
     "behavior.missing": _POLICY,
     "behavior.align": _POLICY,

@@ -117,15 +117,15 @@ def _pass_at(config: Config, gate: GateConfig, release: Release, checkpoint: str
 
 def gate_config(config: Config, gate: GateConfig, checkpoint: str, prompts: PoolConfig) -> Config:
     """The config that samples from a checkpoint for some prompts, as gather does."""
-    target = config.target.model_copy(update={"model": checkpoint, "revision": None, "adapter": None})
+    trained = config.trained_to(checkpoint)
     verify = gate_verifier(config)
     assert verify is not None, "the config was validated"
-    policy = GatherPolicy.model_validate({**target.model_dump(), "samples": gate.num_samples})
+    policy = GatherPolicy.model_validate({**trained.target.model_dump(), "samples": gate.num_samples})
     gather = GatherConfig(policies={POLICY: policy}, sampling=gate.sampling, verify=verify)
     like = {"max_row_bytes": config.pool.max_row_bytes, "messages": config.pool.messages, "truncated": "keep"}
     pool = prompts.model_copy(update=like)
     nothing = {"behavior": None, "weights": None, "train": None, "notify": None, "checks": ChecksConfig()}
-    return config.model_copy(update={"target": target, "gather": gather, "pool": pool, **nothing})
+    return trained.model_copy(update={"gather": gather, "pool": pool, **nothing})
 
 
 def write_prompts(config: Config, gate: GateConfig, release: Release, workspace: Storage) -> PoolConfig:

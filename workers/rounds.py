@@ -127,18 +127,20 @@ def round_config(config: Config, checkpoints: list[str]) -> Config:
     quiet = {"train": None, "notify": None, "output": config.output.model_copy(update={"tags": []})}
     if not checkpoints:
         return config.model_copy(update=quiet)
-    own = {"revision": None, "adapter": None}
-    target = config.target.model_copy(update={"model": checkpoints[-1], **own})
+    trained = config
+    for checkpoint in checkpoints:
+        trained = trained.trained_to(checkpoint)
     if config.gather is None:
-        return config.model_copy(update={**quiet, "target": target})
+        return trained.model_copy(update=quiet)
     policies = dict(config.gather.policies)
     for name, policy in config.gather.policies.items():
         if all(getattr(policy, key) == getattr(config.target, key) for key in ("model", "revision", "adapter")):
             for number, checkpoint in enumerate(checkpoints, 2):
-                policies[f"{name}-{round_name(number)}"] = policy.model_copy(update={"model": checkpoint, **own})
+                policies[f"{name}-{round_name(number)}"] = policy.model_copy(
+                    update={"model": checkpoint, "revision": None, "adapter": None}
+                )
     gather = config.gather.model_copy(update={"policies": policies})
-    update = {"target": target, "gather": gather, "behavior": _with_sources(config, gather)}
-    return config.model_copy(update={**quiet, **update})
+    return trained.model_copy(update={**quiet, "gather": gather, "behavior": _with_sources(config, gather)})
 
 
 def _with_sources(config: Config, gather: GatherConfig) -> Any:

@@ -38,6 +38,9 @@ class RenderConfig(Model):
     """Text between prompt and response in plain mode."""
     chat_template: str | None = None
     """A Jinja chat template instead of the model's own."""
+    chat_template_for: list[str] = []
+    """Models beside the target's that chat_template renders for too, where they sample, write or judge: rounds name
+    those that the target came from."""
     template_kwargs: JsonObject = {}
     """Extra variables for the template, such as enable_thinking."""
     reasoning: Literal["template", "tags", "drop"] = "template"
@@ -250,8 +253,17 @@ class Config(Model):
 
     def has_own_template(self, policy: PolicyConfig) -> bool:
         """Whether a policy's prompts are rendered by its own model's template: `render.chat_template` is for that of
-        the target, whoever samples or writes with that."""
-        return policy.model != self.target.model
+        the target, whoever samples or writes with that, and of those that `render.chat_template_for` names."""
+        return policy.model not in (self.target.model, *self.render.chat_template_for)
+
+    def trained_to(self, checkpoint: str) -> Config:
+        """This config with a checkpoint that came of its target as target. `render.chat_template` is for both."""
+        target = self.target.model_copy(update={"model": checkpoint, "revision": None, "adapter": None})
+        update: dict[str, Any] = {"target": target}
+        if self.render.chat_template is not None:
+            models = list(dict.fromkeys([*self.render.chat_template_for, self.target.model]))
+            update["render"] = self.render.model_copy(update={"chat_template_for": models})
+        return self.model_copy(update=update)
 
     @property
     def compared_behavior(self) -> BehaviorConfig | None:

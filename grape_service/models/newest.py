@@ -243,6 +243,8 @@ def resolved(config: Config, known: dict[str, str] | None = None) -> tuple[Confi
         if verify.asks_model:
             verify = _of_judge(verify, of_policy)
         update["gather"] = config.gather.model_copy(update={"policies": policies, "verify": verify})
+    models = [found[name].folder if name in found else name for name in config.render.chat_template_for]
+    update["render"] = config.render.model_copy(update={"chat_template_for": models})
     return config.model_copy(update=update) if found else config, found
 
 

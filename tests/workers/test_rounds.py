@@ -15,6 +15,7 @@ import pytest
 
 from grape_service.config.schema import Config
 from grape_service.config.training import TrainConfig
+from grape_service.models.newest import resolved
 from grape_service.release.changes import changes_of_versions
 from grape_service.release.load import load
 from grape_service.release.manifest import read_manifest
@@ -194,6 +195,21 @@ def test_a_rounds_config_is_the_jobs_with_the_checkpoint_as_target() -> None:
     assert three.behavior.of_source("own-round-3").policy.model == "/c2"  # type: ignore[union-attr]
     plain = config.model_copy(update={"gather": None})
     assert round_config(plain, ["/c1"]).gather is None
+
+
+def test_a_template_of_the_config_stays_that_of_the_models_that_the_target_came_from() -> None:
+    moving = {"model": "f/@latest"}
+    policies = {"own": {**moving, "samples": 2}, "big": {"model": "team/b"}}
+    given = {**values(), "target": moving, "gather": {"policies": policies}}
+    assert round_config(Config.model_validate(given), ["/c1"]).render.chat_template_for == []
+    config = Config.model_validate({**given, "render": {"chat_template": "{{ messages[0].content }}"}})
+    for checkpoints in ([], ["/c1"], ["/c1", "/c2"]):
+        found, _ = resolved(round_config(config, checkpoints), {"f/@latest": "f/checkpoint-1"})
+        assert found.gather is not None
+        models = {name: found.gather.policy(name) for name in found.gather.policies}
+        assert models["own"].model == "f/checkpoint-1"
+        own = {name for name, policy in models.items() if found.has_own_template(policy)}
+        assert own == {"big"}, f"{models} after {checkpoints}"
 
 
 def test_rl_comes_after_the_last_round_or_after_each() -> None:
