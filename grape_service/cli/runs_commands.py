@@ -10,6 +10,7 @@ import typer
 from grape_service.cli.dataset_commands import OptionalPathArgument
 from grape_service.cli.last_folder import folder_or_last
 from grape_service.cli.output import EndpointOption, JsonOption, print_json, print_table, say, storage_options
+from grape_service.errors import UserError
 from grape_service.progress.reporter import duration
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def list_runs(
     if as_json:
         rounds = [job.to_json() for job in jobs]
         print_json({"path": folder.address, "runs": found, "rounds": rounds, "problem": problem})
+        if problem:
+            raise UserError(problem)
         return
     rows = [[run["run_id"], run.get("name", ""), run["state"], _took(run), run.get("error", "")] for run in found]
     print_table(folder.address, ["run", "dataset", "state", "took", "why"], rows)
@@ -63,6 +66,8 @@ def list_runs(
         title = f"{job.name}, {len(job.rounds)} of {job.planned} rounds, {job.state}{why}"
         columns = ["round", "version", "rows", "new or gone", "gate", "run", "target", "checkpoint"]
         print_table(title, columns, map(_cells, job.rounds))
+    if problem:
+        raise UserError(problem)
 
 
 def _cells(one: Round) -> list[Any]:

@@ -38,6 +38,7 @@ from grape_service.rows.ragged import TokenBatch
 from grape_service.storage.options import StorageOptions
 from grape_service.storage.probe import check_writable
 from grape_service.storage.storage import Storage
+from grape_service.storage.workspace import open_workspace
 from grape_service.weigh.align import align, one_to_one, written_of
 from grape_service.weigh.behavior import RECORDED, row_behaviors
 
@@ -69,8 +70,8 @@ Probe = Callable[[], tuple[str, str]]
 
 def check(config: Config, models: Models, probes: dict[str, Probe] | None = None) -> Iterator[Finding | Table]:
     """Storage, pool, model files, tokens, behavior policies, recorded values; continues after errors."""
-    for name, path in (("output", config.output.path), ("workspace", config.workspace_path)):
-        yield _look(name, partial(_writable, path, config.storage))
+    yield _look("output", partial(_writable, Storage, config.output.path, config.storage))
+    yield _look("workspace", partial(_writable, open_workspace, config.workspace_path, config.storage))
     if places := secret_places(config.model_dump(mode="json")):
         keys = ", ".join(".".join(map(str, place)) for place in places)
         yield Finding("secrets", "ok", SECRETS_ARE_HIDDEN.format(keys))
@@ -201,8 +202,8 @@ def _aligned(
     return ("ok", detail) if share >= least else ("warning", f"{detail}, and behavior.min_coverage is {least:g}")
 
 
-def _writable(path: str, options: StorageOptions) -> tuple[str, str]:
-    storage = Storage(path, options)
+def _writable(opened: Callable[[str, StorageOptions], Storage], path: str, options: StorageOptions) -> tuple[str, str]:
+    storage = opened(path, options)
     check_writable(storage)
     return "ok", f"{storage.root} can be read and written"
 

@@ -119,16 +119,18 @@ class ScoreStore:
                 missing[name][found.rows] = False
         return np.logical_or.reduce(list(missing.values()))[index.inverse]
 
-    def versions(self, partition: str, keys: RowKeys) -> set[str]:
-        """The engines, with their versions, that made the scores of `keys` which are read: (transformers 5.23.0)."""
+    def versions(self, partition: str, keys: RowKeys, names: Iterable[str] = ()) -> set[str]:
+        """The engines, with their versions, that made the scores of `keys` which are read, log-probabilities and the
+        other statistics `names`: (transformers 5.23.0)."""
         index = KeyIndex(keys)
-        found = np.zeros(index.num_unique, dtype=bool)
+        found = {name: np.zeros(index.num_unique, dtype=bool) for name in ordered(names)}
         versions = set()
         for path in self.partition_files(partition):
-            rows = self._read_file(path, index, (LOGPROB,), keys_only=True).rows
-            if (~found[rows]).any():
-                found[rows] = True
+            part = self._read_file(path, index, tuple(found), keys_only=True)
+            if any((~found[name][part.rows]).any() for name in part.lists):
                 versions.add(self.version_of(path))
+            for name in part.lists:
+                found[name][part.rows] = True
         return versions
 
     def version_of(self, path: str) -> str:

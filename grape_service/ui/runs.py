@@ -87,7 +87,7 @@ def _read(workspace: Storage, run_id: str, now: float) -> RunUnderWay | None:
 def run_record(folder: Folder, run_id: str) -> dict[str, Any]:
     """What is known of a run: how it ended, or for one under way its last sign of life, with `state` and `events`.
 
-    Raises UserError where there is no such run.
+    Raises UserError where there is no such run, or a newer grape-service has written there.
     """
     for workspace in folder.workspaces:
         check_run_id(run_id)
@@ -98,6 +98,7 @@ def run_record(folder: Folder, run_id: str) -> dict[str, Any]:
                 continue
             except UserError as error:
                 value = {"error": str(error)}
+            refuse_newer(workspace)
             if not isinstance(value, dict) or value.keys() == {"error"}:
                 return {"run_id": run_id, "state": "damaged record", **(value if isinstance(value, dict) else {})}
             if name == "end.json":

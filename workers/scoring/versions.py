@@ -17,15 +17,18 @@ from workers.run import Run
 from workers.scoring.rows import read_rows
 
 
-def refuse_other_versions(run: Run, policy: PolicyConfig, store_id: str, shards: Sequence[Shards]) -> None:
+def refuse_other_versions(
+    run: Run, policy: PolicyConfig, store_id: str, shards: Sequence[Shards], statistics: Sequence[str] = ()
+) -> None:
     """Raises StageError where `workers.reuse: exact` meets scores of another engine version, file by file."""
     store = ScoreStore(run.workspace, store_id).with_folders()
-    scored = [one for one in shards if store.related(one.partition)]
+    stopped = stopped_store(store).with_folders()
+    scored = [one for one in shards if store.related(one.partition) or stopped.related(one.partition)]
     found = run_tasks(
         stored_versions,
         ({"shards": one} for one in scored),
         run.config.workers,
-        shared={"store": store},
+        shared={"store": store, "stopped": stopped, "statistics": tuple(statistics)},
         together=together(run.config.workers, len(scored)),
     )
     stored = sorted(set().union(*found))
@@ -38,9 +41,10 @@ def refuse_other_versions(run: Run, policy: PolicyConfig, store_id: str, shards:
         )
 
 
-def stored_versions(shards: Shards, store: ScoreStore) -> set[str]:
+def stored_versions(
+    shards: Shards, store: ScoreStore, stopped: ScoreStore, statistics: tuple[str, ...] = ()
+) -> set[str]:
     """Which engines made the scores that a partition's rows have, whole or in part (a Ray task)."""
     keys = [read_rows(store.storage, path, ["row_key"]) for path in shards.paths]
-    stopped = stopped_store(store)
     in_part = {stopped.version_of(path) for path in stopped.partition_files(shards.partition)}
-    return store.versions(shards.partition, pa.concat_tables(keys)["row_key"]) | in_part
+    return store.versions(shards.partition, pa.concat_tables(keys)["row_key"], statistics) | in_part

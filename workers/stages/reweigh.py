@@ -31,7 +31,6 @@ from grape_service.rows.counts import check_sum
 from grape_service.rows.statistics import beside_logprob
 from grape_service.select.counts import SelectCounts
 from workers.cluster.tasks import run_tasks, together
-from workers.engines.choose import installed_version
 from workers.outcome import Outcome, release_outcome
 from workers.run import Run
 from workers.stages.prepare import check_compatibility
@@ -59,7 +58,9 @@ def load_kept(run: Run, release: Release) -> Kept:
     run.check_models()
     check_tokenizer(run, release)
     check_audits(run, release)
-    same_target = any(_may_be_reused(run, use) for use in uses_of_target(run, release))
+    # A manifest names the engine of the run that made it, and some scores may have been there before: with
+    # workers.reuse: exact they are looked up in the workspace, file by file.
+    same_target = run.config.workers.reuse != "exact" and bool(uses_of_target(run, release))
     other = other_fields_of(release.schema)
     explicit = run.config.score.statistics
     had = [name for name, item in TARGET_FIELDS.items() if same_target and item.name in release.schema.names]
@@ -130,14 +131,6 @@ def _computed_fields(statistics: Sequence[str], release: Release) -> list[pa.Fie
     """The columns of `computed_fields` that a release has, with `statistics`."""
     names = release.schema.names
     return computed_fields(statistics, "select_score" in names, MARGIN_AT_LEAST.name in names)
-
-
-def _may_be_reused(run: Run, target: PolicyUse) -> bool:
-    """Whether a release's scores are taken over: with `workers.reuse: exact` those of the engine that scores here."""
-    if run.config.workers.reuse != "exact":
-        return True
-    here = installed_version(run.config.target, run.target_files.folder, run.config.workers.ray_address == "auto")
-    return here is not None and (target.engine or "").startswith(f"{here} on ")
 
 
 def uses_of_target(run: Run, release: Release) -> list[PolicyUse]:

@@ -63,8 +63,8 @@ def score_shards(run: Run, engines: Engines, asked: Scoring, shards: Sequence[Sh
     store_id = asked.store_id or run.policy_id(asked.policy, asked.temperature)
     unscored = plan_units(run, store_id, shards, asked.statistics, asked.race)
     reused, stopped = (sum(getattr(one, name) for one in unscored) for name in ("stored", "stopped"))
-    if reused and run.config.workers.reuse == "exact":
-        refuse_other_versions(run, asked.policy, store_id, shards)
+    if run.config.workers.reuse == "exact":
+        refuse_other_versions(run, asked.policy, store_id, shards, asked.statistics)
     num_units = sum(one.num_units for one in unscored)
     ScoringMetrics(run.name, store_id, gpus=0).add("grape_rows_reused", reused)
     if num_units:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from typer.testing import CliRunner
 
+from grape_service.cli.app import app
 from grape_service.config.loading import parse_config
 from grape_service.errors import UserError
+from grape_service.estimate.finding import Finding
+from grape_service.estimate.preflight import check
 from grape_service.keys import digest_of
 from grape_service.prepare.result import Prepared
 from grape_service.release.candidates import open_scored_pool
@@ -60,6 +65,9 @@ def test_whatever_reads_a_newer_workspace_says_so(tmp_path: Path) -> None:
             read()
     workspace.write_json("prepared/p/prepared.json", prepared)
     assert open_scored_pool(release) is not None
+    run_id = "20261130T122419-12d3ae3e"
+    workspace.write_json(f"runs/{run_id}/end.json", {"state": "succeeded"})
+    assert CliRunner().invoke(app, ["runs", "show", run_id, "--path", output.root]).exit_code == 0
     workspace.write_json(PATH, {"format": FORMAT + 1})
     config = parse_config(
         {"name": "x", "pool": {"path": "pool"}, "target": {"model": "m"}, "output": {"path": output.root}}
@@ -75,8 +83,19 @@ def test_whatever_reads_a_newer_workspace_says_so(tmp_path: Path) -> None:
             read()
         assert NEWER in str(refused.value)
     assert NEWER in runs_of(folder)[2]
+    for words in (
+        ["list", output.root],
+        ["show", run_id, "--path", output.root],
+        ["logs", run_id, "--path", output.root],
+    ):
+        done = CliRunner().invoke(app, ["runs", *words])
+        assert NEWER in str(done.exception), done.output
+    no_models: Any = None
+    seen = {one.what: one for one in islice(check(config, no_models), 2) if isinstance(one, Finding)}
+    assert (seen["output"].status, seen["workspace"].status) == ("ok", "error")
+    assert NEWER in seen["workspace"].detail
     assert NEWER in left_out(folder, release)[1]
-    assert not workspace.exists("runs"), "nothing was written"
+    assert workspace.folders("runs") == [run_id], "nothing was written"
 
 
 def described(kind: Any) -> Any:

@@ -65,3 +65,8 @@ def test_versions_are_told_of_the_files_that_rows_are_read_from(tmp_path: Any) -
         store.write("b", pa.array(rows, pa.binary(16)), offsets, np.zeros(len(rows), np.float32), metadata)
     assert store.versions("b", pa.array(keys[:2], pa.binary(16))) == {"transformers 1"}
     assert store.versions("b", pa.array(keys, pa.binary(16))) == {"transformers 1", "transformers 2"}
+    first, zero = pa.array(keys[:1], pa.binary(16)), np.zeros(1, np.float32)
+    metadata = {"engine": "transformers", "version": "3"}
+    store.write("b", first, np.arange(2), zero, metadata, statistics={"entropy": zero})
+    assert store.versions("b", first) == {"transformers 1"}
+    assert store.versions("b", first, ["entropy"]) == {"transformers 1", "transformers 3"}
