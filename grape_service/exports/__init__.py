@@ -9,6 +9,7 @@ can, and the summary's sentence says which and what becomes of the gradient. `dr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -59,7 +60,7 @@ _EXPORTS: dict[str, Callable[[Release, Target], ExportSummary]] = {
 def export(
     release: Release,
     to: str,
-    folder: str,
+    folder: str | os.PathLike[str],
     drop_weights: bool = False,
     eval_share: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
@@ -75,7 +76,7 @@ def export(
         raise UserError(f"--to {to} is no export: choose one of {', '.join(get_args(Trainer))} or hub")
     if not 0 <= eval_share < 1:
         raise UserError(f"--eval-share {eval_share:g} is no share: give a number from 0 to below 1, such as 0.05")
-    storage = Storage(folder, release.storage.options)
+    storage = Storage(os.fspath(folder), release.storage.options)
     place, token, earlier = begin(storage, release, to)
     if earlier:
         say(earlier)

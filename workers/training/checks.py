@@ -29,6 +29,8 @@ from workers.training.reward_functions import imported
 
 LOOK_ROWS = 32
 """Rows at the beginning of a pool that say which columns it has."""
+ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.xz")
+"""Files that Ray unpacks as a working folder."""
 MAX_WORKING_DIR_BYTES = 100 * 2**20
 """What a Ray head takes as one upload."""
 
@@ -146,6 +148,8 @@ def _refuse_working_dir(key: str, folder: str | None) -> None:
     path = Path(folder).expanduser()
     if not path.exists():
         raise UserError(f"{key}.working_dir: there is no '{folder}': give a folder, or the address of a .zip")
+    if path.is_file() and not path.name.endswith(ARCHIVES):
+        raise UserError(f"{key}.working_dir: '{folder}' is a file: give a folder, or one of {', '.join(ARCHIVES)}")
     size = packed_bytes(path)
     if size > MAX_WORKING_DIR_BYTES:
         raise UserError(
@@ -176,22 +180,28 @@ def refuse_resources_of(server: JobServer, jobs: dict[Stage, Job]) -> None:
 
 def _refuse_resources(key: str, asked: Resources, nodes: list[dict[str, float]], whose: str) -> None:
     """Raises UserError where none of `nodes`, with what each has in Ray's names, has all that is asked for."""
+    nodes = [{**node, "memory": node.get("memory", 0) / 2**30} for node in nodes]
     wanted: dict[str, tuple[str, str, float]] = {
         "cpus": ("CPUs", "CPU", asked.cpus or 0),
         "gpus": ("GPUs", "GPU", asked.gpus or 0),
-        "memory_gb": ("bytes of memory", "memory", (asked.memory_gb or 0) * 2**30),
+        "memory_gb": ("GiB of memory", "memory", asked.memory_gb or 0),
         **{f"custom.{name}": (f"of '{name}'", name, amount) for name, amount in asked.custom.items()},
     }
     for name, (unit, resource, amount) in wanted.items():
         most = max(node.get(resource, 0) for node in nodes)
         if amount > most:
             raise UserError(
-                f"{key}.{name}: {amount:,.10g} {unit} of one node are asked for, and {whose} has {most:,.10g}: ask for "
-                "less, or give workers.ray_address the address of a cluster with such a node"
+                f"{key}.{name}: {_number(amount)} {unit} of one node are asked for, and {whose} has {_number(most)}: "
+                "ask for less, or give workers.ray_address the address of a cluster with such a node"
             )
     if not any(all(node.get(resource, 0) >= amount for _, resource, amount in wanted.values()) for node in nodes):
         given = ", ".join(name for name, (_, _, amount) in wanted.items() if amount)
         raise UserError(f"{key}: no one node has all of {given} that are asked for: ask for less, or add a node")
+
+
+def _number(amount: float) -> str:
+    """With one place after the point, where there is something."""
+    return f"{amount:,.1f}".removesuffix(".0") if amount >= 0.1 else f"{amount:g}"
 
 
 def refuse_prompts(rl: RlJob, paths: list[str], options: StorageOptions) -> None:

@@ -240,7 +240,7 @@ def test_llamafactory_without_weights_is_each_row_once(release: Release, unweigh
 
 
 def test_jsonl_has_messages_and_the_tokens_of_the_weights(release: Release, tmp_path: Path) -> None:
-    summary = export(release, "jsonl", str(tmp_path / "jsonl"))
+    summary = export(release, "jsonl", tmp_path / "jsonl")
     assert "trains without the weights" in summary.sentence
     for line, row in zip(lines(tmp_path / "jsonl" / "train.jsonl"), make_rows(NUM_ROWS), strict=True):
         assert line["messages"] == row["messages"]

@@ -62,7 +62,11 @@ def sections(folder: Path) -> dict[str, tuple[dict[str, Any], str, str]]:
             r"train\.rl\.resources\.gpus: 99",
         ),
         "cores": ({"sft": {"resources": {"cpus": 9999}}}, "auto", r"train\.sft\.resources\.cpus: 9,999 CPUs"),
-        "memory": ({"sft": {"resources": {"memory_gb": 1e6}}}, "auto", r"train\.sft\.resources\.memory_gb: "),
+        "memory": (
+            {"sft": {"resources": {"memory_gb": 1e6}}},
+            "auto",
+            r"train\.sft\.resources\.memory_gb: 1,000,000 GiB of memory of one node are asked for, .* has [\d,.]+: ",
+        ),
         "custom": (
             {"rl": {"command": ["a"], "resources": {"custom": {"TPU": 1}}}},
             "auto",
@@ -118,6 +122,11 @@ def sections(folder: Path) -> dict[str, tuple[dict[str, Any], str, str]]:
             {"sft": {"command": ["a"], "working_dir": f"{folder}/data"}},
             "auto",
             r"train\.sft\.working_dir: .* holds 150 MiB, and Ray takes 100",
+        ),
+        "no archive": (
+            {"sft": {"command": ["a"], "working_dir": f"{folder}/rewards_of_a_test.py"}},
+            "auto",
+            r"train\.sft\.working_dir: '.*rewards_of_a_test\.py' is a file: give a folder, or one of \.zip, ",
         ),
         "relative": (
             {"sft": {"output": "ckpt", "resources": {"gpus": 1}}},
