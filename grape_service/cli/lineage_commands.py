@@ -70,11 +70,11 @@ def lineage(
         rows_of_release,
     )
     from grape_service.release.lineage import lineage_tree
-    from grape_service.release.load import load
+    from grape_service.release.load import load, load_training_set
 
     of_checkpoint = is_checkpoint(what, options)
     if rows is not None:
-        ids = rows_of_checkpoint(what, options) if of_checkpoint else rows_of_release(load(what, options))
+        ids = rows_of_checkpoint(what, options) if of_checkpoint else rows_of_release(load_training_set(what, options))
         path, number = _write(rows, ids)
         print_json({"file": str(path), "rows": number}) if as_json else say(f"{number:,} rows in {path}")
         return

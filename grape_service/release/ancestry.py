@@ -4,7 +4,9 @@ checkpoints hold a row, a source or a pool file, for a license that is withdrawn
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,10 +195,12 @@ def _held(release: Release, wanted: Wanted) -> int | None:
     """Rows of a version that are looked for; of a pool file, None where it is a parent and 0 where not."""
     if wanted.file is not None:
         return None if any(_is_of(path, wanted.file) for path in _files_of(release, set())) else 0
-    if wanted.source is not None:
-        return int(release.dataset.count_rows(filter=pc.field("source") == wanted.source))
-    is_row = (pc.field("prompt_id") == wanted.row) | (pc.field("candidate_id") == wanted.row)
-    return int(release.dataset.count_rows(filter=is_row))
+    by_source = wanted.source is not None
+    names = ["source"] if by_source else ["prompt_id", "candidate_id"]
+    value = wanted.source if by_source else wanted.row
+    dataset = release.dataset  # gathered candidates have no candidate_id
+    found = [pc.field(name) == value for name in names if name in dataset.schema.names]
+    return int(dataset.count_rows(filter=functools.reduce(operator.or_, found))) if found else 0
 
 
 def _is_of(path: str, wanted: str) -> bool:

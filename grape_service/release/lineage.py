@@ -82,6 +82,8 @@ def _short_version(release: Release, seen: set[str]) -> Node:
     made_by = MadeBy.of(manifest.config)
     settings = [made_by.method] if made_by.method else []
     settings += [f"keep {made_by.keep}"] if made_by.keep else []
+    if manifest.kind == "candidates":  # whose config says what another step makes of them
+        settings = ["candidates"]
     size = f"{counted(manifest.rows, 'row')}, {counted(manifest.tokens, 'token')}"
     words = [f"{release.reference}  {', '.join([size, *settings])}", *([f"[{', '.join(tags)}]"] if tags else [])]
     return Node("  ".join(words), children)

@@ -167,6 +167,8 @@ def test_candidates_are_released_and_are_the_pool_of_another_config(tmp_path: Pa
     for folder, version in (("out", release), ("theirs", made)):
         held = [one.reference for one in holders(f"{tmp_path}/{folder}", Wanted(file="pool/a.jsonl"), {})]
         assert held == [version.reference]
+    (of_prompt,) = holders(f"{tmp_path}/out", Wanted(row=rows[0]["prompt_id"]), {})
+    assert of_prompt.rows == sum(row["prompt_id"] == rows[0]["prompt_id"] for row in rows)
     assert made.row_count == 8
     for row in made.dataset.to_table().to_pylist():
         pairs = zip(row["target_logprobs"], row["behavior_logprobs"], row["loss_mask"], strict=True)
