@@ -294,7 +294,7 @@ def test_a_race_that_ends_between_two_waves_and_runs_again_leaves_the_same_bytes
         assert killed.storage.sha256("kept.parquet") == once.storage.sha256("kept.parquet"), call
 
 
-def test_a_row_that_fails_takes_its_prompt_out_and_is_on_record(bench: Bench) -> None:
+def test_a_row_that_fails_takes_its_prompt_out_and_is_on_record(bench: Bench, tmp_path: Path) -> None:
     config = bench.config("exact")
     second = next(row for row in bench.rows if row["prompt_id"] == "p1")
     bench.asked.missing_token = second["input_ids"][second["prompt_len"] + 1]
@@ -302,8 +302,11 @@ def test_a_row_that_fails_takes_its_prompt_out_and_is_on_record(bench: Bench) ->
     assert sum(result.failed for result in results) > 0
     paths = failure_files(bench.storage, "run", "target")["b"]
     failed = pa.concat_tables([pq.read_table(bench.storage.full(path)) for path in paths])
-    _, counts = bench.select(config, pa.concat_arrays(failed["row_key"].chunks))
-    assert counts.prompts_left_out["failed candidate"] == len(set(failed["prompt_id"].to_pylist()))
+    raced, counts = bench.select(config, pa.concat_arrays(failed["row_key"].chunks))
+    left_out = set(failed["prompt_id"].to_pylist())
+    assert counts.prompts_left_out["failed candidate"] == len(left_out) < PROMPTS
+    whole, _ = Bench(tmp_path / "whole", bench.model, bench.rows).run(bench.config("off"))
+    assert_same_choice(raced, [row for row in whole if row["prompt_id"] not in left_out])
     assert counts.unexplained_failures == 0
     bench.asked.missing_token = None
     kept, counts = bench.run(config)
