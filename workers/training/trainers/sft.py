@@ -20,6 +20,7 @@ from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.keys import digest_of
 from grape_service.methods import WEIGHTS
+from grape_service.models.tokenizer import position_limit
 from grape_service.models.whole import CheckpointFacts
 from grape_service.release.load import Release, load_training_set
 from workers.training.base_model import base_model, base_revision, check_tokenizer
@@ -82,6 +83,7 @@ def run_sft(task: SftTask) -> CheckpointFacts:
     without_behavior = rows.num_without_behavior(train_indices) if pear is None or pear.needs_behavior else 0
     _check_rows(task, len(train_indices), left_out["rows_too_long"], without_behavior)
     _check_left_out(task, len(rows), left_out, notes)
+    _check_positions(task, model_name, files.folder, int(rows.lengths[usable].max()))
     for note in notes:
         output.note(note)
 
@@ -215,6 +217,16 @@ def _check_left_out(task: SftTask, num_rows: int, left_out: CheckpointFacts, not
         raise UserError(
             f"{' and '.join(notes)} in {task.dataset}, more than train.sft.max_left_out_share {limit:g} allows: "
             "correct what leaves them out, or raise that share"
+        )
+
+
+def _check_positions(task: SftTask, model: str, folder: str, longest: int) -> None:
+    """Raises UserError where a row is longer than the model has positions for: training would end in the middle."""
+    limit = position_limit(folder)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest row of {task.dataset} has {longest:,} tokens, and {model} has positions for {limit:,}: set "
+            f"train.sft.max_length to at most {limit} to leave such rows out, or train another model"
         )
 
 

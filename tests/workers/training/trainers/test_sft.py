@@ -20,6 +20,7 @@ from grape_service.config.training import LoraSettings, SftTask
 from grape_service.errors import UserError
 from grape_service.rows.columns import BEHAVIOR_KNOWN, release_schema
 from grape_service.storage.storage import Storage
+from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 from tests.workers.training.trainers.sft_steps import (
     NUM_ROWS,
@@ -177,6 +178,20 @@ def test_long_rows_are_left_out_and_counted(reference: str, tmp_path: Path) -> N
         run_sft(SftTask(dataset=reference, output=str(tmp_path / "limit"), settings=step_settings(max_length=limit)))
     with pytest.raises(UserError, match="12 are longer than max_length 3"):
         run_sft(SftTask(dataset=reference, output=str(tmp_path / "none"), settings=step_settings(max_length=3)))
+
+
+def test_rows_longer_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "gpt2", arch="gpt2")
+    positions = json.loads((Path(model) / "config.json").read_text())["n_positions"]
+    rows = make_rows(6)
+    for name in ("input_ids", "loss_mask", "labels", "target_logprobs", "behavior_logprobs", "loss_weights"):
+        rows[0][name] = np.resize(rows[0][name], positions + 1)
+    reference = write_release(tmp_path / "out", rows, {"target": {"model": model}})
+    settings = step_settings(batch_size=4, micro_batch_size=4, max_left_out_share=0.5)
+    with pytest.raises(UserError, match=rf"has {positions + 1} tokens, and .*gpt2 has positions for {positions}: set"):
+        run_sft(SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=settings))
+    shorter = settings.model_copy(update={"max_length": positions})
+    assert run_sft(SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=shorter))["rows_too_long"] == 1
 
 
 def test_rows_that_train_nothing_are_told_or_refused(model: str, tmp_path: Path) -> None:
