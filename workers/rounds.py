@@ -26,7 +26,7 @@ from grape_service.storage.options import StorageOptions
 from grape_service.storage.storage import Storage
 from workers.gate import Gather, RoundStopped, Train, train_gated
 from workers.outcome import Outcome
-from workers.run import RoundOf
+from workers.run import RoundOf, heartbeat
 from workers.training.base_model import base_revision
 from workers.training.records import Record
 
@@ -40,7 +40,8 @@ def run_rounds(config: Config, train: Train, release: Release, gather: Gather) -
     output = Storage(config.output.path, config.storage)
     job = _begun(config, output)
     try:
-        outcome = _rounds(config, config.train, job, output, train, release, gather)
+        with heartbeat(lambda: write_rounds(output, job)):
+            outcome = _rounds(config, config.train, job, output, train, release, gather)
     except BaseException as error:
         job.state = "stopped" if isinstance(error, RoundStopped) else "failed"
         job.error = str(error).partition("\n")[0] if isinstance(error, StageError) else type(error).__name__

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -191,6 +191,27 @@ class RoundOf:
 
 
 @contextlib.contextmanager
+def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
+    """Call `beat` now and every HEARTBEAT_SECONDS until the block ends; a beat that fails stops nothing."""
+    stop = threading.Event()
+
+    def go_on() -> None:
+        while True:
+            with best_effort("write the heartbeat"):
+                beat()
+            if stop.wait(HEARTBEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=go_on, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+
+
+@contextlib.contextmanager
 def new_run(
     config: Config,
     reference: Reference | None = None,
@@ -216,39 +237,32 @@ def new_run(
     begin_workspace(workspace)
     register_output(workspace, run.output)
     workspace.write_json(f"{run.folder}/config.json", without_secrets(config.model_dump(mode="json")))
-    stop = threading.Event()
 
     def beat() -> None:
-        while True:
-            with best_effort("write the heartbeat"):
-                heartbeat = {"run_id": run_id, "time": time.time(), "pid": os.getpid(), "name": name}
-                heartbeat |= {"started": run.started, **reporter().run.where()}
-                heartbeat |= {"events": run.events.kept[-EVENTS_IN_HEARTBEAT:]}
-                workspace.write_json(f"{run.folder}/heartbeat.json", heartbeat)
-            if stop.wait(HEARTBEAT_SECONDS):
-                return
+        told = {"run_id": run_id, "time": time.time(), "pid": os.getpid(), "name": name}
+        told |= {"started": run.started, **reporter().run.where(), "events": run.events.kept[-EVENTS_IN_HEARTBEAT:]}
+        workspace.write_json(f"{run.folder}/heartbeat.json", told)
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    reporter().started(run_id)
-    for asked, one in found.items():
-        run.event(one.sentence(asked))
-    for asked, version in run.candidates.items():
-        run.event(f"the pool {asked} is {version}, every file as its manifest says")
     end: dict[str, Any] = {"state": "succeeded", "error": ""}
     try:
-        with logs_in(workspace, run.folder):
-            yield run
-    except BaseException as error:
-        end = _end_of(error)
-        raise
+        with heartbeat(beat):
+            reporter().started(run_id)
+            for asked, one in found.items():
+                run.event(one.sentence(asked))
+            for asked, version in run.candidates.items():
+                run.event(f"the pool {asked} is {version}, every file as its manifest says")
+            try:
+                with logs_in(workspace, run.folder):
+                    yield run
+            except BaseException as error:
+                end = _end_of(error)
+                raise
+            finally:
+                with best_effort("write how the run ended"):
+                    end |= {"run_id": run_id, "name": name, "started": run.started, "ended": time.time()}
+                    end |= {"stage_seconds": run.stage_seconds, "events": run.events.to_json()}
+                    workspace.write_json(f"{run.folder}/end.json", end)
     finally:
-        with best_effort("write how the run ended"):
-            end |= {"run_id": run_id, "name": name, "started": run.started, "ended": time.time()}
-            end |= {"stage_seconds": run.stage_seconds, "events": run.events.to_json()}
-            workspace.write_json(f"{run.folder}/end.json", end)
-        stop.set()
-        thread.join(timeout=30)
         with best_effort("delete the heartbeat"):
             workspace.delete(f"{run.folder}/heartbeat.json")
 

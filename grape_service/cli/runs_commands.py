@@ -63,7 +63,7 @@ def list_runs(
     print_table(folder.address, ["run", "dataset", "state", "took", "why"], rows)
     for job in jobs:
         why = f": {job.error}" if job.error else ""
-        title = f"{job.name}, {len(job.rounds)} of {job.planned} rounds, {job.state}{why}"
+        title = f"{job.name}, {len(job.rounds)} of {job.planned} rounds, {job.state_in_words()}{why}"
         columns = ["round", "version", "rows", "new or gone", "gate", "run", "target", "checkpoint"]
         print_table(title, columns, map(_cells, job.rounds))
     if problem:

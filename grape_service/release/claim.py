@@ -19,6 +19,8 @@ from grape_service.storage.storage import Storage, json_bytes
 
 CLAIM = "claim.json"
 HEARTBEAT_SECONDS = 20.0
+LATE_SECONDS = 90.0
+"""What gave no sign of life for so long is stuck or gone."""
 STALE_SECONDS = 3600.0
 """A claim without a heartbeat for so long is dead."""
 WRITING, ABANDONED, PUBLISHED, BURNED = "writing", "abandoned", "published", "burned"

@@ -8,6 +8,7 @@ Only checkpoints that addresses stood for are taken from it, while the job has n
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,9 +16,14 @@ from typing import Any
 import orjson
 
 from grape_service.json_types import JsonObject
+from grape_service.progress.reporter import duration
+from grape_service.release.claim import LATE_SECONDS
 from grape_service.storage.storage import Storage
 
 FORMAT = 1
+
+
+_WRITING = threading.Lock()
 
 
 def round_name(number: int) -> str:
@@ -58,6 +64,14 @@ class Rounds:
     error: str | None = None
     checkpoints: dict[str, str] = field(default_factory=dict)  # by an address that moves, what it stands for
     rounds: list[Round] = field(default_factory=list)
+    updated: float = field(default=0.0, compare=False)  # when it was written; a job that runs does it again
+
+    def state_in_words(self, now: float | None = None) -> str:
+        """The state; of a job that runs and has given no sign of life, for how long it has not."""
+        silent = (time.time() if now is None else now) - self.updated
+        if self.state != "running" or silent < LATE_SECONDS:
+            return self.state
+        return f"no sign of life for {duration(silent)}"
 
     @property
     def is_under_way(self) -> bool:
@@ -78,8 +92,10 @@ def read_rounds(storage: Storage, name: str, id_: str) -> Rounds | None:
 
 
 def write_rounds(storage: Storage, rounds: Rounds) -> None:
-    """Write down how far a job is."""
-    storage.write_json(_path(rounds.name, rounds.id), {**rounds.to_json(), "updated": time.time()})
+    """Write down how far a job is. Of two threads the one that writes later has the newer state."""
+    with _WRITING:
+        rounds.updated = time.time()
+        storage.write_json(_path(rounds.name, rounds.id), rounds.to_json())
 
 
 def all_rounds(storage: Storage, name: str) -> list[Rounds]:
@@ -119,6 +135,7 @@ def _path(name: str, id_: str) -> str:
 def _rounds(value: Any) -> Rounds | None:
     try:
         known = {key: value[key] for key in Rounds.__dataclass_fields__ if key in value}
-        return Rounds(**{**known, "rounds": [Round(**one) for one in value["rounds"]]})
-    except (KeyError, TypeError, AttributeError):
+        known |= {"updated": float(known.get("updated", 0.0)), "rounds": [Round(**one) for one in value["rounds"]]}
+        return Rounds(**known)
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None

@@ -9,13 +9,11 @@ from typing import Any
 
 from grape_service.display import in_order, short
 from grape_service.errors import StageError, UserError
-from grape_service.release.claim import STALE_SECONDS
+from grape_service.release.claim import LATE_SECONDS, STALE_SECONDS
 from grape_service.storage.storage import Storage
 from grape_service.storage.workspace import refuse_newer
 from grape_service.ui.folder import Folder
 
-LATE_SECONDS = 90.0
-"""A run that gave no sign of life for so long is stuck or gone."""
 MAX_ENDED = 20
 RUN_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 OF_A_RUN = ("end.json", "heartbeat.json", "config.json")

@@ -26,6 +26,7 @@ from grape_service.storage.storage import Storage
 from tests.jobs import Job, pool_rows, tiny_job
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
+from workers import run
 from workers.outcome import Outcome
 from workers.rounds import jobs_on, round_config, round_jobs
 
@@ -244,8 +245,26 @@ def test_a_record_is_read_as_it_was_written_and_what_is_none_is_passed_over(tmp_
     written = Rounds("a", "x", 3, checkpoints={"f/@latest": "f/checkpoint-1"})
     write_rounds(storage, written)
     assert read_rounds(storage, "x", "a") == written
-    storage.write_json("x/rounds/b.json", {"rounds": 3})
+    for number, value in enumerate(({"rounds": 3}, {**written.to_json(), "updated": "soon"})):
+        storage.write_json(f"x/rounds/b{number}.json", value)
     assert all_rounds(storage, "x") == [written]
+
+
+def test_a_job_that_runs_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, job = Storage(str(tmp_path)), Rounds("a", "x", 3)
+    monkeypatch.setattr(run, "HEARTBEAT_SECONDS", 0.02)
+    seen: set[float] = set()
+    with run.heartbeat(lambda: write_rounds(storage, job)):
+        deadline = time.monotonic() + 30
+        while len(seen) < 3 and time.monotonic() < deadline:
+            found = read_rounds(storage, "x", "a")
+            seen |= {found.updated} if found is not None else set()
+            time.sleep(0.01)
+    last = read_rounds(storage, "x", "a")
+    assert last is not None
+    assert len(seen) == 3
+    assert last.state_in_words(last.updated + 80) == "running"
+    assert last.state_in_words(last.updated + 120) == "no sign of life for 2 min 00 s"
 
 
 def test_an_equal_release_of_another_target_has_its_own_trained(tmp_path: Path) -> None:

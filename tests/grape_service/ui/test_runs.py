@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import orjson
@@ -96,3 +97,10 @@ def test_rounds_have_their_gates_on_the_page_and_on_the_command_line(
         said = capsys.readouterr().out
         assert re.search(heading, said, re.S), said
         assert re.search("held_out_loss 1.23, .*r-1.*/base", said, re.S), said
+    job = Rounds("job", "math", 3, rounds=rounds)
+    write_rounds(Storage(str(tmp_path)), job)
+    client = client_of(Folder(str(tmp_path), workspace=workspace))
+    assert "2 of 3 rounds, running" in text_of(client, "/datasets/math")
+    killed = {**job.to_json(), "updated": time.time() - 7200}
+    Storage(str(tmp_path)).write_json("math/rounds/job.json", killed)
+    assert "2 of 3 rounds, no sign of life for 2 h 00 min" in text_of(client, "/datasets/math")
