@@ -130,7 +130,8 @@ mutants: .venv/.ready-test ## which small changes of select, weigh, score and re
 	.venv/bin/python -m mutmut results
 
 screenshots: .venv/.ready-test quickstart ## pictures of the quickstart and of examples/gather; needs Chromium
+	.venv/bin/python examples/gather/prepare_models.py
 	.venv/bin/python examples/quickstart/screenshots.py
 
 clean: ## remove what the quickstart made
-	rm -rf examples/quickstart/out mutants build/pages build/site
+	rm -rf examples/quickstart/out examples/gather/out mutants build/pages build/site

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def package_version() -> str:
 
 
 def convert(folder: Path) -> None:
-    """Writes model, tokenizer and chat template into the empty `folder`, and RECORD last."""
+    """Writes model, tokenizer and chat template into the empty `folder`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import gguf
     import torch
@@ -94,13 +95,17 @@ def convert(folder: Path) -> None:
 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_record(folder: Path) -> None:
+    """Writes RECORD, by which `is_complete` knows the files that are in `folder`."""
     files = sorted((path.name, path.stat().st_size) for path in folder.iterdir())
     record = {"format": FORMAT, "package": package_version(), "files": files}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def prepare_model(folder: Path = DEFAULT_FOLDER) -> bool:
-    """Makes sure that `folder` holds the model; True if it had to be made.
+def prepare_model(folder: Path = DEFAULT_FOLDER, make: Callable[[Path], None] = convert) -> bool:
+    """Makes sure that `folder` holds the model that `make` writes; True if it had to be made.
 
     Made beside `folder` and renamed, so that whoever sees it sees all of it. Processes that ask at the same time wait
     for the first.
@@ -114,7 +119,8 @@ def prepare_model(folder: Path = DEFAULT_FOLDER) -> bool:
             shutil.rmtree(left_over)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.making-", dir=folder.parent))
         making.chmod(0o755)
-        convert(making)
+        make(making)
+        write_record(making)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     return True

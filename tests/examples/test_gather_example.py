@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "gather"
 def test_the_config_reads_its_prompts() -> None:
     config = load_config(FOLDER / "grape.yaml")
     assert config.gather is not None
-    assert list(config.gather.policies) == ["smollm", "tutor"]
+    assert list(config.gather.policies) == ["smollm", "smaller"]
     rows = [json.loads(line) for line in (FOLDER / "prompts.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert {name for row in rows for name in row} == {"question", config.gather.verify.answer, "topic"}
