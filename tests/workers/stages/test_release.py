@@ -11,6 +11,7 @@ import pytest
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.errors import StageError, UserError
+from grape_service.models.files import PolicyFiles
 from grape_service.release.load import load
 from grape_service.rows.columns import SHARD, kept_columns
 from grape_service.storage.parquet import write_parquet
@@ -52,7 +53,7 @@ def test_a_target_with_an_adapter_on_s3_of_which_the_config_alone_has_the_endpoi
     workspace, output = (Storage(f"{s3_url}/{name}", options) for name in ("workspace", "datasets"))
     write_parquet(workspace, "weighed.parquet", pa.schema([*SHARD, *kept_columns([])]), [])
     target = PolicyConfig(model=str(model), adapter=f"{s3_url}/adapter")
-    renderer = (str(model), target, RenderConfig())
+    renderer = PolicyFiles(target, str(model), options), RenderConfig()
     version = Version(workspace, output, "d/versions/v0001", Columns([], []), 1.0, frozenset(), renderer)
     entry = write_part_task(version, 0, WeighedFile("b", "weighed.parquet", "0" * 64))
     assert (entry.rows, entry.proven_rows) == (0, 0)
