@@ -203,7 +203,7 @@ def test_what_is_not_run_is_listed_with_its_reason(capsys: pytest.CaptureFixture
     assert len(COMMANDS) > 25
 
 
-IN_ORDER = ("docs/tutorial.md", "examples/gather/README.md")
+IN_ORDER = ("docs/tutorial.md", "examples/gather/README.md")  # the second is long: minutes, with two models
 """Pages whose commands need what those before them made."""
 ALONE = [command for command in COMMANDS if command.page not in IN_ORDER]
 
@@ -213,7 +213,7 @@ def test_a_command_of_a_page_runs(command: Command, place: Place) -> None:
     run_as_typed(command, place)
 
 
-@pytest.mark.parametrize("page", IN_ORDER)
+@pytest.mark.parametrize("page", [IN_ORDER[0], pytest.param(IN_ORDER[1], marks=pytest.mark.long)])
 def test_a_page_runs_from_its_first_command_to_its_last(page: str, place: Place) -> None:
     steps = [command for command in COMMANDS if command.page == page]
     assert len(steps) > 1

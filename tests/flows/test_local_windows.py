@@ -75,6 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 LOCAL = {"method": "local", "keep": 3}
 
 
+@pytest.mark.long
 def test_windows_are_scored_as_a_plain_forward_has_them(tmp_path: Path, model: str) -> None:
     with tiny_job(tmp_path, model, pool(6), select=LOCAL, checks={"refusal": "off"}) as job:
         first = job.run()

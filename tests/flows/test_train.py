@@ -56,6 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.long
 def test_grape_run_ends_with_two_checkpoints(tmp_path: Path, model: str) -> None:
     on_cpu = {"device": "cpu", "save_steps": 1}
     rl = {"steps": 1, "prompts_per_step": 2, "num_generations": 2, "max_response_tokens": 4, **on_cpu}

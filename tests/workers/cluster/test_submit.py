@@ -269,6 +269,7 @@ def test_local_paths_become_absolute_and_the_job_submits_nothing(
     assert Config.model_validate(values).gather is not None
 
 
+@pytest.mark.long
 def test_a_gathering_job_on_a_cluster(tmp_path: Path, model: str, cluster: RayCluster) -> None:
     with tiny_job(tmp_path, model, [{"prompt": f"{n}+{n}?"} for n in range(3)], workers=WORKERS) as job:
         job.environment = cluster.environment

@@ -15,7 +15,7 @@ from tests import tiny_models
 from tests.jobs import pool_rows, write_jsonl
 from workers.pipeline import reweigh, run_pipeline
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.long, pytest.mark.timeout(600)]
 
 REFUSED = r"scores of .* were made by transformers 0\.0\.1, and the engine here is transformers [1-9]"
 
