@@ -285,6 +285,8 @@ def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         writer = opened_when_read(path)
+        while state_of(process) not in "SZ":  # between opening and reading, Python would see the signal after the read
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         os.close(writer)
@@ -292,6 +294,11 @@ def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:
         process.kill()
     assert (process.returncode, out) == (130, "")
     assert err == "error: stopped; run the same command again to resume\n"
+
+
+def state_of(process: subprocess.Popen[str]) -> str:
+    """Linux's letter for what a process does: R runs or could, S waits."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def opened_when_read(fifo: Path, seconds: float = 60) -> int:

@@ -331,6 +331,7 @@ def test_a_sampler_in_its_first_long_unit_is_at_work(bench: Bench, monkeypatch: 
     with new_run(bench.config(1)) as run, engines_of(run) as engines:
         make_shards(run.workspace, 1)
         replicas = engines.of(run.config.target, 1, sampling)
+        replicas.wait_ready(1)
         monkeypatch.setattr(replicas_module, "START_SECONDS", 5)  # of one that has shown nothing yet
         work = Work(Unit("shards/shard-00000.parquet", "b", 8, 8, check=True), sampling.sampler)
         totals = replicas.score(WorkQueue([work], 1), lambda samples: None)
