@@ -33,7 +33,7 @@ from grape_service.weigh.behavior import recorded_temperatures
 from grape_service.weigh.counts import WeighCounts, dataset_factor
 from grape_service.weigh.lookup import Stores
 from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
-from grape_service.weigh.rescore import Group, RescoreContext, write_group_shards
+from grape_service.weigh.rescore import Group, write_group_shards
 from workers.run import Run
 from workers.scoring.actor import ScoringActor, ScoringSpec, Unit
 from workers.stages.windows import write_windows
@@ -100,10 +100,10 @@ def weigh(run: Run, kept: dict[str, str]) -> tuple[dict[str, str], WeighCounts]:
     """PEAR: what wrote the kept rows scores them too, and each token gets its importance weight."""
     config, storage = run.config, run.workspace
     groups, computed = groups_of(run, kept), {}
-    how = config.compared_behavior, config.render, config.workers.shard_tokens, run.target_renderer.turn_end_id
-    rescoring = RescoreContext(storage, groups, *how, run.target_tokenizer)
+    how = config.compared_behavior, config.render, run.target_renderer.turn_end_id, config.workers.shard_tokens
     for name, path in kept.items():
-        computed[name] = write_group_shards(rescoring, name, path, f"{run.folder}/rescore/{name}")
+        out = f"{run.folder}/rescore/{name}"
+        computed[name] = write_group_shards(storage, name, path, out, groups, *how, run.target_tokenizer)
     for group in groups:
         shards = [by_group[group.name].shards for by_group in computed.values()]
         score(run, group.policy, shards, config.statistics if group.is_target else (), group.temperature)

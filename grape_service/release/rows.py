@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -173,42 +172,41 @@ def messages_array(texts: pa.Array, kind: pa.DataType) -> pa.Array:
 BATCH_ROWS = 4096
 
 
-@dataclass(frozen=True)
-class KeptContext:
-    """What the data files of a release become kept files with."""
-
-    output: Storage
-    workspace: Storage
-    other_fields: list[pa.Field]
-    stop_ids: Collection[int]
-    """The target's: a token with loss that is one of these and ends a span is a turn end."""
-    keep_scores: bool
-    """Whether the target's statistics are taken over; else they are null, to be scored again."""
-    computed: Sequence[pa.Field] = ()
-    """Those of `columns.computed_fields` that the kept rows have."""
-
-
-def write_kept_rows(context: KeptContext, part_path: str, sha256: str, kept_path: str) -> tuple[int, str, int]:
+def write_kept_rows(
+    output: Storage,
+    part_path: str,
+    sha256: str,
+    workspace: Storage,
+    kept_path: str,
+    other_fields: list[pa.Field],
+    stop_ids: Collection[int],
+    keep_scores: bool,
+    computed: Sequence[pa.Field] = (),
+) -> tuple[int, str, int]:
     """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, the
-    ids of their tokens with loss (see `pack_ids`), and how many rows lack a statistic of the target."""
-    computed = list(context.computed)
-    schema = pa.schema([*SHARD, *context.other_fields, *kept_columns(computed)])
+    ids of their tokens with loss (see `pack_ids`), and how many rows lack a statistic of the target.
+
+    `stop_ids` are the target's: a token with loss that is one of these and ends a span is a turn end. The target's
+    statistics are taken over when `keep_scores`, or null, to be scored again. `computed` are those of
+    `columns.computed_fields` that the kept rows have.
+    """
+    schema = pa.schema([*SHARD, *other_fields, *kept_columns(list(computed))])
     statistics = ["target_logprobs", *(item.name for item in TARGET_FIELDS.values() if item in computed)]
     rows = unscored = 0
     used = ""
 
     def tables() -> Iterator[pa.Table]:
         nonlocal rows, used, unscored
-        with open_checked(context.output, part_path, sha256) as file:
+        with open_checked(output, part_path, sha256) as file:
             for batch in file.iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
                 rows += table.num_rows
-                kept = kept_rows(table, schema, context.stop_ids, context.keep_scores)
+                kept = kept_rows(table, schema, stop_ids, keep_scores)
                 used = union_of_ids([used, tokens_with_loss(kept)])
                 unscored += max(kept[name].null_count for name in statistics)
                 yield kept
 
-    write_parquet(context.workspace, kept_path, schema, tables())
+    write_parquet(workspace, kept_path, schema, tables())
     return rows, used, unscored
 
 

@@ -79,30 +79,23 @@ def rows_of_group(group: Group, behaviors: RowBehaviors) -> npt.NDArray[np.int64
     return np.flatnonzero(behaviors.temperature == group.temperature)
 
 
-@dataclass(frozen=True)
-class RescoreContext:
-    """What the kept rows of every partition are scored again with."""
-
-    storage: Storage
-    groups: list[Group]
-    behavior: BehaviorConfig | None
-    render: RenderConfig
-    shard_tokens: int
-    target_turn_end_id: int | None
-    target: Tokenizer | None = None
-    """The target's, for groups that are aligned."""
-
-
 def write_group_shards(
-    context: RescoreContext, partition: str, kept_path: str, out_folder: str
+    storage: Storage,
+    partition: str,
+    kept_path: str,
+    out_folder: str,
+    groups: list[Group],
+    behavior: BehaviorConfig | None,
+    render: RenderConfig,
+    target_turn_end_id: int | None,
+    shard_tokens: int,
+    target: Tokenizer | None = None,
 ) -> dict[str, GroupShards]:
     """Write the rows of a partition's kept file that each group scores as shards `<out_folder>/<group>/*.parquet`:
-    the columns of SHARD become those of RESCORED."""
-    storage, groups, behavior, target = context.storage, context.groups, context.behavior, context.target
-    renderers = {group.name: _renderer_here(group, context.render, storage) for group in groups if not group.is_target}
+    the columns of SHARD become those of RESCORED. `target` is the target's tokenizer, for groups that are aligned."""
+    renderers = {group.name: _renderer_here(group, render, storage) for group in groups if not group.is_target}
     writers = {
-        group.name: ShardWriter(storage, f"{out_folder}/{group.name}", partition, context.shard_tokens)
-        for group in groups
+        group.name: ShardWriter(storage, f"{out_folder}/{group.name}", partition, shard_tokens) for group in groups
     }
     unrenderable = dict.fromkeys(writers, 0)
     for batch in kept_batches(storage, kept_path):
@@ -117,7 +110,7 @@ def write_group_shards(
                 assert target is not None, "tokens are compared with the target's"
                 table = aligned_rows(chosen, renderers[group.name], target.vocabulary())
             else:
-                table = behavior_rows(chosen, renderers[group.name], context.target_turn_end_id, group.same_turn_ends)
+                table = behavior_rows(chosen, renderers[group.name], target_turn_end_id, group.same_turn_ends)
                 unrenderable[group.name] += chosen.num_rows - table.num_rows
             writers[group.name].add(table)
     return {name: GroupShards(writer.close(), unrenderable[name]) for name, writer in writers.items()}

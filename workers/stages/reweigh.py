@@ -13,7 +13,7 @@ from grape_service.gather.audit import refuse_drifted
 from grape_service.prepare.counts import union_of_ids, unpack_ids
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import ManifestFields, PolicyUse, Rendering
-from grape_service.release.rows import KeptContext, other_fields_of, write_kept_rows
+from grape_service.release.rows import other_fields_of, write_kept_rows
 from grape_service.report.examples import PromptExample, chosen_by_partition
 from grape_service.report.facts import ExampleChoice
 from grape_service.report.statistics import SelectStatistics
@@ -80,14 +80,12 @@ def load_kept(run: Run, release: Release) -> Kept:
             ),
             run.config.workers,
             shared={
-                "context": KeptContext(
-                    release.storage,
-                    run.workspace,
-                    other,
-                    stop_ids_of(run, release),
-                    same_target,
-                    _computed_fields(statistics, release),
-                )
+                "output": release.storage,
+                "workspace": run.workspace,
+                "other_fields": other,
+                "stop_ids": stop_ids_of(run, release),
+                "keep_scores": same_target,
+                "computed": _computed_fields(statistics, release),
             },
             together=together(run.config.workers, len(paths)),
         )

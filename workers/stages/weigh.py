@@ -23,7 +23,7 @@ from grape_service.weigh.behavior import add_census, behavior_census, recorded_t
 from grape_service.weigh.counts import WeighCounts, dataset_factor
 from grape_service.weigh.lookup import Stores
 from grape_service.weigh.partition import REPEAT_PARTITION, WeighContext, WeighPartition, weigh_partition
-from grape_service.weigh.rescore import Group, GroupShards, RescoreContext, write_group_shards
+from grape_service.weigh.rescore import Group, GroupShards, write_group_shards
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
 from workers.scoring.engines import Engines
@@ -97,15 +97,13 @@ def score_behavior(run: Run, engines: Engines, kept: Kept) -> PolicyScores:
                 ),
                 config.workers,
                 shared={
-                    "context": RescoreContext(
-                        run.workspace,
-                        groups,
-                        behavior,
-                        config.render,
-                        config.workers.shard_tokens,
-                        run.target_renderer.turn_end_id,
-                        run.target_tokenizer,
-                    )
+                    "storage": run.workspace,
+                    "groups": groups,
+                    "behavior": behavior,
+                    "render": config.render,
+                    "target_turn_end_id": run.target_renderer.turn_end_id,
+                    "shard_tokens": config.workers.shard_tokens,
+                    "target": run.target_tokenizer,
                 },
                 together=together(config.workers, len(kept.paths)),
             )

@@ -13,7 +13,7 @@ import pytest
 import grape_service
 from grape_service.errors import UserError
 from grape_service.exports import export
-from grape_service.release.rows import KeptContext, write_kept_rows
+from grape_service.release.rows import write_kept_rows
 from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import publish_version, rows
 
@@ -59,9 +59,8 @@ def test_export_weigh_and_load_compare_digests(tmp_path: Path) -> None:
         grape_service.load(reference, check_files=True)
     with pytest.raises(UserError, match=r"part-00001\.parquet is not the file"):
         export(release, "jsonl", str(tmp_path / "out"))
-    context = KeptContext(output, output, [], [], keep_scores=True)
     with pytest.raises(UserError, match=r"part-00001\.parquet is not the file"):
-        write_kept_rows(context, f"{release.folder}/{entry.path}", entry.sha256, "kept.parquet")
+        write_kept_rows(output, f"{release.folder}/{entry.path}", entry.sha256, output, "kept.parquet", [], [], True)
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
         grape_service.load(reference, check_files=True)

@@ -38,7 +38,7 @@ from grape_service.storage.storage import Storage
 from grape_service.weigh.counts import dataset_factor
 from grape_service.weigh.lookup import Stores
 from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
-from grape_service.weigh.rescore import Group, RescoreContext, write_group_shards
+from grape_service.weigh.rescore import Group, write_group_shards
 from tests import tiny_models
 from tests.prepared_pools import all_rows, make_config, prepare, write_jsonl
 
@@ -167,10 +167,10 @@ class Weighing:
         behavior, shards = self.config.compared_behavior, []
         if behavior is not None:
             groups = [Group(f"behavior-{n}", p, p.model, p.model, 1.0, n) for n, p in enumerate(behavior.policies())]
-            context = RescoreContext(
-                self.storage, groups, behavior, RenderConfig(), 65536, self.shared.renderer.turn_end_id
-            )
-            written = write_group_shards(context, "b", kept, f"rescore-{number}")
+            written = write_group_shards(
+                self.storage, "b", kept, f"rescore-{number}", groups, behavior, RenderConfig(),
+                self.shared.renderer.turn_end_id, 65536,
+            )  # fmt: skip
             shards = [list(written[group.name].shards.paths) for group in groups]
             for seed, (paths, group) in enumerate(zip(shards, groups, strict=True)):
                 name = Path(group.policy.model).name

@@ -12,7 +12,7 @@ import grape_service
 from grape_service.checks.run import CheckContext, CheckPartition, check_partition
 from grape_service.config.checks import ChecksConfig
 from grape_service.prepare.shards import shard_paths
-from grape_service.release.rows import KeptContext, final_batches, write_kept_rows
+from grape_service.release.rows import final_batches, write_kept_rows
 from grape_service.release.writer import write_part
 from grape_service.rows.columns import (
     FINDING,
@@ -114,8 +114,7 @@ def test_what_each_stage_writes_is_what_is_declared(tmp_path):
     entry = write_part(storage, "version", 0, schema, final_batches(storage, "weighed.parquet", [], [level], 1.0, made))
     assert columns_of(storage, f"version/{entry.path}") == list(schema)
 
-    context = KeptContext(storage, storage, [level], [2], keep_scores=True, computed=made)
-    write_kept_rows(context, f"version/{entry.path}", entry.sha256, "again.parquet")
+    write_kept_rows(storage, f"version/{entry.path}", entry.sha256, storage, "again.parquet", [level], [2], True, made)
     assert columns_of(storage, "again.parquet") == [*SHARD, level, *kept_columns(made)]
 
 

@@ -11,7 +11,7 @@ from grape_service.config.schema import Config
 from grape_service.errors import StageError
 from grape_service.report.statistics import SelectStatistics
 from grape_service.select.counts import SelectCounts
-from grape_service.weigh.rescore import RescoreContext, write_group_shards
+from grape_service.weigh.rescore import write_group_shards
 from tests import tiny_models
 from workers.run import new_run
 from workers.stages.select import Kept
@@ -41,6 +41,7 @@ def test_a_behavior_of_the_targets_model_has_the_targets_template(tmp_path: Path
         assert [group.rendering == run.target_renderer.digest() for group in groups] == [True, False]
         for group in groups:
             foreign = replace(group, has_own_template=not group.has_own_template)
-            context = RescoreContext(run.workspace, [foreign], config.behavior, config.render, 65536, None)
             with pytest.raises(StageError, match="is not that of the run: give every node the same model files"):
-                write_group_shards(context, "b", "kept.parquet", "out")
+                write_group_shards(
+                    run.workspace, "b", "kept.parquet", "out", [foreign], config.behavior, config.render, None, 65536
+                )
