@@ -56,7 +56,6 @@ def train(
 ) -> None:
     """Start the SFT job on a release, then the RL job on its checkpoint; the run is recorded beside the release."""
     from workers.stages import train as runs
-    from workers.training.request import NO_TARGET, Target
 
     settings = config_of(config, sets)
     if settings.train is None:
@@ -70,12 +69,12 @@ def train(
     # An adapter is no whole model, and the newest checkpoint is another by now: the release says what is trained.
     asked = settings.target
     is_of_release = asked.adapter is not None or moving_checkpoint(asked.model) is not None
-    target = NO_TARGET if is_of_release else Target(asked.model, asked.revision)
+    target: tuple[str | None, str | None] = (None, None) if is_of_release else (asked.model, asked.revision)
     deployments = deployments_for(settings.train)
     if status:
-        record = runs.read(reference, settings.train, options, again, target, deployments=deployments)
+        record = runs.read(reference, settings.train, options, again, *target, deployments=deployments)
     elif cancel:
-        record = runs.cancel(reference, settings.train, ray_address, options, again, target, deployments=deployments)
+        record = runs.cancel(reference, settings.train, ray_address, options, again, *target, deployments=deployments)
     else:
         from workers.gate import train_gated
         from workers.pipeline import gather_alone
@@ -85,7 +84,7 @@ def train(
         tell = (lambda line: None) if quiet else write_error_line
 
         def start(reference: str, jobs: TrainConfig, ray_address: str, options: JsonObject) -> Record:
-            return runs.train(reference, jobs, ray_address, options, again, tell, deployments, target)
+            return runs.train(reference, jobs, ray_address, options, again, tell, deployments, *target)
 
         record = train_gated(settings, settings.train, reference, start, gather_alone)
     print_json(record) if as_json else show_training(record)

@@ -21,7 +21,7 @@ from workers.training.checks import (
     refuse_settings,
 )
 from workers.training.records import Record, RunRecords, settled
-from workers.training.request import NO_TARGET, Target, with_target
+from workers.training.request import with_target
 from workers.training.runs import TrainingRun, inputs_of, run_id_of, target_of
 
 
@@ -33,16 +33,19 @@ def train(
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
-    target: Target = NO_TARGET,
+    target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Record:
     """Do all stages of `config` and return the run's record.
 
-    `target`: what is trained where no section names a model; without one the release's target.
+    `target_model`, `target_revision`: what is trained where no section names a model; null: the release's target.
 
     `key`: another word makes another run of the same request. `say` gets a line for each change. Raises UserError
     for mistakes in the config, StageError with the end of the log for a job that failed or was cancelled.
     """
-    with open_run(reference, config, ray_address, storage_options, key, say, deployments, target) as run:
+    with open_run(
+        reference, config, ray_address, storage_options, key, say, deployments, target_model, target_revision
+    ) as run:
         for stage in run.stages:
             run.do(stage)
     return run.record
@@ -57,7 +60,8 @@ def open_run(
     key: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     deployments: Deployments | None = None,
-    target: Target = NO_TARGET,
+    target_model: str | None = None,
+    target_revision: str | None = None,
 ) -> Iterator[TrainingRun]:
     """The run of a request, to do its stages one by one; arguments as for `train`."""
     jobs = checked_jobs(config, ray_address, storage_options)
@@ -66,8 +70,9 @@ def open_run(
     sft = jobs.get("sft")
     here = ray_address == "auto" and IN_CLUSTER not in os.environ
     if isinstance(sft, SftJob) and sft.kind == "builtin" and here:
-        check_local_model(release, with_target(sft.own_settings(), *target_of(release, target)))
-    run = TrainingRun(release, config, jobs, key, say, deployments, target)
+        target = target_of(release, target_model, target_revision)
+        check_local_model(release, with_target(sft.own_settings(), *target))
+    run = TrainingRun(release, config, jobs, key, say, deployments, target_model, target_revision)
     with contextlib.ExitStack() as stack:
         stack.callback(run.give_back)
         kinds = {jobs[stage].kind for stage in jobs if not run.is_done(stage)}
@@ -109,12 +114,13 @@ def read(
     config: TrainConfig,
     storage_options: StorageOptions | None = None,
     key: str | None = None,
-    target: Target = NO_TARGET,
+    target_model: str | None = None,
+    target_revision: str | None = None,
     deployments: Deployments | None = None,
 ) -> Record:
     """The record of the run of a request, in which nothing runs that has ended. Raises UserError if there is none."""
     release = load_training_set(reference, storage_options)
-    run_id = run_id_of(inputs_of(release, config.jobs, key, target_of(release, target)))
+    run_id = run_id_of(inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision)))
     return settled(RunRecords(release.storage, release.name), run_id, partial(problem_of, deployments=deployments))
 
 
@@ -124,12 +130,13 @@ def cancel(
     ray_address: str = "auto",
     storage_options: StorageOptions | None = None,
     key: str | None = None,
-    target: Target = NO_TARGET,
+    target_model: str | None = None,
+    target_revision: str | None = None,
     deployments: Deployments | None = None,
 ) -> Record:
     """Cancel the run of a request. A job on a cluster is stopped here, others by the process that follows them."""
     release = load_training_set(reference, storage_options)
-    inputs = inputs_of(release, config.jobs, key, target_of(release, target))
+    inputs = inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision))
     run_id = run_id_of(inputs)
     records = RunRecords(release.storage, release.name)
     records.read(run_id)

@@ -34,14 +34,13 @@ DONE = ("succeeded", "sent")
 """States of a stage that is not to be done again; sent: a webhook took it and says nothing about its end."""
 
 
-def target_of(release: Release, target: Target) -> Target:
-    """The target of the config that asks, where it is another than the one that the release was made for."""
-    model, revision = target
+def target_of(release: Release, model: str | None, revision: str | None) -> Target:
+    """The model of the config that asks, where it is another than the one that the release was made for."""
     released = release.manifest.config.get("target") or {}
     is_released = (
         model is not None and released.get("model") and resolved_model(model) == resolved_model(released["model"])
     )
-    return NO_TARGET if is_released and revision in (None, released.get("revision")) else target
+    return NO_TARGET if is_released and revision in (None, released.get("revision")) else Target(model, revision)
 
 
 def inputs_of(release: Release, jobs: dict[Stage, Job], key: str | None, target: Target) -> dict[Stage, str]:
@@ -70,20 +69,21 @@ class TrainingRun:
         key: str | None,
         say: Callable[[str], None],
         deployments: Deployments | None,
-        target: Target = NO_TARGET,
+        target_model: str | None = None,
+        target_revision: str | None = None,
     ):
         self.release = release
         self.jobs = jobs
         self.say = say
         self.deployments = deployments
-        self.target = target_of(release, target)
+        self.target = target_of(release, target_model, target_revision)
         self.server: JobServer | None = None
         self.inputs = inputs_of(release, jobs, key, self.target)
         self.id = run_id_of(self.inputs)
         self.sft_run: TrainingRun | None = None
         if len(jobs) > 1:
             alone, first = TrainConfig(sft=config.sft), {"sft": jobs["sft"]}
-            self.sft_run = TrainingRun(release, alone, first, key, say, deployments, self.target)  # type: ignore[arg-type]
+            self.sft_run = TrainingRun(release, alone, first, key, say, deployments, *self.target)  # type: ignore[arg-type]
         self.records = RunRecords(release.storage, release.name)
         self.lease = Lease(self.records, self.id)
         self.record = self.records.create(self._new_record(config, key))
