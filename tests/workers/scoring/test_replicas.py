@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import ANY
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from grape_service.config.gather import SamplingConfig, VerifyConfig
 from grape_service.config.loading import parse_config
-from grape_service.config.schema import Config
 from grape_service.errors import StageError, UserError
 from grape_service.gather.missing import Sampling
 from grape_service.rows.columns import SHARD
-from grape_service.rows.keys import row_keys
-from grape_service.score.shards import Shards
 from grape_service.score.store import ScoreStore
 from grape_service.storage.parquet import write_parquet
-from grape_service.storage.storage import Storage
 from tests import tiny_models
 from tests.drill_engines import DrillEngine
 from tests.prepared_pools import write_jsonl
+from tests.workers.scoring.replica_bench import Bench, assert_each_once, make_shards, stored_keys
 from workers.cluster.ray import ray_for
 from workers.run import Run, new_run
 from workers.scoring import replicas as replicas_module
@@ -49,29 +43,6 @@ from workers.stages.score import Scoring, score, score_shards
 from workers.stages.select import select
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
-_names = itertools.count()
-
-
-@dataclass
-class Bench:
-    """A running Ray whose engines do what `drill` says."""
-
-    folder: Path
-    model: str
-
-    def drill(self, **what: Any) -> None:
-        (self.folder / "drill.json").write_bytes(orjson.dumps({"name": next(_names), **what}))
-
-    def config(self, replicas: int) -> Config:
-        return parse_config(
-            {
-                "name": "drill",
-                "pool": {"path": "unused"},
-                "target": {"model": self.model, "dtype": "float32"},
-                "output": {"path": str(self.folder / f"out-{next(_names)}")},
-                "workers": {"replicas": replicas},
-            }
-        )
 
 
 @pytest.fixture(scope="module")
@@ -89,48 +60,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def make_shards(storage: Storage, num_shards: int, rows: int = 4, tokens: int = 20) -> list[Shards]:
-    """Shards of random token ids below 400; id 450 marks a row by hand."""
-    random = np.random.default_rng(7)
-    names = ("row_key", "prompt_id", "candidate_id", "source", "input_ids", "loss_mask", "prompt_len")
-    schema = pa.schema([SHARD.field(name) for name in names])
-    for number in range(num_shards):
-        ids = random.integers(0, 400, size=rows * tokens).astype(np.int32)
-        if number == 3:
-            ids[tokens + 1] = 450  # the second row of the fourth shard
-        mask = np.tile(np.arange(tokens) >= tokens // 2, rows).astype(np.uint8)
-        offsets = np.arange(0, rows * tokens + 1, tokens)
-        lists = pa.array(offsets.astype(np.int32))
-        batch = pa.RecordBatch.from_arrays(
-            [
-                row_keys(ids, mask, offsets),
-                pa.array([f"prompt-{number}"] * rows),
-                pa.array([f"c{row}" for row in range(rows)]),
-                pa.nulls(rows, pa.string()),
-                pa.ListArray.from_arrays(lists, pa.array(ids)),
-                pa.ListArray.from_arrays(lists, pa.array(mask)),
-                pa.array([tokens // 2] * rows, pa.int32()),
-            ],
-            schema=schema,
-        )
-        path = f"shards/shard-{number:05d}.parquet"
-        write_parquet(storage, path, schema, [batch])
-    return [Shards("shards", "b", num_shards, rows * num_shards, rows * tokens * num_shards)]
-
-
-def stored_keys(run: Run) -> list[bytes]:
-    store = ScoreStore(run.workspace, run.policy_id(run.config.target))
-    keys: list[bytes] = []
-    for path in store.partition_files("b"):
-        keys += pq.read_table(run.workspace.full(path), columns=["row_key"])["row_key"].to_pylist()
-    return keys
-
-
-def assert_each_once(run: Run, num_rows: int) -> None:
-    keys = stored_keys(run)
-    assert len(keys) == len(set(keys)) == num_rows
 
 
 def test_units_are_pulled_so_a_slow_replica_holds_nobody_up(bench: Bench) -> None:
