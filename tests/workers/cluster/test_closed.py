@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,13 +137,18 @@ def test_an_open_cluster_is_refused_by_check_submit_and_the_job(tmp_path: Path, 
         runtime = {"env_vars": {"GRAPE_IN_CLUSTER": "1", "PYTHONPATH": str(ROOT)}}
         job_options = ["--runtime-env-json", orjson.dumps(runtime).decode(), "--entrypoint-num-cpus=0"]
         command = ["python", "-m", "grape_service.cli", "run", str(job.config_path)]
-        done = subprocess.run(
-            [RAY, "job", "submit", f"--address={cluster.address}", *job_options, "--", *command],
-            env=job.environ(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        deadline = time.monotonic() + 60
+        while True:  # until the head's agent has started, Ray takes no job
+            done = subprocess.run(
+                [RAY, "job", "submit", f"--address={cluster.address}", *job_options, "--", *command],
+                env=job.environ(),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(1)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "error: other users of this machine can write into Ray's folder" in done.stdout
     assert not list((tmp_path / "datasets").rglob("*.parquet"))
