@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -49,10 +51,18 @@ class PrefectDeployments:
         words = f"{state.name}: {state.message}" if state.message else state.name or state.type.value
         return _ENDS.get(state.type, "failed"), words
 
-    def cancel(self, run_id: str) -> None:
-        """Ask the run to end; whoever runs it sees to that."""
-        with _server(f"cancel the flow run {run_id}") as client:
-            client.set_flow_run_state(UUID(run_id), Cancelling())
+    def cancel(self, run_id: str, seconds: float | None = None) -> None:
+        """Ask the run to end unless it has; whoever runs it sees to that. Once and within `seconds`, where these are
+        given. Raises StageError where Prefect refuses."""
+        with _server(f"cancel the flow run {run_id}", seconds) as client, contextlib.suppress(ObjectNotFound):
+            answer: OrchestrationResult[Any] = client.set_flow_run_state(UUID(run_id), Cancelling())
+            if answer.status != SetStateStatus.ACCEPT and not (answer.state and _is_ending(answer.state)):
+                reason = getattr(answer.details, "reason", None) or answer.status.value
+                raise StageError(f"Prefect refuses to cancel the flow run {run_id}: {reason}")
+
+
+def _is_ending(state: State) -> bool:
+    return state.is_cancelling() or state.is_final()
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import json
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 import grape_service
 from flows.deployments import PrefectDeployments
-from grape_service.config.training import TrainConfig
+from grape_service.config.training import Stage, TrainConfig
 from grape_service.errors import StageError, UserError
 from grape_service.release.ancestry import lineage_of_checkpoint
 from tests.jobs import pool_rows, tiny_job
@@ -29,6 +30,7 @@ from tests.prefect_service import PASSWORD, Service
 from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 from workers.stages import train as train_stage
+from workers.training import attempts
 from workers.training.runs import TrainingRun
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
@@ -166,19 +168,104 @@ def test_a_deployment_that_fails_or_cannot_be_started(deployments: PrefectDeploy
         train_stage.train(reference, sft(seconds=1), deployments=deployments)
 
 
-def test_a_flow_run_that_nobody_follows_is_asked_for(
-    service: Service, deployments: PrefectDeployments, reference: str, tmp_path: Path
-) -> None:
-    def left_alone(**parameters: Any) -> tuple[TrainConfig, TrainingRun, str]:
-        """A run whose follower was killed right after it had started the deployment."""
-        config = sft(**parameters)
+LeftAlone = Callable[..., tuple[TrainConfig, TrainingRun, str]]
+
+
+@pytest.fixture
+def left_alone(deployments: PrefectDeployments, reference: str, tmp_path: Path) -> LeftAlone:
+    """A run whose follower was killed right after it had started the deployment, and the id of its flow run."""
+
+    def started(stage: Stage = "sft", **parameters: Any) -> tuple[TrainConfig, TrainingRun, str]:
+        config = TrainConfig.model_validate({stage: {"deployment": "team/sft", "parameters": parameters}})
         run = TrainingRun(grape_service.load(reference), config, config.jobs, None, print, deployments)
-        key = f"grape-{run.id}-sft-1"
+        key = f"grape-{run.id}-{stage}-1"
         output = {"dataset_path": "p", "dataset_version": "v0001", "checkpoint": "", "output": str(tmp_path / run.id)}
         flow_run = deployments.start("team/sft", {**output, **parameters}, key)
-        run.note("sft", state="running", attempt=1, job_id=key, flow_run=flow_run, started=time.time())
+        run.note(stage, state="running", attempt=1, job_id=key, flow_run=flow_run, started=time.time())
         return config, run, flow_run
 
+    return started
+
+
+@contextlib.contextmanager
+def prefect_away() -> Iterator[None]:
+    """PREFECT_API_URL is an address that takes connections and says nothing."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{mute.getsockname()[1]}/api"}):
+            yield
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_flow_run_that_nobody_follows_is_cancelled_at_prefect(
+    service: Service, deployments: PrefectDeployments, reference: str, left_alone: LeftAlone, stage: Stage
+) -> None:
+    config, _, flow_run = left_alone(stage, seconds=400)
+    service.wait(lambda: service.state(flow_run)["state_type"] == "RUNNING", 90, "it does not start")
+    began = time.monotonic()
+    with prefect_away(), pytest.raises(StageError) as unended:
+        train_stage.cancel(reference, config, deployments=deployments)
+    assert time.monotonic() - began < 30
+    assert f"{stage} is not cancelled, its job grape-" in str(unended.value)
+    assert str(unended.value).endswith("; ask again with --cancel")
+    with prefect_away():
+        entry = train_stage.read(reference, config, deployments=deployments)["stages"][stage]
+    assert (entry["state"], entry["error"]) == ("failed", str(unended.value))
+    assert service.state(flow_run)["state_type"] == "RUNNING"
+
+    record = train_stage.cancel(reference, config, deployments=deployments)
+    assert service.wait_final(flow_run, 60)["state_name"] == "Cancelled"
+    told = f"{stage} was cancelled, and Prefect was told to end its flow run {flow_run}"
+    assert (record["state"], record["stages"][stage]["error"]) == ("cancelled", told)
+    assert train_stage.cancel(reference, config, deployments=deployments) == record, "once is enough"
+    assert train_stage.read(reference, config, deployments=deployments) == record
+
+
+def test_a_flow_run_that_has_ended_is_not_said_to_be_cancelled(
+    service: Service, deployments: PrefectDeployments, reference: str, left_alone: LeftAlone
+) -> None:
+    config, run, flow_run = left_alone(seconds=5)
+    assert service.wait_final(flow_run, 90)["state_type"] == "COMPLETED"
+    with pytest.raises(StageError, match=r"sft is not cancelled, as its job .* had ended before: Prefect says that it"):
+        train_stage.cancel(reference, config, deployments=deployments)
+    deployments.cancel(flow_run)
+    assert service.state(flow_run)["state_type"] == "COMPLETED"
+    assert run.records.read(run.id)["state"] == "failed"
+
+
+def test_a_follower_that_cannot_cancel_says_so(
+    service: Service, reference: str, left_alone: LeftAlone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "LOST_SECONDS", 6.0)
+    config, _, flow_run = left_alone(seconds=401)
+
+    class Forgetful(PrefectDeployments):
+        """Of a Prefect that may be read and not be written to, as this user has it."""
+
+        def cancel(self, run_id: str, seconds: float | None = None) -> None:
+            with prefect_away():
+                super().cancel(run_id, 1.0)
+
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        context = contextvars.copy_context()
+        follower = pool.submit(
+            context.run, train_stage.train, reference, config, deployments=Forgetful(), say=said.append
+        )
+        service.wait(lambda: any("Prefect says" in line for line in said), 90, "it is not followed")
+        train_stage.cancel(reference, config)
+        with pytest.raises(StageError, match=r"sft: the job is to end, and Prefect cannot be told so: .*run again to"):
+            follower.result(60)
+    assert any("cannot be told so" in line and "waiting for up to 6 s" in line for line in said)
+    assert service.state(flow_run)["state_type"] == "RUNNING"
+    entry = train_stage.cancel(reference, config, deployments=PrefectDeployments())["stages"]["sft"]
+    assert (entry["state"], service.wait_final(flow_run, 60)["state_name"]) == ("cancelled", "Cancelled")
+
+
+def test_a_flow_run_that_nobody_follows_is_asked_for(
+    service: Service, deployments: PrefectDeployments, reference: str, tmp_path: Path, left_alone: LeftAlone
+) -> None:
     def asked(config: TrainConfig, **over: Any) -> tuple[str, str]:
         stage = train_stage.read(reference, config, **{"deployments": deployments, **over})["stages"]["sft"]
         return stage["state"], stage.get("error") or ""
@@ -201,12 +288,9 @@ def test_a_flow_run_that_nobody_follows_is_asked_for(
     assert "ValueError: no quota), and nobody followed it; run again to ask once more" in shown.stdout
 
     config, _, flow_run = left_alone(seconds=2)
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()
-        began = time.monotonic()
-        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{mute.getsockname()[1]}/api"}):
-            state, error = asked(config)
+    began = time.monotonic()
+    with prefect_away():
+        state, error = asked(config)
     assert time.monotonic() - began < 30
     assert state == "failed"
     assert "and it cannot be asked: Prefect at http://127.0.0.1" in error

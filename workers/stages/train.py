@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from grape_service.config.training import Job, SftJob, Stage, TrainConfig
+from grape_service.errors import StageError
 from grape_service.release.load import load_training_set
 from grape_service.storage.options import StorageOptions
 from workers.cluster.jobs import IN_CLUSTER, PRIVATE, job_server
-from workers.training.attempts import Deployments, problem_of
+from workers.training.attempts import Deployments, cancel_job, problem_of
 from workers.training.base_model import check_local_model
 from workers.training.checks import (
     refuse_outputs,
@@ -20,7 +21,7 @@ from workers.training.checks import (
     refuse_resources_of,
     refuse_settings,
 )
-from workers.training.records import Record, RunRecords, settled
+from workers.training.records import Record, RunRecords, StageRecord, is_followed, settled, update_stage
 from workers.training.request import with_target
 from workers.training.runs import TrainingRun, inputs_of, run_id_of, target_of
 
@@ -134,23 +135,42 @@ def cancel(
     target_revision: str | None = None,
     deployments: Deployments | None = None,
 ) -> Record:
-    """Cancel the run of a request. A job on a cluster is stopped here, others by the process that follows them."""
+    """Cancel the run of a request; its record then.
+
+    A job on a Ray cluster or of Prefect is ended here, whether or not a process follows it; a private Ray's and a
+    webhook's by that process. Raises StageError where a job that nobody follows could not be ended; the record says
+    the same.
+    """
     release = load_training_set(reference, storage_options)
     inputs = inputs_of(release, config.jobs, key, target_of(release, target_model, target_revision))
     run_id = run_id_of(inputs)
     records = RunRecords(release.storage, release.name)
     records.read(run_id)
-
-    def ask(record: Record) -> None:
-        for stage in record["stages"].values():
-            if stage["state"] in ("waiting", "running"):
-                stage["cancel"] = True
-
     for id_ in dict.fromkeys([inputs["sft"][:16] if "sft" in inputs else run_id, run_id]):
-        record = records.change(id_, ask)
-    for stage in record["stages"].values():
-        address = stage.get("address")
-        if stage["state"] == "running" and address and address != PRIVATE:
-            with job_server(address if ray_address == "auto" else ray_address) as server:
-                server.stop(stage["job_id"])
-    return settled(records, run_id, partial(problem_of, deployments=deployments))
+        record = records.change(id_, _ask_to_end)
+        for stage, entry in record["stages"].items():
+            address = entry.get("address")
+            if not _may_run(entry) or entry.get("run", id_) != id_ or address == PRIVATE:
+                continue
+            if entry["kind"] == "webhook" and is_followed(record):
+                continue
+            where = ray_address if address and ray_address != "auto" else address
+            values = cancel_job(stage, entry, where, deployments)
+            if values["state"] == "cancelled" or not is_followed(record):
+                records.change(id_, partial(update_stage, stage=stage, values=values))
+    record = settled(records, run_id, partial(problem_of, deployments=deployments))
+    unended = [entry["error"] for entry in record["stages"].values() if entry.get("lost") and entry.get("cancel")]
+    if unended:
+        raise StageError(unended[0])
+    return record
+
+
+def _may_run(entry: StageRecord) -> bool:
+    """Whether a stage has a job that has not ended, as far as is known."""
+    return entry["state"] == "running" or bool(entry.get("lost"))
+
+
+def _ask_to_end(record: Record) -> None:
+    for entry in record["stages"].values():
+        if entry["state"] == "waiting" or _may_run(entry):
+            entry["cancel"] = True

@@ -47,8 +47,8 @@ class Deployments(Protocol):
     def state(self, run_id: str, seconds: float | None = None) -> tuple[str, str]:
         """(running, succeeded, failed or cancelled; the same in Prefect's words), asked for once within `seconds`."""
 
-    def cancel(self, run_id: str) -> None:
-        """Ask the run to end."""
+    def cancel(self, run_id: str, seconds: float | None = None) -> None:
+        """Ask the run to end unless it has; once and within `seconds`, where these are given."""
 
 
 class Run(Protocol):
@@ -199,22 +199,9 @@ def webhook(run: Run, stage: Stage, job: Job, values: dict[str, str]) -> Ended:
 
 def problem_of(state: StageRecord, deployments: Deployments | None = None) -> str | None:
     """Why the job of a stage that nobody follows does not run, as far as it can be asked; None where it runs."""
-    job_id, address, status_url = state["job_id"], state.get("address"), state.get("status_url")
-    flow_run, words = state.get("flow_run"), ""
+    job_id = state["job_id"]
     try:
-        if address:
-            with job_server(address) as server:
-                found = server.state(job_id)
-            who = f"the Ray cluster at {address}"
-        elif status_url:
-            status = webhooks.get_status(status_url, timeout=ASKED_SECONDS / 2, tries=2)
-            found, who = str(status["state"]), "its webhook"
-        elif flow_run and deployments is not None:
-            (found, words), who = deployments.state(flow_run, ASKED_SECONDS), "Prefect"
-            words = f" ({words})"
-        else:
-            where = f", whose flow run is {flow_run}" if flow_run else ""
-            return f"nobody follows the job {job_id}{where}, and it cannot be asked: who has it is not known here"
+        found, words, who = _asked_once(state, state.get("address"), deployments)
     except webhooks.UnknownState:
         return None
     except (UserError, StageError, OSError, RuntimeError) as error:
@@ -224,6 +211,62 @@ def problem_of(state: StageRecord, deployments: Deployments | None = None) -> st
     if found == "running":
         return None
     return f"{who} says that the job {job_id} has {HAS.get(found, found)}{words}, and nobody followed it"
+
+
+def _asked_once(
+    state: StageRecord, address: str | None, deployments: Deployments | None
+) -> tuple[str | None, str, str]:
+    """(The state of a stage's job, None if it is not known; the same in Prefect's words; who says so).
+
+    `address`: of the Ray cluster that has it. Raises UserError or StageError where it cannot be asked.
+    """
+    flow_run = state.get("flow_run")
+    if address:
+        with job_server(address) as server:
+            return server.state(state["job_id"]), "", f"the Ray cluster at {address}"
+    if status_url := state.get("status_url"):
+        status = webhooks.get_status(status_url, timeout=ASKED_SECONDS / 2, tries=2)
+        return str(status["state"]), "", "its webhook"
+    if flow_run and deployments is not None:
+        found, words = deployments.state(flow_run, ASKED_SECONDS)
+        return found, f" ({words})", "Prefect"
+    raise StageError(f"who has it is not known here{f', its flow run is {flow_run}' if flow_run else ''}")
+
+
+def cancel_job(
+    stage: Stage, state: StageRecord, address: str | None, deployments: Deployments | None = None
+) -> StageRecord:
+    """End the recorded job of a stage from outside of the process that follows it; what the record then says of it.
+
+    `address`: of the Ray cluster that has it. "cancelled" is said of a job that was asked to end and of one that had
+    been; one that cannot be asked is lost, with the reason, and one that has ended otherwise is left to the next run.
+    """
+    job_id, flow_run = state["job_id"], state.get("flow_run")
+    done: StageRecord = {"state": "cancelled", "error": f"{stage} was cancelled", "ended": time.time(), "lost": False}
+    if state["kind"] == "webhook":
+        return {**done, "error": f"{stage} was cancelled, and the webhook's job may go on, as it has no stop"}
+    try:
+        found, words, who = _asked_once(state, address, deployments)
+        if found == "running" and address:
+            with job_server(address) as server:
+                server.stop(job_id)
+            found = "cancelled"
+        elif found == "running":
+            assert flow_run is not None, "it was asked"
+            assert deployments is not None, "they were asked"
+            deployments.cancel(flow_run, ASKED_SECONDS)
+            return {**done, "error": f"{stage} was cancelled, and Prefect was told to end its flow run {flow_run}"}
+    except (UserError, StageError, OSError, RuntimeError) as error:
+        problem = f"{stage} is not cancelled, its job {job_id} cannot be ended: {_first_line(error)}"
+        return {"state": "failed", "error": f"{problem}; ask again with --cancel", "lost": True}
+    if found == "cancelled":
+        return done
+    ended = f"{who} no longer knows it" if found is None else f"{who} says that it has {HAS.get(found, found)}{words}"
+    return {
+        "state": "failed",
+        "error": f"{stage} is not cancelled, as its job {job_id} had ended before: {ended}; run again to ask once more",
+        "lost": True,
+    }
 
 
 def deployment(run: Run, stage: Stage, job: Job, values: dict[str, str]) -> Ended:
@@ -268,6 +311,17 @@ def follow(
         is_cancelled, unread = _answer(lambda: _is_cancelled(run, stage), False, "the run's record cannot be read")
         if unread:  # nor could the record be told of an end
             state, problem = running, problem or unread
+        end: Ended | None = None
+        if is_cancelled:
+            end = Ended("cancelled", f"{stage} was cancelled")
+        elif time.time() > deadline:
+            limit = f"timeout_seconds {job.timeout_seconds:g}"
+            end = Ended("failed", f"{stage} took longer than {limit} and was stopped")
+        if end is not None and state == running:
+            _, unended = _answer(stop, None, f"the job is to end, and {whom} cannot be told so")
+            if not unended:
+                return end
+            problem = unended
         if not problem:
             last_answer, told = time.monotonic(), ""
         elif time.monotonic() - last_answer > LOST_SECONDS:
@@ -277,15 +331,6 @@ def follow(
             run.say(f"{stage}: {problem}; waiting for up to {LOST_SECONDS:.0f} s, the job goes on meanwhile")
         if state != running:
             return state
-        if is_cancelled:
-            with best_effort(f"stop the job of {stage}"):
-                stop()
-            return Ended("cancelled", f"{stage} was cancelled")
-        if time.time() > deadline:
-            with best_effort(f"stop the job of {stage}"):
-                stop()
-            limit = f"timeout_seconds {job.timeout_seconds:g}"
-            return Ended("failed", f"{stage} took longer than {limit} and was stopped")
         time.sleep(POLL_SECONDS)
 
 

@@ -179,7 +179,7 @@ def settled(records: RunRecords, run_id: str, problem_of: Callable[[StageRecord]
         values: StageRecord | None = None
         if owner != run_id:
             values = {**settled(records, owner, problem_of)["stages"][stage], "run": owner}
-        elif entry["state"] == "running" and not _is_followed(record):
+        elif entry["state"] == "running" and not is_followed(record):
             if entry.get("address") == "private":
                 ended = "the process that followed it has ended, and its private Ray with it"
                 values = {"state": "failed", "error": ended}
@@ -190,8 +190,15 @@ def settled(records: RunRecords, run_id: str, problem_of: Callable[[StageRecord]
     return record
 
 
-def _is_followed(record: Record) -> bool:
+def is_followed(record: Record) -> bool:
+    """Whether a process starts and follows jobs for a run, as far as its lease says."""
     return record["lease"] is not None and record["lease"]["expires"] > time.time()
+
+
+def forget_cancelling(record: Record) -> None:
+    """Take back what was asked of a record's stages by --cancel."""
+    for entry in record["stages"].values():
+        entry.pop("cancel", None)
 
 
 def update_stage(record: Record, stage: Stage, values: StageRecord) -> None:

@@ -26,7 +26,17 @@ from workers.cluster.jobs import PRIVATE, JobServer
 from workers.training.attempts import POLL_SECONDS, Deployments, Ended, attempt
 from workers.training.claim import CLAIM, claimed_output
 from workers.training.inputs import stage_inputs
-from workers.training.records import FORMAT, Lease, LeaseLost, Record, RunRecords, StageRecord, update_stage
+from workers.training.records import (
+    FORMAT,
+    Lease,
+    LeaseLost,
+    Record,
+    RunRecords,
+    StageRecord,
+    forget_cancelling,
+    is_followed,
+    update_stage,
+)
 from workers.training.request import NO_TARGET, Target, starting_model
 from workers.training.trainers import checkpoints
 
@@ -87,6 +97,8 @@ class TrainingRun:
         self.records = RunRecords(release.storage, release.name)
         self.lease = Lease(self.records, self.id)
         self.record = self.records.create(self._new_record(config, key))
+        if not is_followed(self.record):  # what was cancelled before is wanted again
+            self.record = self.records.change(self.id, forget_cancelling)
 
     @property
     def stages(self) -> list[Stage]:
@@ -165,8 +177,11 @@ class TrainingRun:
         checkpoint = self._checkpoint_for(stage)
         self._claim_output(stage)
         for _ in range(job.attempts):
-            state = self._set(stage, cancel=False, error=None)
+            state = self._set(stage, error=None)
             if not self._goes_on(stage, state):
+                if state.get("cancel"):  # it was asked for while nothing ran
+                    self._set(stage, state="cancelled", error=f"{stage} was cancelled", ended=time.time())
+                    raise StageError(f"{stage} was cancelled")
                 number = state["attempt"] + 1
                 address = self.server.address if self.server else None
                 self._set(

@@ -21,6 +21,7 @@ import grape_service
 from grape_service.config.training import TrainConfig
 from grape_service.errors import StageError, UserError
 from tests.workers.training.webhook import Webhook
+from workers.cluster.jobs import job_server
 from workers.cluster.ray import private_ray
 from workers.stages import train as train_stage
 from workers.training import attempts, records, runs
@@ -55,6 +56,12 @@ if todo == "cut":
         file.truncate(500)
 else:
     shutil.copytree(MODEL, output + "/model", dirs_exist_ok=True)
+"""
+
+QUICK_LEASE = """
+import sys; from workers.training import records; from workers.stages.train import train
+from grape_service.config.training import TrainConfig; records.LEASE_SECONDS = 2.0
+train(sys.argv[1], TrainConfig.model_validate_json(sys.argv[2]), sys.argv[3])
 """
 
 
@@ -188,6 +195,37 @@ def test_a_run_is_cancelled(trainer: str, cluster: str, reference: str, tmp_path
     assert (state["state"], state["attempt"]) == ("cancelled", 1)
 
 
+def test_a_job_that_nobody_follows_is_cancelled_at_its_cluster(
+    trainer: str, cluster: str, reference: str, tmp_path: Path
+) -> None:
+    output = plan(tmp_path / "sft", "sleep")
+    config = TrainConfig(sft=command(trainer, output), rl=command(trainer, tmp_path / "rl"))
+    process = subprocess.Popen([sys.executable, "-c", QUICK_LEASE, reference, config.model_dump_json(), cluster])
+    try:
+        _until(lambda: starts(output))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)  # it is taken for the follower for two seconds more
+    record = train_stage.cancel(reference, config)
+    sft, rl = record["stages"]["sft"], record["stages"]["rl"]
+    assert (sft["state"], sft["error"], rl["state"]) == ("cancelled", "sft was cancelled", "waiting")
+    with job_server(cluster) as server:
+        assert server.state(sft["job_id"]) == "cancelled"
+
+
+def test_what_is_cancelled_before_its_job_is_there_does_not_start(
+    trainer: str, cluster: str, reference: str, tmp_path: Path
+) -> None:
+    config = TrainConfig(sft=command(trainer, tmp_path / "sft"), rl=command(trainer, tmp_path / "rl"))
+    with train_stage.open_run(reference, config, cluster) as run:
+        run.do("sft")
+        train_stage.cancel(reference, config)  # while a gate between them takes its time
+        with pytest.raises(StageError, match="rl was cancelled"):
+            run.do("rl")
+    assert (starts(tmp_path / "rl"), train_stage.read(reference, config)["state"]) == ([], "cancelled")
+    assert train_stage.train(reference, config, cluster)["state"] == "succeeded", "asked for again, it is done"
+
+
 def test_a_job_that_takes_too_long_is_stopped(trainer: str, cluster: str, reference: str, tmp_path: Path) -> None:
     output = plan(tmp_path / "sft", "sleep")
     with pytest.raises(StageError, match="took longer than timeout_seconds 3"):
@@ -216,12 +254,7 @@ def test_another_process_goes_on_with_the_job_of_one_that_was_killed(
 ) -> None:
     output = plan(tmp_path / "sft", "nap")
     config = TrainConfig(sft=command(trainer, output))
-    code = (
-        "import sys; from workers.training import records; from workers.stages.train import train\n"
-        "from grape_service.config.training import TrainConfig; records.LEASE_SECONDS = 2.0\n"
-        "train(sys.argv[1], TrainConfig.model_validate_json(sys.argv[2]), sys.argv[3])\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, reference, config.model_dump_json(), cluster])
+    process = subprocess.Popen([sys.executable, "-c", QUICK_LEASE, reference, config.model_dump_json(), cluster])
     try:
         _until(lambda: starts(output))
     finally:
