@@ -13,7 +13,9 @@ import pyarrow as pa
 
 from grape_service.exports.effects import Level
 from grape_service.exports.summary import Target
+from grape_service.models.local_vocabulary import vocabulary_of
 from grape_service.release.load import Release
+from grape_service.release.token_ids import refuse_unknown_ids
 from grape_service.rows.columns import release_schema
 from grape_service.rows.keys import in_eval_share
 from grape_service.rows.messages import whole_message
@@ -31,12 +33,24 @@ the smallest normal float32, whose share of a gradient is lost in rounding."""
 
 
 def batches(release: Release, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The release's rows with those columns, a few hundred at a time, in order."""
+    """The release's rows with those columns, a few hundred at a time, in order.
+
+    Raises UserError for a token id that the release's target does not have, as far as its tokenizer is on this machine.
+    """
+    num_ids, model, num_rows = 2**31, "the release's target", 0
+    if "input_ids" in columns:
+        target = release.manifest.config.get("target")
+        vocabulary = vocabulary_of(target)
+        num_ids, model = (vocabulary.size, str(target["model"])) if vocabulary and target else (num_ids, model)
     for file in release.manifest.files:
         row_bytes = 16 * file.tokens // max(1, file.rows) + 1
         with release.open_checked(file) as parquet:
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes))
-            yield from parquet.iter_batches(rows, columns=list(columns))
+            for batch in parquet.iter_batches(rows, columns=list(columns)):
+                if "input_ids" in columns:
+                    refuse_unknown_ids(batch, num_ids, model, release.reference, num_rows)
+                num_rows += batch.num_rows
+                yield batch
 
 
 def split_batches(release: Release, columns: Sequence[str], target: Target, split: str) -> Iterator[pa.RecordBatch]:

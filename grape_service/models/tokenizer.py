@@ -49,10 +49,19 @@ def load_tokenizer(folder: str, policy: PolicyConfig, adapter: str | None = None
 
 def position_limit(folder: str) -> int | None:
     """Tokens that the model has positions for, by its config.json; None if it does not say."""
+    return _number_of_config(folder, "max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def vocabulary_size(folder: str) -> int | None:
+    """Token ids that the model has embeddings for, by its config.json; None if it does not say."""
+    return _number_of_config(folder, "vocab_size")
+
+
+def _number_of_config(folder: str, *keys: str) -> int | None:
     config = _json_file(folder, "config.json")
     text_config = config.get("text_config")
     for part in (config, text_config if isinstance(text_config, dict) else {}):
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        for key in keys:
             value = part.get(key)
             if isinstance(value, int) and 2 <= value <= LARGEST_LIMIT:
                 return value

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from grape_service.errors import UserError
 from grape_service.prepare.counts import pack_ids, union_of_ids
+from grape_service.release.token_ids import refuse_unknown_ids
 from grape_service.rows.columns import (
     BEHAVIOR_KNOWN,
     LOSS_TOKEN,
@@ -182,13 +183,15 @@ def write_kept_rows(
     stop_ids: Collection[int],
     keep_scores: bool,
     computed: Sequence[pa.Field] = (),
+    known_ids: tuple[int, str] | None = None,
 ) -> tuple[int, str, int]:
     """Write a data file of a release, which has to have the digest `sha256`, as a kept file; the number of rows, the
     ids of their tokens with loss (see `pack_ids`), and how many rows lack a statistic of the target.
 
     `stop_ids` are the target's: a token with loss that is one of these and ends a span is a turn end. The target's
     statistics are taken over when `keep_scores`, or null, to be scored again. `computed` are those of
-    `columns.computed_fields` that the kept rows have.
+    `columns.computed_fields` that the kept rows have. `known_ids`: how many token ids there are, and which model has
+    them; raises UserError for a row with another.
     """
     schema = pa.schema([*SHARD, *other_fields, *kept_columns(list(computed))])
     statistics = ["target_logprobs", *(item.name for item in TARGET_FIELDS.values() if item in computed)]
@@ -200,6 +203,8 @@ def write_kept_rows(
         with open_checked(output, part_path, sha256) as file:
             for batch in file.iter_batches(BATCH_ROWS):
                 table = pa.Table.from_batches([batch])
+                if known_ids is not None:
+                    refuse_unknown_ids(batch, *known_ids, output.url(part_path), rows)
                 rows += table.num_rows
                 kept = kept_rows(table, schema, stop_ids, keep_scores)
                 used = union_of_ids([used, tokens_with_loss(kept)])

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from grape_service.display import cut, visible
 from grape_service.errors import StageError, UserError
+from grape_service.models.local_vocabulary import vocabulary_of
 from grape_service.prepare.result import Prepared
 from grape_service.prepare.shards import shard_paths
 from grape_service.release.candidates import ScoredPool
@@ -31,7 +32,6 @@ from grape_service.rows.candidate import Message, Row
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_of
 from grape_service.ui.folder import Folder
-from grape_service.ui.tokens import vocabulary_of
 
 MAX_TOKENS = 4096
 """Tokens of a response that a page shows."""

@@ -86,6 +86,7 @@ def load_kept(run: Run, release: Release) -> Kept:
                 "stop_ids": stop_ids_of(run, release),
                 "keep_scores": same_target,
                 "computed": _computed_fields(statistics, release),
+                "known_ids": (run.target_renderer.vocabulary.size, run.config.target.model),
             },
             together=together(run.config.workers, len(paths)),
         )

@@ -19,6 +19,7 @@ from grape_service.errors import UserError
 from grape_service.exports import export
 from grape_service.exports.effects import EFFECTS, LEVELS, PLAIN_EFFECTS
 from grape_service.exports.rows import TINY, weights_for_counting
+from grape_service.exports.summary import UNFINISHED
 from grape_service.exports.turns import conversations
 from grape_service.release.claim import claim_version
 from grape_service.release.load import Release
@@ -29,6 +30,7 @@ from grape_service.rows.keys import in_eval_share
 from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import publish_version
 from tests.grape_service.release.made_up import rows as made_up_rows
+from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 
 TOOLS = '[{"type":"function","function":{"name":"add","parameters":{"type":"object"}}}]'
@@ -275,3 +277,15 @@ def test_messages_begin_with_the_system_prompt_that_their_tokens_hold(tmp_path: 
         assert line["messages"][0]["content"] == "Be brief." or roles.count("system") == 1
         assert roles[0] == "system"
         assert roles.count("system") == 1
+
+
+@pytest.mark.parametrize("to", ["trl", "verl", "jsonl", "axolotl", "tinker", "megatron-bridge", "llamafactory-v1"])
+def test_a_token_id_that_the_target_does_not_have_is_refused(to: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    for number, (unknown, target) in enumerate([(515, model), (-7, "a-team/its-model")]):
+        rows = make_rows(6)
+        rows[4]["input_ids"][1] = unknown
+        reference = write_release(tmp_path / f"out{number}", rows, {"target": {"model": target}})
+        with pytest.raises(UserError, match=rf"row 5 of {reference} .*holds the token id {unknown}, and"):
+            export(grape_service.load(reference), to, tmp_path / f"{to}{number}")
+        assert [path.name for path in (tmp_path / f"{to}{number}").iterdir()] == [UNFINISHED]

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import grape_service
 from grape_service.config.schema import Config
-from grape_service.release.rows import final_batches, kept_rows, messages_array
+from grape_service.errors import UserError
+from grape_service.release.rows import final_batches, kept_rows, messages_array, write_kept_rows
 from grape_service.rows.columns import (
     BEHAVIOR_KNOWN,
     BEHAVIOR_ROW_COLUMNS,
@@ -26,6 +28,7 @@ from grape_service.storage.storage import Storage
 from grape_service.weigh.lookup import Stores
 from grape_service.weigh.partition import WeighContext, WeighPartition, weigh_partition
 from tests.made_rows import Row, put_scores, row_table
+from tests.workers.training.tiny_release import make_rows, write_release
 
 ROWS = [
     Row("p", "x", num_loss=2, prompt_len=2, other={"level": 3}),
@@ -256,3 +259,14 @@ def test_weighing_a_release_again_gives_the_same_bits(tmp_path, first_weighed, w
         assert again[name].to_pylist() == first[name].to_pylist()
     if first_weighed:
         assert again["behavior_logprobs"].to_pylist() == first["behavior_logprobs"].to_pylist()
+
+
+def test_a_release_with_a_token_id_that_the_target_does_not_have_is_not_weighed_again(tmp_path):
+    rows = make_rows(6)
+    rows[4]["input_ids"][0] = 515
+    release = grape_service.load(write_release(tmp_path / "out", rows, {}))
+    (entry,) = release.manifest.files
+    part = (release.storage, f"{release.folder}/{entry.path}", entry.sha256, release.storage, "kept.parquet")
+    assert write_kept_rows(*part, [], [STOP], True, known_ids=(516, "m"))[0] == 6
+    with pytest.raises(UserError, match=r"row 5 of .*part-00000.parquet .prompt_id prompt-4. holds the token id 515"):
+        write_kept_rows(*part, [], [STOP], True, known_ids=(515, "m"))

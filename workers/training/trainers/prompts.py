@@ -21,6 +21,7 @@ from grape_service.pool.listing import list_files
 from grape_service.pool.messages import Unusable, prompt_messages
 from grape_service.pool.reader import Segment, SegmentReader
 from grape_service.release.load import Release
+from grape_service.release.token_ids import refuse_unknown_ids
 from grape_service.rows.candidate import Message, Rejection
 from grape_service.rows.columns import release_schema
 from grape_service.rows.messages import whole_message
@@ -30,15 +31,22 @@ _TOKEN_COLUMNS = frozenset(release_schema([], []).names) - {"prompt_id", "source
 """Columns of a release that say nothing to a reward."""
 
 
-def rl_prompts(release: Release, settings: RlSettings, options: StorageOptions) -> list[dict[str, Any]]:
+def rl_prompts(
+    release: Release,
+    settings: RlSettings,
+    options: StorageOptions,
+    num_ids: int | None = None,
+    model: str = "the model",
+) -> list[dict[str, Any]]:
     """Rows {"messages": the prompt's messages, "tools": what it offers or None, "ids": its tokens as the release has
     them, None for those of a pool, "response": what the release answers, "row": the other columns}, each prompt once.
 
-    Raises UserError where a pool has no prompts or a reward's answer column is missing.
+    `num_ids`: of the token ids that `model` has. Raises UserError where a pool has no prompts, a reward's answer column
+    is missing or a row of the release holds another token id.
     """
     limit = settings.max_prompts or settings.steps * settings.prompts_per_step
     pool = settings.prompts
-    rows = pool_rows(pool.path, pool.column, options) if pool else release_rows(release)
+    rows = pool_rows(pool.path, pool.column, options) if pool else release_rows(release, num_ids, model)
     chosen: dict[bytes, dict[str, Any]] = {}
     heap: list[tuple[int, bytes]] = []  # largest digest on top
     for row in rows:
@@ -72,12 +80,19 @@ def rl_prompts(release: Release, settings: RlSettings, options: StorageOptions) 
     return [chosen[name] for name in sorted(chosen)]
 
 
-def release_rows(release: Release) -> Iterator[dict[str, Any]]:
-    """Prompts of a release: what comes before the response, in messages and in tokens; rows without loss have none."""
+def release_rows(release: Release, num_ids: int | None = None, model: str = "the model") -> Iterator[dict[str, Any]]:
+    """Prompts of a release: what comes before the response, in messages and in tokens; rows without loss have none.
+
+    `num_ids`: of the token ids that `model` has. Raises UserError for a row that holds another.
+    """
+    num_rows = 0
     columns = [name for name in release.schema.names if name not in _TOKEN_COLUMNS - {"input_ids", "loss_mask"}]
     for entry in release.manifest.files:
         with release.open_checked(entry) as file:
             for batch in file.iter_batches(1024, columns=columns):
+                if num_ids is not None:
+                    refuse_unknown_ids(batch, num_ids, model, release.reference, num_rows)
+                num_rows += batch.num_rows
                 yield from _prompts_of(batch)
 
 

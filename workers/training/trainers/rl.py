@@ -63,7 +63,8 @@ def run_rl(task: RlTask) -> CheckpointFacts:
     if settings.prompts is None:
         trusted = SftSettings(trust_remote_code=settings.trust_remote_code)
         check_tokenizer(release, task.checkpoint, files.folder, trusted)
-    prompts = rl_prompts(release, settings, task.storage)
+    num_ids = session.num_token_ids(files.folder, tokenizer)
+    prompts = rl_prompts(release, settings, task.storage, num_ids, task.checkpoint)
     renderer = renderer_of(files.folder, tokenizer, settings, (system_prompt, render), output.note)
     if renderer is None and settings.prompts is not None:
         raise UserError(f"train.rl.prompts: {task.checkpoint} cannot render them: {output.notes[-1]}")

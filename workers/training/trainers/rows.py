@@ -6,6 +6,7 @@ with the release. A group is what becomes one sequence of a batch: a row, or wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,25 @@ class Row:
     behavior_logprobs: npt.NDArray[np.float32] | None
 
 
-def write_local_rows(dataset: pads.Dataset, path: Path, eval_share: float) -> None:
-    """Stream a release's rows into an Arrow file; a prompt's rows are all for training or all for evaluation."""
+def write_local_rows(
+    dataset: pads.Dataset, path: Path, eval_share: float, check: Callable[[pa.RecordBatch, int], None] | None = None
+) -> None:
+    """Stream a release's rows into an Arrow file; a prompt's rows are all for training or all for evaluation.
+
+    `check` is called with each batch and the number of rows before it.
+    """
     missing = [name for name in TRAINING_COLUMNS if name not in dataset.schema.names]
     if missing:
         raise UserError(f"the dataset has no column '{missing[0]}': training reads the columns of a release")
     known = [BEHAVIOR_KNOWN.name] if BEHAVIOR_KNOWN.name in dataset.schema.names else []
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
+    num_rows = 0
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, LOCAL_ROWS) as writer:
         for batch in dataset.to_batches(columns=[*TRAINING_COLUMNS, *known], batch_size=1024):
+            if check is not None:
+                check(batch, num_rows)
+            num_rows += batch.num_rows
             is_eval = [in_eval_share(prompt_id, eval_share) for prompt_id in batch.column("prompt_id").to_pylist()]
             columns = {name: batch.column(name).cast(LOCAL_ROWS.field(name).type) for name in LOCAL_ROWS.names[:4]}
             if known:

@@ -17,6 +17,7 @@ from grape_service.config.training import OptimizerSettings, SftSettings
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.models.files import ModelFiles, resolve_model
+from grape_service.models.tokenizer import vocabulary_size
 from grape_service.models.whole import CheckpointFacts
 from grape_service.storage.options import StorageOptions
 from workers.training.trainers import checkpoints
@@ -130,6 +131,12 @@ def load_tokenizer(folder: str, settings: OptimizerSettings, render: JsonObject)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def num_token_ids(folder: str, tokenizer: Any) -> int:
+    """How many token ids a model has: those of its tokenizer for which it has an embedding too."""
+    ids = 1 + max(tokenizer.get_vocab().values())
+    return min(ids, vocabulary_size(folder) or ids)
 
 
 def template_text(own: str | dict[str, str] | None, wanted: str | None, model: str) -> str | None:

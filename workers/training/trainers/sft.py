@@ -23,12 +23,15 @@ from grape_service.methods import WEIGHTS
 from grape_service.models.tokenizer import position_limit
 from grape_service.models.whole import CheckpointFacts
 from grape_service.release.load import Release, load_training_set
+from grape_service.release.token_ids import refuse_unknown_ids
 from workers.training.base_model import base_model, base_revision, check_tokenizer
 from workers.training.batch_split import split_of
 from workers.training.inputs import release_digest, resolved_model_inputs
 from workers.training.trainers.task_file import main
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from workers.training.trainers.rows import LocalRows
 
 FORMAT = 3
@@ -76,7 +79,9 @@ def run_sft(task: SftTask) -> CheckpointFacts:
     micro_batch_size, accumulation = split_of(settings, processes)
     arguments = session.sft_arguments(settings, output.folder, micro_batch_size, accumulation)
 
-    rows = local_rows(release, output.folder, settings.eval_share)
+    tokenizer = session.load_tokenizer(files.folder, settings, rendered_with[1])
+    num_ids = session.num_token_ids(files.folder, tokenizer)
+    rows = local_rows(release, output.folder, settings.eval_share, num_ids, model_name)
     usable, left_out, notes = usable_rows(rows, settings)
     train_indices = np.flatnonzero(usable & ~rows.is_eval)
     eval_indices = np.flatnonzero(usable & rows.is_eval)
@@ -96,7 +101,6 @@ def run_sft(task: SftTask) -> CheckpointFacts:
         return Dataset.from_dict({"rows": rounded_up(groups, multiple)})
 
     output.doing("loads the model")
-    tokenizer = session.load_tokenizer(files.folder, settings, rendered_with[1])
     pad_token_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     facts |= {"inputs": output.inputs, "rows": len(train_indices), "eval_rows": len(eval_indices), **left_out}
     trainer = WeightedSFTTrainer(
@@ -129,20 +133,26 @@ def last_evaluation(trainer: Any) -> dict[str, Any]:
     return dict(trainer.evaluate())
 
 
-def local_rows(release: Release, folder: Path, eval_share: float) -> LocalRows:
-    """The release's rows in a local file, which is named by their content and by how it is split.
+def local_rows(release: Release, folder: Path, eval_share: float, num_ids: int, model: str) -> LocalRows:
+    """The release's rows in a local file, which is named by their content, by how it is split and by how many token ids
+    the model has.
 
-    Raises UserError for a data file that is not what the manifest says.
+    Raises UserError for a data file that is not what the manifest says, and for a token id that the model does not
+    have.
     """
     from workers.training.trainers.output import one_process_first
     from workers.training.trainers.rows import LOCAL_ROWS, LocalRows, write_local_rows
 
     content = [[entry.sha256, entry.rows] for entry in release.manifest.files]
-    path = folder / f"rows-{digest_of([content, eval_share, str(LOCAL_ROWS), FORMAT])[:16]}.arrow"
+    path = folder / f"rows-{digest_of([content, eval_share, num_ids, str(LOCAL_ROWS), FORMAT])[:16]}.arrow"
+
+    def check(batch: pa.RecordBatch, first: int) -> None:
+        refuse_unknown_ids(batch, num_ids, model, release.reference, first)
+
     with one_process_first():
         if not path.exists():
             release.check_files()
-            write_local_rows(release.dataset, path, eval_share)
+            write_local_rows(release.dataset, path, eval_share, check)
     return LocalRows(path)
 
 

@@ -91,6 +91,18 @@ def test_grpo_trains_and_goes_on_from_a_checkpoint(reference: str, model: str, t
     assert checkpoints.check_whole(checkpoints.Storage(str(tmp_path / "model")))["stage"] == "rl"
 
 
+def test_a_token_id_that_the_model_does_not_have_is_refused_before_anything_is_asked(
+    model: str, tmp_path: Path
+) -> None:
+    rows = make_rows(6)
+    rows[4]["input_ids"][0] = 515
+    reference = write_release(tmp_path / "out", rows, {"target": {"model": model}})
+    rewards = [RewardSettings(type="function", function=f"{__name__}:long_answer")]
+    settings = RlSettings(steps=1, prompts_per_step=2, num_generations=2, rewards=rewards, device="cpu")
+    with pytest.raises(UserError, match=r"row 5 of .* \(prompt_id prompt-4\) holds the token id 515, and .* 0 to 514:"):
+        run_rl(RlTask(dataset=reference, checkpoint=model, output=str(tmp_path / "rl"), settings=settings))
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(r=4)], ids=["full", "lora"])
 def test_an_accumulated_step_is_that_of_one_big_batch(
     lora: LoraSettings | None, reference: str, model: str, tmp_path: Path

@@ -59,6 +59,24 @@ def test_a_resumed_run_ends_with_the_same_weights(reference: str, tmp_path: Path
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("unknown", [514, 515, 2**31 - 1, -1])
+def test_a_token_id_that_the_model_does_not_have_is_refused_before_the_first_step(
+    unknown: int, model: str, tmp_path: Path
+) -> None:
+    rows = make_rows(1100)
+    rows[1050]["input_ids"][0] = unknown
+    reference = write_release(tmp_path / "out", rows, {"target": {"model": model}})
+    task = SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=step_settings())
+    if unknown == 514:
+        run_sft(task)
+        return
+    with pytest.raises(UserError) as refused:
+        run_sft(task)
+    where = f"row 1,051 of {reference} (prompt_id prompt-1050)"
+    assert str(refused.value).startswith(f"{where} holds the token id {unknown}, and {model} has the ids 0 to 514:")
+    assert not (tmp_path / "sft" / "metrics.jsonl").exists()
+
+
 def mark_again(folder: Path) -> None:
     """The marker of a checkpoint into which a test has put something."""
     facts = checkpoints.Storage(str(folder)).read_json("complete.json")
