@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grape_service.render import template_process
-from grape_service.render.template_process import FAILED, LENGTH, MAX_TEXT, NOT_A_TEMPLATE, RENDERED
+from grape_service.render.template_process import FAILED, LENGTH, MAX_ADDED, MAX_TIMES, NOT_A_TEMPLATE, RENDERED, TOO_LONG
 from grape_service.rows.candidate import Message, Tool
 
 TODAY = datetime(2024, 7, 26)
@@ -45,7 +45,7 @@ class NotATemplate(RenderingError):
 
 
 class TooMuch(RenderingError):
-    """A template took more memory or time than one rendering may."""
+    """A template took more memory or time, or made more text, than one rendering may."""
 
     def __init__(self, what: str):
         super().__init__(f"it takes more than {what}: a loop without an end?")
@@ -100,7 +100,9 @@ class _Process:
         if kind == NOT_A_TEMPLATE:
             raise NotATemplate(text)
         self.end()  # what it still holds is of no use
-        raise TooMuch(f"{MAX_BYTES // 2**30} GiB of memory, or its text more than {MAX_TEXT // 2**20} MiB")
+        if kind == TOO_LONG:
+            raise TooMuch(f"{MAX_ADDED:,} characters beside {MAX_TIMES} for each one of the conversation")
+        raise TooMuch(f"{MAX_BYTES // 2**30} GiB of memory")
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:

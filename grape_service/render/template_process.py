@@ -24,9 +24,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from grape_service.rows.candidate import Message
 
 LENGTH = struct.Struct("<Q")
-RENDERED, FAILED, NOT_A_TEMPLATE, TOO_MUCH = b"R", b"F", b"N", b"T"
-MAX_TEXT = 64 * 2**20
-"""Characters of a rendering."""
+RENDERED, FAILED, NOT_A_TEMPLATE, TOO_MUCH, TOO_LONG = b"R", b"F", b"N", b"T", b"L"
+MAX_ADDED = 128 * 2**10
+"""Characters that a rendering may have beside those of its template and what the conversation accounts for: whoever
+asked turns all of them into tokens, at about 2 s and 200 MB a million."""
+MAX_TIMES = 16
+"""Characters of a rendering for each one of the conversation, as Python writes it: JSON's escapes take 12 for one."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -104,6 +107,11 @@ def with_all_names(message: Message) -> dict[str, Any]:
     return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
+def _is_too_long(text: str, source: str, values: dict[str, Any]) -> bool:
+    most = MAX_ADDED + len(source)
+    return len(text) > most and len(text) > most + MAX_TIMES * len(repr(values))
+
+
 def _read(length: int) -> bytes:
     parts = []
     while length:
@@ -139,9 +147,10 @@ def main() -> None:
                 templates[number] = sandbox.from_string(sources[number])
             values["messages"] = [with_all_names(message) for message in values["messages"]]
             text = templates[number].render(**values)
-            if len(text) > MAX_TEXT:
-                raise MemoryError
-            _answer(RENDERED, text)
+            if _is_too_long(text, sources[number], values):
+                _answer(TOO_LONG, "")
+            else:
+                _answer(RENDERED, text)
         except MemoryError:
             _answer(TOO_MUCH, "")
         except jinja2.TemplateSyntaxError as error:

@@ -63,6 +63,16 @@ def test_a_row_on_which_it_has_no_end_is_rejected_and_the_next_is_not(tokenizer:
     assert template.render([{"role": "user", "content": "short"}]) == "short"
 
 
+def test_text_that_the_conversation_accounts_for_is_no_reason() -> None:
+    escaped = Source("{{ messages|tojson(ensure_ascii=true) }}", {})
+    words = "\N{GRINNING FACE}" * 100_000
+    assert len(escaped.render([{"role": "user", "content": words}], None, False)) > 12 * 100_000
+    added = Source("{{ 'a' * messages[0].content }}", {})
+    assert len(added.render([{"content": 2**17}], None, False)) == 2**17
+    with pytest.raises(TooMuch, match="more than 131,072 characters beside 16 for each one of the conversation"):
+        added.render([{"content": 2**17 + 2**12}], None, False)
+
+
 def test_a_process_that_was_killed_is_started_again() -> None:
     source = Source("{{ messages[0].content }}", {})
     assert source.render([{"role": "user", "content": "a"}], None, False) == "a"
