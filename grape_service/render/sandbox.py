@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from grape_service.render import template_process
-from grape_service.render.template_process import FAILED, LENGTH, MAX_ADDED, MAX_TIMES, NOT_A_TEMPLATE, RENDERED, TOO_LONG
+from grape_service.render.template_process import (
+    FAILED,
+    LENGTH,
+    MAX_ADDED,
+    MAX_TIMES,
+    NOT_A_TEMPLATE,
+    RENDERED,
+    TOO_LONG,
+)
 from grape_service.rows.candidate import Message, Tool
 
 TODAY = datetime(2024, 7, 26)
