@@ -14,7 +14,7 @@ from typing import Any
 
 from grape_service.addresses import ask_loopback_directly
 from grape_service.cli.failing import fail, interrupt_sentence
-from grape_service.models.imports import collect_rarely
+from grape_service.models.imports import collect_rarely, take_process
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -25,6 +25,8 @@ END_SECONDS = 4.0
 def main() -> None:
     """Run a command; exit with 0, 1 (a stage failed), 2 (a user error) or 130 (Ctrl-C)."""
     ask_loopback_directly()
+    if _is_the_program():
+        take_process()
     collect_rarely()
     atexit.register(gc.freeze)  # Python's end would look through every object, for a second where torch was imported
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -39,6 +41,14 @@ def main() -> None:
         _tell()
         _leave(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _is_the_program() -> bool:
+    """Whether this process was started as `grape` or `python -m grape_service.cli`; not where somebody's Python calls
+    `main`."""
+    program = sys.modules["__main__"]
+    spec, file = getattr(program, "__spec__", None), getattr(program, "__file__", None)
+    return (spec is not None and spec.name == f"{__name__}.__main__") or os.path.basename(file or "") == "grape"
 
 
 def _run() -> Any:

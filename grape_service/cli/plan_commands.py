@@ -32,10 +32,11 @@ def plan(
 ) -> None:
     """Count the pool's tokens and estimate what sampling and scoring take. Starts no engine."""
     from grape_service.estimate.plan import make_plan
-    from grape_service.models.imports import import_without_extras
+    from grape_service.models.imports import import_without_extras, is_own_process
 
     settings = config_of(config, sets)
-    import_without_extras(with_torch=settings.runs_own_code)
+    if is_own_process():
+        import_without_extras(with_torch=settings.runs_own_code)
     found = make_plan(settings, replicas, device, tokens_per_second, price, exact)
     if as_json:
         print_json(found.to_json())

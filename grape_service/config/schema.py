@@ -77,8 +77,8 @@ class WorkersConfig(Model):
     cpus: int | None = Field(None, ge=1)
     """Tasks at the same time on a private Ray; null: the machine's cores."""
     reuse: Literal["compatible", "exact"] = "compatible"
-    """Whether scores that another version of vLLM or transformers made are used: compatible compares engines by canary
-    rows, exact refuses them."""
+    """Whether scores that another version of vLLM, transformers or torch made are used: compatible compares engines by
+    canary rows, exact refuses them."""
 
     @field_validator("ray_address")
     @classmethod

@@ -17,6 +17,20 @@ GC_THRESHOLD = (50_000, 20, 100)
 """New objects after which Python looks for cycles: imports make a million that all stay."""
 
 
+_is_own_process = False
+
+
+def take_process() -> None:
+    """Say that this process is a command's, which ends with it: nobody will want torch or transformers in it later."""
+    global _is_own_process
+    _is_own_process = True
+
+
+def is_own_process() -> bool:
+    """Whether this process ends with the command that it runs; not where somebody's Python calls it, as a notebook."""
+    return _is_own_process
+
+
 def collect_rarely() -> None:
     """Have this process look for cycles less often: for a quarter of the time that its imports would take."""
     gc.set_threshold(*GC_THRESHOLD)
@@ -26,7 +40,7 @@ def import_without_extras(with_torch: bool = True) -> None:
     """For the rest of this process transformers goes without the packages in UNUSED, and pyarrow without pandas.
 
     Without torch it has tokenizers, and no models, in a third of the time: for processes that never load one. (A worker
-    of Ray's may become an engine.)
+    of Ray's may become an engine.) Not for a process in which somebody's own Python goes on: see `is_own_process`.
     """
     if "transformers" in sys.modules:
         return

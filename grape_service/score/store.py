@@ -52,6 +52,12 @@ METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
 
 
+def engine_version(made_by: Mapping[str, Any]) -> str:
+    """Whose code computed, as an engine's description or a file's metadata has it: its library and torch."""
+    torch = made_by.get("torch") or (made_by.get("extra") or {}).get("torch")
+    return f"{made_by.get('engine')} {made_by.get('version')}" + (f" with torch {torch}" if torch else "")
+
+
 @dataclass(frozen=True, eq=False)
 class ScoreStore:
     """Scores of rows under one policy."""
@@ -121,7 +127,7 @@ class ScoreStore:
 
     def versions(self, partition: str, keys: RowKeys, names: Iterable[str] = ()) -> set[str]:
         """The engines, with their versions, that made the scores of `keys` which are read, log-probabilities and the
-        other statistics `names`: (transformers 5.23.0)."""
+        other statistics `names`: (transformers 5.23.0 with torch 2.13.0+cpu)."""
         index = KeyIndex(keys)
         found = {name: np.zeros(index.num_unique, dtype=bool) for name in ordered(names)}
         versions = set()
@@ -135,8 +141,7 @@ class ScoreStore:
 
     def version_of(self, path: str) -> str:
         """The engine, with its version, that made a file."""
-        made_by = self.metadata(path)
-        return f"{made_by.get('engine')} {made_by.get('version')}"
+        return engine_version(self.metadata(path))
 
     def write(
         self,

@@ -13,6 +13,7 @@ import orjson
 
 from grape_service.errors import StageError, UserError
 from grape_service.rows.ragged import TokenBatch
+from grape_service.score.store import engine_version
 from grape_service.storage.storage import Storage, json_bytes
 from workers.engines.base import Engine, EngineDescription
 
@@ -56,13 +57,9 @@ def check_canary(engine: Engine, folder: str, workspace: Storage, policy_id: str
     others = [workspace.read_json(info.path) for info in workspace.list(f"scores/{policy_id}/{OTHERS}")]
     for stored in [first, *others]:
         _compare(stored, engine.description, scores, policy_id, reuse)
-    if all(_version(stored) != _version(mine) for stored in [first, *others]):
-        name = re.sub(r"[^A-Za-z0-9.]+", "-", _version(mine))
+    if all(engine_version(stored) != engine_version(mine) for stored in [first, *others]):
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", engine_version(mine))
         workspace.create_if_absent(f"scores/{policy_id}/{OTHERS}/{name}.json", json_bytes(mine))
-
-
-def _version(stored: dict[str, Any]) -> str:
-    return f"{stored['engine']} {stored['version']}"
 
 
 def _compare(
@@ -72,10 +69,10 @@ def _compare(
     policy_id: str,
     reuse: str,
 ) -> None:
-    here = f"{description.engine} {description.version}"
-    if reuse == "exact" and _version(stored) != here:
+    here = engine_version(asdict(description))
+    if reuse == "exact" and engine_version(stored) != here:
         raise StageError(
-            f"scores of {policy_id} were made by {_version(stored)} and this replica has {here}: "
+            f"scores of {policy_id} were made by {engine_version(stored)} and this replica has {here}: "
             "set workers.reuse to compatible, or score with the same version"
         )
     reference = np.asarray(stored["logprobs"], dtype=np.float64)
@@ -87,6 +84,9 @@ def _compare(
             for key in ("dtype", "quantization", "engine", "version")
             if stored[key] != getattr(description, key)
         ]
+        torch = [str((made_by.get("extra") or {}).get("torch")) for made_by in (stored, asdict(description))]
+        if torch[0] != torch[1]:
+            named.append(f"torch {torch[0]} there, {torch[1]} here")
         raise StageError(
             f"a replica of {policy_id} was refused: its canary rows differ from the stored ones by "
             f"{difference.mean():.3g} a token on average (allowed: {mean}); "

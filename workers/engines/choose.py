@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from grape_service.models.weights import check_weights
+from grape_service.score.store import engine_version
 from workers.engines.base import Engine
 from workers.engines.sampler import Sampler
 
@@ -96,7 +97,7 @@ def load_sampler(policy: PolicyConfig, folder: str) -> Sampler:
 
 
 def installed_version(policy: PolicyConfig, folder: str, scores_here: bool) -> str | None:
-    """The engine that scores a policy, with its version, as score files have it.
+    """The engine that scores a policy, with its version and torch's, as score files have it.
 
     None where this machine cannot tell: without `scores_here`, others score, and may have an engine that it lacks.
     """
@@ -104,7 +105,8 @@ def installed_version(policy: PolicyConfig, folder: str, scores_here: bool) -> s
     if name != policy.engine and not scores_here:
         return None
     try:
-        library = importlib.import_module(name)
+        library, torch = importlib.import_module(name), importlib.import_module("torch")
     except ImportError:
         return None
-    return f"{name} {library.__version__}"
+    made_by = {"engine": name, "version": library.__version__, "extra": {"torch": torch.__version__}}
+    return engine_version(made_by)

@@ -17,7 +17,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from grape_service.errors import StageError, UserError
-from grape_service.models.imports import import_without_extras
+from grape_service.models.imports import import_without_extras, is_own_process
 
 if TYPE_CHECKING:  # the process beside is there before these are imported
     import numpy as np
@@ -36,13 +36,14 @@ if TYPE_CHECKING:  # the process beside is there before these are imported
 class ModelsInSideProcess:
     """The models of a config, for a command that looks at them: their weights, and scores of the engine of each.
 
-    Where that is safe, as transformers is not imported yet, a process is forked at once, which imports torch; this
-    one then goes without it. Make it first of all, begin when the config is known, and close it.
+    Where that is safe, as this process is a command's own and has not imported transformers yet, another is forked at
+    once, which imports torch; this one then goes without it. Make it first of all, begin when the config is known, and
+    close it.
     """
 
     def __init__(self) -> None:
         self._loaded: Loaded = {}
-        is_safe = sys.platform == "linux" and not {"torch", "transformers"} & set(sys.modules)
+        is_safe = sys.platform == "linux" and is_own_process() and not {"torch", "transformers"} & set(sys.modules)
         self._beside = _Beside() if is_safe else None
         self._scores_beside = False
 
@@ -57,7 +58,8 @@ class ModelsInSideProcess:
             for policy in policies:
                 if self._beside is not None and Path(policy.model).is_dir():
                     self._ask(function, policy, str(Path(policy.model).resolve()))  # the answer comes again
-        import_without_extras(with_torch=config.runs_own_code or not self._scores_beside)
+        if is_own_process():
+            import_without_extras(with_torch=config.runs_own_code or not self._scores_beside)
 
     def weights(self, policy: PolicyConfig, folder: str) -> Callable[[], Weights]:
         """Ask for what check_weights says of a policy's files: the function waits for it, and raises its UserError."""

@@ -287,8 +287,10 @@ class ScoringActor:
 
     def _made_by(self) -> dict[str, str]:
         """What score files say of the engine."""
-        description = replace(self.engine.description, extra={})
-        return {key: str(value) for key, value in asdict(description).items() if key != "extra"}
+        description = self.engine.description
+        made_by = {key: str(value) for key, value in asdict(replace(description, extra={})).items() if key != "extra"}
+        torch = description.extra.get("torch")
+        return made_by if torch is None else {**made_by, "torch": str(torch)}
 
     def close(self) -> None:
         """Free the device."""

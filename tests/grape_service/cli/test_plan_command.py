@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,38 @@ def test_a_plan_a_run_and_a_plan_from_its_manifest(tmp_path: Path) -> None:
         assert again["policies"][0]["device"] == "cpu"
         measured = against["actual"]["tokens_per_second"]
         assert again["policies"][0]["tokens_per_second"] == pytest.approx(measured, rel=0.01)
+
+
+NOTEBOOK = """
+import contextlib, sys
+from grape_service.cli import main
+
+def grape(*arguments):
+    sys.argv = ["grape", *arguments]
+    with contextlib.suppress(SystemExit):
+        main()
+
+grape("plan", "config.yaml", "--tokens-per-second", "9")
+grape("check", "config.yaml")
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_scipy_available
+assert is_scipy_available()
+model, tokenizer = (kind.from_pretrained(MODEL) for kind in (AutoModelForCausalLM, AutoTokenizer))
+print(tuple(model(**tokenizer("Hello.", return_tensors="pt")).logits.shape))
+import grape_service
+print(grape_service.run("config.yaml").reference)
+import pandas
+print(len(grape_service.load("datasets/tiny").to_pandas()))
+"""
+
+
+def test_what_a_notebook_does_after_a_plan_has_torch_and_all_else(tmp_path: Path) -> None:
+    model = str(tiny_models.make_model(tmp_path / "model", arch="llama"))
+    with tiny_job(tmp_path, model, pool_rows(4)) as job:
+        job.environment = {"HF_HUB_OFFLINE": "1"}
+        program = f"MODEL = {model!r}\n{NOTEBOOK}"
+        command, folder = [sys.executable, "-c", program], job.config_path.parent
+        done = subprocess.run(command, cwd=folder, env=job.environ(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-3:] == ["(1, 4, 520)", f"{tmp_path}/datasets/tiny@v0001", "4"]

@@ -19,8 +19,11 @@ from workers.engines.canary import canary_rows, check_canary
 class Made:
     """An engine whose scores are given."""
 
-    def __init__(self, version: str, shift: float = 0.0):
-        self.description = EngineDescription("transformers", version, "m", "float32", None, "shared_prefix", "cpu")
+    def __init__(self, version: str, shift: float = 0.0, torch: str | None = None):
+        extra = {} if torch is None else {"torch": torch}
+        self.description = EngineDescription(
+            "transformers", version, "m", "float32", None, "shared_prefix", "cpu", extra
+        )
         self.shift = shift
 
     def score(self, batch: Any, temperature: float = 1.0) -> Any:
@@ -52,6 +55,24 @@ def test_a_replica_is_compared_with_every_version_that_made_scores(model: str, t
         check("2", 1e-4, "exact")
     with pytest.raises(UserError, match="not finite"):
         check("4", float("nan"))
+
+
+def test_a_replica_with_another_torch_is_another(model: str, tmp_path: Any) -> None:
+    workspace = Storage(str(tmp_path / "work"))
+
+    def check(torch: str, shift: float = 0.0, reuse: str = "exact") -> None:
+        engine: Any = Made("1", shift, torch)
+        check_canary(engine, model, workspace, "p", reuse)
+
+    check("2.13.0+cpu")
+    check("2.13.0+cpu")
+    with pytest.raises(StageError, match=r"with torch 2.13.0\+cpu and this replica has .* torch 2.13.0\+cu126"):
+        check("2.13.0+cu126")
+    with pytest.raises(StageError, match=r"; torch 2.13.0\+cpu there, 2.14.0 here$"):
+        check("2.14.0", 1.0, "compatible")
+    check("2.14.0", reuse="compatible")
+    with pytest.raises(StageError, match=r"by transformers 1 with torch 2.14.0 and this replica has"):
+        check("2.13.0+cpu")
 
 
 def test_versions_are_told_of_the_files_that_rows_are_read_from(tmp_path: Any) -> None:

@@ -16,11 +16,13 @@ import json, os, signal, sys
 if sys.argv[2] == "here":
     import transformers  # too late for a process beside
 from grape_service.errors import StageError, UserError
+from grape_service.models.imports import take_process
 from workers.engines.side_process import ModelsInSideProcess
 
 def echo(loaded, policy, text):
     return text
 
+take_process()
 models = ModelsInSideProcess()
 
 from grape_service.config.loading import read_config

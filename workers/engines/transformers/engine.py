@@ -85,7 +85,7 @@ class TransformersEngine:
             quantization=None,
             path="padded" if self.why_padded else "shared_prefix",
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            extra={"torch": torch.__version__, **({"why_padded": self.why_padded} if self.why_padded else {})},
+            extra={"torch": str(torch.__version__), **({"why_padded": self.why_padded} if self.why_padded else {})},
         )
         self._stats = {"tokens": 0.0, "cached_tokens": 0.0, "seconds": 0.0}
 

@@ -248,6 +248,7 @@ class VllmEngine(ThreadedVllm[_Job]):
             path="head" if why_not is None else "prompt_logprobs",
             device=torch.cuda.get_device_name() if cuda else "cpu",
             extra={
+                "torch": str(torch.__version__),
                 "architecture": architecture,
                 "adapter": adapter,
                 "tensor_parallel": self._policy.tensor_parallel,
