@@ -133,10 +133,19 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+TYPERS_WORDS = {
+    "Input should be a valid integer, unable to parse string as an integer": "it should be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "it should be a number",
+}
+
+
 def _usage(error: Any) -> int:
     """What is wrong with a command line in one sentence; the help where there is nothing but `grape`."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return 2
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "grape"
-    return fail(f"{error.format_message().strip().rstrip('.')}; see `{path} --help`", 2)
+    sentence = error.format_message().strip().rstrip(".")
+    for theirs, ours in TYPERS_WORDS.items():
+        sentence = sentence.replace(theirs, ours)
+    return fail(f"{sentence}; see `{path} --help`", 2)

@@ -82,10 +82,16 @@ def probes_of(config: Config) -> dict[str, Callable[[], tuple[str, str]]]:
 
 
 def _engines(config: Config) -> tuple[str, str]:
-    from workers.engines.choose import refuse_missing_engines
+    from workers.engines.choose import imports_transformers, refuse_missing_engines
+    from workers.engines.transformers.arguments import unknown_args
 
     refuse_missing_engines(config)
-    return "ok", ", ".join(dict.fromkeys(policy.engine for policy in config.policies()))
+    engines = ", ".join(dict.fromkeys(policy.engine for policy in config.policies()))
+    here = [policy for policy in config.policies() if imports_transformers(policy)]
+    ignored = sorted({name for policy in here for name in unknown_args(policy)})
+    if ignored and config.workers.ray_address == "auto":
+        return "warning", f"{engines}; only vLLM reads engine_args {', '.join(ignored)}, and it is not installed here"
+    return "ok", engines
 
 
 def _answers(address: str) -> tuple[str, str]:

@@ -65,22 +65,29 @@ def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | No
 
 
 def wrapped(text: str, width: int) -> str:
-    """Text in lines of at most `width` characters, broken between words and, in long ones, after a mark."""
+    """Text in lines of at most `width` characters, broken between words and, in words longer than a line, after a
+    mark."""
     lines = []
     for line in text.split("\n"):
         current = ""
-        for piece in _pieces(line):
-            if current and cell_len((current + piece).rstrip()) > width:
-                lines.append(current.rstrip())
-                current = ""
-            current += piece
+        for word in _words(line):
+            for piece in [word] if cell_len(word.rstrip()) <= width else _pieces(word):
+                if current and cell_len((current + piece).rstrip()) > width:
+                    lines.append(current.rstrip())
+                    current = ""
+                current += piece
         lines.append(current.rstrip())
     return "\n".join(lines)
 
 
+def _words(text: str) -> list[str]:
+    """Each with the space behind it."""
+    return re.findall(r"\S+\s*|^\s+", text)
+
+
 def _pieces(text: str) -> list[str]:
     """What is not broken, each with the space behind it."""
-    found = []
-    for word in re.findall(r"\S+\s*|^\s+", text):
+    found: list[str] = []
+    for word in _words(text):
         found += _BREAKS.split(word) if len(word) > LONG else [word]
     return [piece[at : at + LONGEST] for piece in found for at in range(0, len(piece), LONGEST)]

@@ -181,11 +181,15 @@ def weights_methods() -> list[str]:
 def refuse_unknown_methods(select: SelectConfig, weights: WeightsConfig | None) -> None:
     """Raises ValueError for a name that is not a method: not when a manifest is read, whose method may be gone."""
     if not (select.is_unscored or select.method in SELECT or is_own_method("select", select.method)):
+        if select.method in WEIGHTS:
+            raise ValueError(f"select.method: '{select.method}' makes weights: set it as weights.method")
         raise ValueError(
             f"select.method: '{select.method}' is not a method; use {', '.join(select_methods())}, source:<name> or "
             "package.module:function"
         )
     if weights is not None and weights.method not in WEIGHTS and not is_own_method("weights", weights.method):
+        if weights.method in SELECT:
+            raise ValueError(f"weights.method: '{weights.method}' selects rows: set it as select.method")
         raise ValueError(
             f"weights.method: '{weights.method}' is not a method; use {', '.join(weights_methods())} or "
             "package.module:function"

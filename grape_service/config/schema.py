@@ -7,7 +7,7 @@ names the nearest known key. Importing this module imports neither torch nor Ray
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -37,7 +37,7 @@ class RenderConfig(Model):
     separator: str = "\n\n"
     """Text between prompt and response in plain mode."""
     chat_template: str | None = None
-    """A Jinja chat template instead of the model's own."""
+    """A Jinja chat template instead of the model's own: its text, or the name of one where the model has several."""
     chat_template_for: list[str] = []
     """Models beside the target's that chat_template renders for too, where they sample, write or judge: rounds name
     those that the target came from."""
@@ -62,7 +62,7 @@ class OutputConfig(Model):
 class WorkersConfig(Model):
     """How the stages run."""
 
-    replicas: int | Literal["auto"] = "auto"
+    replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Scoring engines at the same time; auto: as many as fit on the GPUs, or one per node without GPUs."""
     ray_address: str = "auto"
     """auto starts a private Ray; http://head:8265 submits there as one job."""
@@ -112,6 +112,13 @@ class NotifyConfig(Model):
     webhook: str | None = None
     """URL that receives a JSON body, signed where GRAPE_WEBHOOK_SECRET is set; null: GRAPE_WEBHOOK of the environment,
     for an address that is itself a secret."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _http(cls, webhook: str | None) -> str | None:
+        if webhook is not None and not is_http_address(webhook):
+            raise ValueError("should be an address, such as https://hooks.example.com/grape")
+        return webhook
 
 
 class Config(Model):

@@ -16,7 +16,7 @@ from grape_service.prepare.counts import INTENDED
 from grape_service.prepare.groups import check_columns
 from grape_service.rows.candidate import Rejection, Rendered
 from grape_service.rows.columns import NO_SOURCE, OUR_COLUMNS
-from grape_service.select.limits import check_keep_column, keep_column, kept_of_prompts
+from grape_service.select.limits import check_keep_column, check_source, keep_column, kept_of_prompts
 from grape_service.weigh.sources import missing_sources, refuse_missing_sources, refuse_unrecorded, unknown_sources
 
 SHOWN_SIZES = 8
@@ -24,13 +24,17 @@ SHOWN_SIZES = 8
 
 def pool_findings(config: Config, found: PoolLook) -> Iterator[Finding | Table]:
     """Files, shapes, columns, filters, candidates for each prompt, sources, and what repeats."""
+    columns = look("columns", lambda: _columns(config, found))
+    if columns.status != "ok":
+        yield columns  # it says why there are no rows below
     yield look("pool", lambda: _pool(found))
     for group in found.groups:
         shapes = [f"{shape}{f' ({n} files)' * (n > 1)}" for shape, n in sorted(group.counts.shapes.items())]
         where = f"shape of {group.group.path}" if len(found.groups) > 1 else "shape"
         yield Finding(where, "warning" if group.counts.missing else "ok", "; ".join(shapes) or "no rows")
     yield Table("groups", [_group_row(group) for group in found.groups])
-    yield look("columns", lambda: _columns(config, found))
+    if columns.status == "ok":
+        yield columns
     yield look("prompts", lambda: _prompts(config, found))
     yield Table("sources", _source_rows(config, found))
     if config.behavior is not None and config.behavior.has_recorded and config.weights is not None and found.candidates:
@@ -59,10 +63,7 @@ def dry_run(config: Config, found: PoolLook, rendered: list[Rendered | Rejection
     reasons = before + after
     if not reasons:
         return Finding("rejects", "ok", f"none {what}")
-    texts = [
-        f"{reason} ({count}{', first ' + examples[reason] if examples.get(reason) else ''})"
-        for reason, count in reasons.most_common()
-    ]
+    texts = [f"{reason} ({count}{_first(examples.get(reason))})" for reason, count in reasons.most_common()]
     detail = f"{'; '.join(texts)}; {what}"
     is_known = found.is_whole and len(chosen) == found.candidates
     share, least = _reject_share(_damaged(before), rows, _damaged(after), len(chosen), found.is_whole, is_known)
@@ -75,6 +76,10 @@ def dry_run(config: Config, found: PoolLook, rendered: list[Rendered | Rejection
     if share > most:
         detail = f"{about} may be unusable, and a run stops above pool.max_reject_share {most:g}: {detail}"
     return Finding("rejects", "warning", detail)
+
+
+def _first(example: str | None) -> str:
+    return f", first {example}" if example else ""
 
 
 def _damaged(reasons: Counter[str]) -> int:
@@ -114,7 +119,8 @@ def _pool(found: PoolLook) -> tuple[str, str]:
         return ("error" if found.is_whole else "warning"), f"pool.where leaves none of the {rows:,} rows: loosen it"
     if found.candidates == 0:
         reasons = sum((group.rejects for group in found.groups), Counter()).most_common(3)
-        texts = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+        examples = {reason: text for group in reversed(found.groups) for reason, text in group.examples.items()}
+        texts = ", ".join(f"{reason} ({count}{_first(examples.get(reason))})" for reason, count in reasons)
         return "error", f"{detail}: none of the rows can be used: {texts}"
     return "ok", detail
 
@@ -138,6 +144,8 @@ def _columns(config: Config, found: PoolLook) -> tuple[str, str]:
     try:
         check_columns(config, [group.counts for group in found.groups])
         _check_keep(config, found)
+        if found.candidates:
+            check_source(config.select, found.sources)
     except UserError as error:
         return ("error" if certain else "warning"), str(error)
     names = sorted({column for group in found.groups for column in group.counts.columns})

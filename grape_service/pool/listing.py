@@ -16,6 +16,7 @@ import fsspec
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.pool.files import FORMATS, FolderColumns, PoolFile, format_of, is_local, pool_filesystem, version_of
+from grape_service.pool.filters import nearest
 from grape_service.storage.options import StorageOptions
 
 MAGIC = frozenset("*?[")
@@ -145,7 +146,7 @@ def _entries(fs: fsspec.AbstractFileSystem, path: str, url: str, local: bool) ->
     except FileNotFoundError:
         if local and os.path.islink(path):
             raise _broken(path) from None
-        raise UserError(f"pool.path '{url}' does not exist") from None
+        raise UserError(f"pool.path '{url}' does not exist{_near(path) if local else ''}") from None
     if local:
         if os.path.isfile(path):
             return [_local_file(path, os.path.basename(path), False)], True
@@ -153,6 +154,17 @@ def _entries(fs: fsspec.AbstractFileSystem, path: str, url: str, local: bool) ->
     if info["type"] == "file":
         return [_Entry(path.rsplit("/", 1)[-1], path, info)], True
     return _remote(fs, path), False
+
+
+def _near(path: str) -> str:
+    """What there is instead, as the end of a sentence: where a relative path was looked for shows in it."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return f": there is no folder {folder}"
+    near = nearest(name, names, 0.6)
+    return f" in {folder}" + (f"; did you mean '{near}'?" if near else "")
 
 
 def _remote(fs: fsspec.AbstractFileSystem, path: str) -> list[_Entry]:

@@ -115,7 +115,7 @@ def _check_mapped(
 
 def _no_row_has(name: str, found: list[GroupCounts], group: PoolGroup, config: Config) -> str:
     columns = {column for counts in found for column in counts.columns}
-    near = nearest(name, columns)
+    near = nearest(name, columns, 0.6)
     hint = f"; did you mean '{near}'?" if near else ""
     of = f" of '{group.path}'" if len(config.pool.groups) > 1 and len(found) == 1 else ""
     return f"no row{of} has{hint} (columns: {', '.join(sorted(columns)[:MAX_COLUMNS_NAMED])})"

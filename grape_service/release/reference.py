@@ -13,6 +13,7 @@ from grape_service.storage.storage import Storage, normal_url
 LATEST = "latest"
 VERSION_PATTERN = re.compile(r"v(?!0000$)([0-9]{4}|[1-9][0-9]{4,8})")
 _LIKE_A_VERSION = re.compile(r"v[0-9]+")
+_INSIDE_A_VERSION = re.compile(rf"(?P<name>.+)/versions/(?P<version>{VERSION_PATTERN.pattern})(/|$)")
 _TAG_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -38,10 +39,15 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """`s3://t/datasets/name@v0003`, `...@tag`, or without '@' for @latest. Raises UserError."""
+    """`s3://t/datasets/name@v0003`, `...@tag`, or without '@' for @latest; a slash behind it, as shells complete
+    folders, says nothing. Raises UserError."""
     text = text.strip()
     if re.match(r"s3:/[^/]", text):
         raise UserError(f"{_shown(text)} has lost a slash, as in a pathlib.Path: give the address s3://... as text")
+    if inside := _INSIDE_A_VERSION.match(text):
+        raise UserError(f"{_shown(text)} is in the folder of a version: write {inside['name']}@{inside['version']}")
+    if not text.endswith("//"):
+        text = text.removesuffix("/")
     folder, _, last = text.rpartition("/")
     if not last or folder.endswith(":/"):
         raise UserError(f"{_shown(text)} is not a dataset reference: write <folder>/<name>@<version or tag>")

@@ -63,6 +63,7 @@ class ChatTemplate:
         self.calls = CallForm()
         self.name = "render.chat_template" if chat_template is not None else f"the chat template of {_of(tokenizer)}"
         self._refuse_no_default(tokenizer, chat_template)
+        self._refuse_file_name()
         if PROBE not in self._probe():
             self._content_is_parts = True
             if PROBE not in self._probe():
@@ -114,6 +115,18 @@ class ChatTemplate:
         raise UserError(
             f"{_of(tokenizer)} has several chat templates ({', '.join(sorted(named))}) and none is called default: "
             f"set render.chat_template to one of these names, such as {min(named)}, or to a template"
+        )
+
+    def _refuse_file_name(self) -> None:
+        """What is neither a template nor the name of one is mostly a file's name."""
+        text = self.source(False).text
+        if self._own is None or "{" in text:
+            return
+        named = self._tokenizer.chat_template
+        known = f" ({', '.join(sorted(named))})" if isinstance(named, dict) else ""
+        raise UserError(
+            f"render.chat_template {text!r} is neither Jinja text nor the name of one of the model's templates{known}: "
+            "write `chat_template: |` and the template itself in the lines below"
         )
 
     def source(self, has_tools: bool) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from grape_service.config.methods import SelectConfig
+from grape_service.display import nearest as nearest_name
 from grape_service.errors import UserError
 from grape_service.pool.filters import nearest, number_of
 from grape_service.rows.columns import OUR_COLUMNS
@@ -44,6 +45,14 @@ def check_keep_column(select: SelectConfig, other_columns: Iterable[str]) -> Non
         hint = f"; did you mean '{near}'?" if near else ""
         known = ", ".join(columns)
         raise UserError(f"select.keep names the column '{name}', which no row has{hint} (columns: {known})")
+
+
+def check_source(select: SelectConfig, sources: Collection[str]) -> None:
+    """Raises UserError where the method keeps one source alone and it is none of the pool's `sources`."""
+    name = select.method.removeprefix("source:")
+    if name != select.method and name not in sources:
+        known = nearest_name(name, sorted(sources))
+        raise UserError(f"select.method keeps the source '{name}', which no row of the pool has; {known}")
 
 
 def distinct_responses(prompts: Int64s, num_prompts: int, row_keys: pa.Array) -> Int64s:

@@ -14,6 +14,7 @@ from grape_service.models.weights import check_weights
 from grape_service.score.store import engine_version
 from workers.engines.base import Engine
 from workers.engines.sampler import Sampler
+from workers.engines.transformers.arguments import engine_args
 
 if TYPE_CHECKING:
     from grape_service.config.schema import Config
@@ -43,7 +44,8 @@ def imports_transformers(policy: PolicyConfig) -> bool:
 
 
 def refuse_missing_engines(config: Config) -> None:
-    """Raises UserError where a policy is to be scored with an engine that this machine lacks, and on this machine."""
+    """Raises UserError where a policy is to be scored with an engine that this machine lacks, or with settings that its
+    engine lacks, and on this machine."""
     if config.workers.ray_address != "auto" or os.environ.get(ENGINE_CLASS):
         return
     for policy in config.policies():
@@ -52,6 +54,8 @@ def refuse_missing_engines(config: Config) -> None:
                 f"engine: vllm of {policy.model} is not installed here: install grape-service with its extra vllm, or "
                 "say engine: transformers"
             )
+        if imports_transformers(policy):
+            engine_args(policy)
 
 
 def load_engine(policy: PolicyConfig, folder: str, for_few_rows: bool = False) -> Engine:

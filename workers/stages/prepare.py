@@ -13,7 +13,7 @@ from grape_service.estimate.eta import CANDIDATES_PER_PROMPT, POOL_BYTES_PER_TOK
 from grape_service.keys import text_libraries
 from grape_service.models.files import folder_here
 from grape_service.models.vocabulary import incompatible_ids
-from grape_service.prepare.counts import PieceCounts, summarise_map
+from grape_service.prepare.counts import MAX_NAMED_SOURCES, PieceCounts, summarise_map
 from grape_service.prepare.deal import Dealt, deal_group, next_level
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map import map_piece
@@ -23,7 +23,7 @@ from grape_service.prepare.result import Prepared
 from grape_service.progress.reporter import reporter
 from grape_service.render.loading import PromptRenderer, load_same_renderer
 from grape_service.rows.columns import MAPPED
-from grape_service.select.limits import check_keep_column
+from grape_service.select.limits import check_keep_column, check_source
 from grape_service.storage.storage import Storage
 from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
 from grape_service.weigh.sources import refuse_missing_sources, refuse_unrecorded, unknown_sources
@@ -53,6 +53,8 @@ def prepare(run: Run, engines: Engines) -> Prepared:
         else:
             run.event(f"prepare: the pool is unchanged, {prepared.rows:,} rows are there")
         check_keep_column(config.select, prepared.other_columns)
+        if len(prepared.sources) < MAX_NAMED_SOURCES:  # others have no counts
+            check_source(config.select, prepared.sources)
         refuse_missing_sources(config, prepared.sources, prepared.without_source)
         refuse_unrecorded(config, prepared.recorded, prepared.other_columns)
         if unknown := unknown_sources(config, prepared.sources, prepared.without_source):

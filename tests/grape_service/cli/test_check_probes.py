@@ -32,6 +32,22 @@ def test_an_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyP
     refuse_missing_engines(config(target={"model": "m", "engine": "vllm"}, workers={"ray_address": "http://head:8265"}))
 
 
+def test_settings_that_the_engine_lacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    def engines(**target: Any) -> tuple[str, str]:
+        return probes_of(config(target={"model": "m", **target}))["engines"]()
+
+    with pytest.raises(UserError, match="engine_args has no 'max_batch_token' for transformers: it takes max_batch_to"):
+        engines(engine="transformers", engine_args={"max_batch_token": 1})
+    with pytest.raises(UserError, match="tensor_parallel needs engine: vllm"):
+        engines(tensor_parallel=2)
+    status, detail = engines(engine_args={"max_num_seqs": 1, "device": "cpu"})
+    assert status == "warning"
+    assert detail == "auto; only vLLM reads engine_args max_num_seqs, and it is not installed here"
+    assert engines(engine_args={"device": "cpu"}) == ("ok", "auto")
+
+
 def test_an_address_that_does_not_answer_is_an_error_without_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:

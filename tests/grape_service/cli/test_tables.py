@@ -38,6 +38,11 @@ def test_a_table_fits_and_breaks_no_word(width: int) -> None:
     assert "┃" in text
 
 
+def test_a_word_that_fits_into_a_line_is_not_broken_at_its_marks() -> None:
+    assert wrapped("it has no adapter_config.json", 25) == "it has no\nadapter_config.json"
+    assert wrapped("it has no adapter_config.json", 15) == "it has no\nadapter_\nconfig.json"
+
+
 def test_what_is_too_narrow_for_a_table_is_shown_row_by_row() -> None:
     text = shown(30)
     assert "┃" not in text

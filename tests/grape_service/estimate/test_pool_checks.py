@@ -50,6 +50,26 @@ def test_filters_that_leave_nothing_are_an_error(tmp_path):
     assert "pool.where names the column 'okay', which no row has; did you mean 'ok'?" in found["columns"].detail
 
 
+def test_what_explains_that_no_row_is_left_is_told_first(tmp_path):
+    pool = write_jsonl(tmp_path / "p.jsonl", rows(ok=False))
+    misspelt = make_config(pool, pool={"where": [{"column": "okay", "equals": True}]})
+    assert next(one for one in findings(misspelt).values() if one.status == "error").what == "columns"
+    assert next(iter(findings(make_config(pool)))) == "pool"
+    assert "did you mean" not in findings(make_config(pool, pool={"columns": {"prompt": "question"}}))["columns"].detail
+    numbers = write_jsonl(tmp_path / "n.jsonl", [{"prompt": "q", "response": 3}])
+    found = findings(make_config(numbers))["pool"].detail
+    assert "response has the wrong type (1, first " in found
+    assert "n.jsonl:1: " in found
+
+
+def test_a_source_that_the_pool_lacks_cannot_be_kept_alone(tmp_path):
+    pool = write_jsonl(tmp_path / "p.jsonl", rows())
+    found = findings(make_config(pool, select={"method": "source:teacher"}))["columns"]
+    assert found.status == "error"
+    assert found.detail == "select.method keeps the source 'teacher', which no row of the pool has; there are: a, b"
+    assert findings(make_config(pool, select={"method": "source:a"}))["columns"].status == "ok"
+
+
 def test_sources_stand_side_by_side_and_all_that_are_missing_are_told(tmp_path):
     pool = write_jsonl(
         tmp_path / "p.jsonl",

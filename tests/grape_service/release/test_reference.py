@@ -68,6 +68,11 @@ def test_hostile_versions_are_refused(version: str) -> None:
         check_version(version)
 
 
+@pytest.mark.parametrize("text", ["s3://b/x/", "s3://b/x@latest/", " s3://b/x"])
+def test_a_slash_behind_it_says_nothing(text: str) -> None:
+    assert str(parse_reference(text)) == "s3://b/x@latest"
+
+
 @pytest.mark.parametrize("text", ["", "s3://", "s3://bucket", "s3://bucket/a@", "gs://bucket/a", "s3://../a/b@@v0001"])
 def test_broken_references_are_refused(text: str) -> None:
     with pytest.raises(UserError):

@@ -55,6 +55,12 @@ def test_a_template_without_an_end_is_refused(name: str, tokenizer: Any, monkeyp
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
 
 
+@pytest.mark.parametrize("given", ["chatml", "templates/chat.jinja"])
+def test_a_file_name_is_no_template(given: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=rf"render\.chat_template '{given}' is neither Jinja text nor the name of one"):
+        ChatTemplate(tokenizer, given, {})
+
+
 def test_a_row_on_which_it_has_no_end_is_rejected_and_the_next_is_not(tokenizer: Any) -> None:
     text = "{% for m in messages %}{{ m.content if m.content|length < 30 else 'a' * 3000000000 }}{% endfor %}"
     template = ChatTemplate(tokenizer, text, {})

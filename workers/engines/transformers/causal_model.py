@@ -21,20 +21,7 @@ UNWRAP = {rf"(^|\.)(?:(?:{'|'.join(sorted(WRAPPERS))})\.)+": r"\1"}
 """Takes the parts that wrappers put into names out of them while transformers loads."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ENGINE_ARGS = ("max_batch_tokens", "logits_chunk_rows", "device")
 """The first two are of scoring alone."""
-
-
-def engine_args(policy: PolicyConfig) -> dict[str, Any]:
-    """The policy's engine_args that are this engine's. Raises UserError for what this engine cannot do."""
-    if policy.quantization is not None:
-        raise UserError(f"quantization: {policy.quantization} needs engine: vllm; the transformers engine has none")
-    if policy.tensor_parallel > 1:
-        raise UserError("tensor_parallel needs engine: vllm; the transformers engine takes one device")
-    unknown = sorted(set(policy.engine_args) - set(ENGINE_ARGS))
-    if unknown and policy.engine == "transformers":
-        raise UserError(f"engine_args has no '{unknown[0]}' for transformers: it takes {', '.join(ENGINE_ARGS)}")
-    return {name: value for name, value in policy.engine_args.items() if name in ENGINE_ARGS}
 
 
 def device_of(args: dict[str, Any]) -> torch.device:

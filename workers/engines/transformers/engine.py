@@ -26,11 +26,11 @@ from grape_service.rows.statistics import LOGPROB, ordered
 from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.token_statistics import token_statistics
 from workers.engines.transformers import packed_attention
+from workers.engines.transformers.arguments import engine_args
 from workers.engines.transformers.causal_model import (
     CausalModel,
     LengthDependentRope,
     device_of,
-    engine_args,
     is_out_of_memory,
     load_model,
 )

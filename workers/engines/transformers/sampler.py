@@ -23,10 +23,10 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.errors import UserError
 from workers.engines.base import EngineDescription, OutOfMemory
 from workers.engines.sampler import Sample, SampleRequest, SampleSettings, uniforms
+from workers.engines.transformers.arguments import engine_args
 from workers.engines.transformers.causal_model import (
     LengthDependentRope,
     device_of,
-    engine_args,
     is_out_of_memory,
     load_model,
 )
