@@ -21,7 +21,7 @@ from grape_service.models.newest import resolved
 from grape_service.models.vocabulary import refuse_unspelled
 from grape_service.models.weights import check_policy
 from grape_service.progress.reporter import reporter
-from grape_service.release.manifest import PoolFile, without_secrets
+from grape_service.release.manifest import FileList, PoolFile, Role, without_secrets
 from grape_service.release.outputs import register_output
 from grape_service.release.pools import Released
 from grape_service.release.reference import Reference
@@ -86,6 +86,8 @@ class Run:
     candidates: Released = field(default_factory=dict)  # by what pool.path said, the version that it names
     round: RoundOf | None = None  # of a job with several
     prompts: list[PoolFile] = field(default_factory=list)  # files that candidates were sampled for
+    many_files: dict[Role, tuple[str, FileList]] = field(default_factory=dict)
+    """Of files that are more than a manifest lists, the folder of what was prepared of them, and their number."""
     gathered: dict[str, Any] = field(default_factory=dict)  # by policy, what was sampled
     tags_moved: dict[str, str] = field(default_factory=dict)  # to a version that was there, from where they were
     stage_seconds: dict[str, float] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from grape_service.models.whole import MARKER
 from grape_service.release.catalog import list_datasets, read_catalog
 from grape_service.release.lineage import Node, short_lineage, trained_version, training_runs
 from grape_service.release.load import Release, load
+from grape_service.release.pool_files import paths_of
 from grape_service.release.reference import parse_reference
 from grape_service.release.rounds import all_rounds, round_of_run
 from grape_service.rows.columns import IDS
@@ -211,7 +212,7 @@ def _is_of(path: str, wanted: str) -> bool:
 def _files_of(release: Release, seen: set[str]) -> Iterator[str]:
     """Files that a version was made from: its pool, prompts that gather sampled for, those of released candidates."""
     parents = release.manifest.parents
-    yield from (item.path for item in (*parents.pool, *parents.prompts))
+    yield from paths_of(release)
     for reference in set(parents.candidates.values()) - seen:
         try:
             candidates = load(reference, release.storage.options)

@@ -7,7 +7,7 @@ version was derived from; and with the RAI vocabulary, how it was chosen, as far
 from __future__ import annotations
 
 from grape_service.json_types import JsonObject
-from grape_service.release.manifest import Manifest, PolicyUse
+from grape_service.release.manifest import POOL_FILES, Manifest, PolicyUse
 from grape_service.storage.storage import json_bytes
 
 CONFORMS_TO = ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"]
@@ -222,6 +222,8 @@ def _derivation(manifest: Manifest) -> JsonObject:
         for item in parents.prompts
         if item.path not in in_pool
     ]
+    if parents.all_files:
+        entities.append({"@type": "prov:Entity", "@id": POOL_FILES, "prov:label": "all of the pool's files"})
     entities += [_policy(policy) for policy in parents.policies]
     if parents.release:
         entities.append({"@type": "prov:Entity", "@id": parents.release, "prov:label": "weighed again"})

@@ -17,7 +17,7 @@ from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.release.load import Release, load
 from grape_service.release.made_by import MadeBy
-from grape_service.release.manifest import Manifest, PolicyUse, PoolFile
+from grape_service.release.manifest import POOL_FILES, Manifest, Parents, PolicyUse, PoolFile
 from grape_service.storage.storage import Storage
 
 UNFOLLOWED = "running, followed by nobody"
@@ -60,9 +60,9 @@ def _short_version(release: Release, seen: set[str]) -> Node:
     manifest = release.manifest
     tags = release.tags()
     children = []
-    for what, files in (("pool", manifest.parents.pool), ("prompts", manifest.parents.prompts)):
+    for what, files, number in _files_of(manifest.parents):
         if files:
-            more = f" and {counted(len(files) - 1, 'more file')}" if len(files) > 1 else ""
+            more = f" and {counted(number - 1, 'more file')}" if number > 1 else ""
             children.append(Node(f"{what}: {files[0].path}{more}"))
     children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     policies = dict.fromkeys(f"{policy.role}: {policy.model}" for policy in manifest.parents.policies)
@@ -155,8 +155,7 @@ def trained_version(record: JsonObject) -> str | None:
 def _version_node(release: Release, seen: set[str]) -> Node:
     manifest = release.manifest
     children = [_counts_node(manifest)] if manifest.counts else []
-    parents = (("pool", manifest.parents.pool), ("prompts", manifest.parents.prompts))
-    children += [_files_node(what, files) for what, files in parents if files]
+    children += [_files_node(what, files, number) for what, files, number in _files_of(manifest.parents) if files]
     children += [Node(f"candidates: {version}") for version in manifest.parents.candidates.values()]
     children += [_policy_node(policy) for policy in manifest.parents.policies]
     code = manifest.parents.code
@@ -190,14 +189,23 @@ def _counts_node(manifest: Manifest) -> Node:
     return Node("counts", _value_nodes(manifest.counts))
 
 
-def _files_node(what: str, files: list[PoolFile]) -> Node:
+def _files_of(parents: Parents) -> list[tuple[str, list[PoolFile], int]]:
+    """(What they are, those that the manifest lists, how many there were) of the pool's files and of the prompts'."""
+    return [
+        ("pool", parents.pool, parents.num_files("pool")),
+        ("prompts", parents.prompts, parents.num_files("prompts")),
+    ]
+
+
+def _files_node(what: str, files: list[PoolFile], number: int) -> Node:
     shown = [
         Node(f"{item.path}  {item.size:,} bytes, {'digest ' + item.digest if item.digest else f'etag {item.etag}'}")
         for item in files[:MAX_POOL_FILES]
     ]
-    if len(files) > MAX_POOL_FILES:
-        shown.append(Node(f"and {len(files) - MAX_POOL_FILES:,} more in the manifest"))
-    return Node(f"{what}: {counted(len(files), 'file')}", shown)
+    if number > MAX_POOL_FILES:
+        where = "the manifest" if number == len(files) else f"{POOL_FILES} beside the data"
+        shown.append(Node(f"and {number - MAX_POOL_FILES:,} more in {where}"))
+    return Node(f"{what}: {counted(number, 'file')}", shown)
 
 
 def _policy_node(policy: PolicyUse) -> Node:

@@ -19,7 +19,8 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 DATA_FILE_PATTERN = re.compile(r"data/part-[0-9]{5,9}\.parquet")
 CHANGES_FILE, CROISSANT_FILE = "changes.parquet", "croissant.json"
-DOCUMENTS = ("README.md", "report.html", CHANGES_FILE, CROISSANT_FILE)
+POOL_FILES = "pool-files.parquet"
+DOCUMENTS = ("README.md", "report.html", CHANGES_FILE, CROISSANT_FILE, POOL_FILES)
 HIDDEN = "***"
 
 _SECRET_KEY = re.compile(r".*(secret|token|password|passwd|credential|api_?key|customerkey).*|key|webhook", re.I)
@@ -51,7 +52,8 @@ class FileEntry(_Part):
 
 
 class DocumentEntry(_Part):
-    """A file beside the data: card, report, changes since the version before, metadata in Croissant's form."""
+    """A file beside the data: card, report, changes since the version before, metadata in Croissant's form, and the
+    pool's files where they are many."""
 
     path: str
     size: int = Field(ge=0)
@@ -82,6 +84,17 @@ class PoolFile(_Part):
     size: int
     etag: str | None = None
     digest: str | None = None
+
+
+Role = Literal["pool", "prompts"]
+"""Of files that a version was made from: its pool, and the prompts that gather sampled for."""
+
+
+class FileList(_Part):
+    """Files of which there are more than a manifest lists: all of them are in POOL_FILES."""
+
+    files: int
+    digest: str  # of all of them, in their order, with what tells whether they changed
 
 
 class PolicyUse(_Part):
@@ -126,6 +139,7 @@ class Parents(_Part):
 
     pool: list[PoolFile] = []
     prompts: list[PoolFile] = []  # that gather sampled for: what it made is in `pool`, or in `candidates`
+    all_files: dict[Role, FileList] = {}  # where `pool` or `prompts` has only the first
     policies: list[PolicyUse] = []
     libraries: dict[str, str] = {}
     code: CodeVersion | None = None
@@ -139,6 +153,11 @@ class Parents(_Part):
     workspace: str | None = None
     prepare_id: str | None = None
     run_id: str | None = None
+
+    def num_files(self, role: Role) -> int:
+        """How many files of the pool, or of prompts, there were."""
+        found = self.all_files.get(role)
+        return found.files if found is not None else len(self.pool if role == "pool" else self.prompts)
 
 
 class ManifestFields(_Part):

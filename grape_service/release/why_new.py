@@ -67,7 +67,8 @@ def _decides(key: str) -> bool:
 
 
 def _pool(parents: Parents) -> list[Any]:
-    return [(file.path, file.size, file.digest or file.etag) for file in parents.pool]
+    first = [(file.path, file.size, file.digest or file.etag) for file in parents.pool]
+    return [*first, parents.all_files.get("pool")]
 
 
 def _models(parents: Parents) -> dict[Any, set[Any]]:

@@ -60,7 +60,12 @@ def drawing_of(release: Release) -> Drawing:
     older = []
     if parents.release:
         older = [Box("release", short(parents.release.rpartition("/")[2], 60), "weighed again", _link(release))]
-    sources = [*_few(files, "pool files"), *older, *_few(models, "models")]
+    num_files = parents.num_files("pool") + parents.num_files("prompts")
+    sources = [
+        *_few(files, "pool files", num_files),
+        *older,
+        *_few(models, "models"),
+    ]
     rows = release.row_count
     version = Box("version", f"{release.name} {release.version}", f"{rows:,} row{'' if rows == 1 else 's'}")
     drawing = Drawing([sources, [version]], [(box, version) for box in sources])
@@ -109,10 +114,12 @@ def _link(release: Release) -> str:
     return f"{root()}/datasets/{parent.name}/{parent.version_or_tag}"
 
 
-def _few(boxes: list[Box], what: str) -> list[Box]:
-    if len(boxes) <= MAX_BOXES:
+def _few(boxes: list[Box], what: str, number: int | None = None) -> list[Box]:
+    """The first of some boxes; `number`: how many there would be, where not all are here."""
+    number = len(boxes) if number is None else number
+    if number <= MAX_BOXES:
         return boxes
-    return [*boxes[: MAX_BOXES - 1], Box("more", f"{len(boxes) - MAX_BOXES + 1:,} more {what}", "see the manifest")]
+    return [*boxes[: MAX_BOXES - 1], Box("more", f"{number - MAX_BOXES + 1:,} more {what}", "see the manifest")]
 
 
 def _place(drawing: Drawing) -> None:

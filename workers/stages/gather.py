@@ -96,7 +96,7 @@ def _gather_policy(
     own = replace(run, config=prompts_config(config, policy))
     plan = plan_prepare(own.config, rendering_of(own.target_renderer, own.target_files), run.workspace)
     prompts = load_prepared(plan, own.config, run.workspace) or read_pool(own, plan)
-    run.prompts = pool_parents(run, prompts)
+    run.prompts = pool_parents(run, prompts, "prompts")
     renderer = own.target_renderer
     sampling = sampling_of(config.gather, name, run.policy_id(policy), renderer.stop_ids)
     shards = list(_shards(prompts))

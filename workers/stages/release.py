@@ -42,7 +42,7 @@ from workers.outcome import Outcome, release_outcome
 from workers.run import Run
 from workers.scoring.work import ScoreTotals
 from workers.stages.accounts import check_released
-from workers.stages.provenance import kin_of, parents, policies_used, rendering_of, resolved_config
+from workers.stages.provenance import kin_of, parents, policies_used, rendering_of, resolved_config, write_many_files
 from workers.stages.select import Kept
 from workers.stages.weigh import PolicyScores, Weighed, WeighedFile
 
@@ -270,6 +270,7 @@ def publish_rows(
         reporter().end("release")
         check_released(weighed.counts.rows, entries)
         documents, changes = write_changes(run, claim, entries, fields.parents.release)
+        documents += write_many_files(run, claim.folder, fields.parents.release)
         fields.counts.update(changes)
         proven = {"rows": sum(entry.proven_rows for entry in entries), "rendered": shared.renderer is not None}
         fields = fields.model_copy(update={"statistics": {**fields.statistics, "proven": proven}})

@@ -17,7 +17,7 @@ from grape_service.storage.parquet import open_small, read_row_groups
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run
-from workers.stages.provenance import common_parents, policy_use, resolved_config
+from workers.stages.provenance import common_parents, policy_use, resolved_config, write_many_files
 from workers.stages.release import point_tags
 
 
@@ -61,7 +61,8 @@ def release_candidates(run: Run, counts: dict[str, dict[str, Any]], folders: lis
             statistics={"sources": {policy: found["samples"] for policy, found in counts.items()}},
             tags=config.output.tags,
         )
-        version = publish(output, claim, schema, entries, manifest)
+        documents = write_many_files(run, claim.folder)
+        version = publish(output, claim, schema, entries, manifest, documents=documents)
     return version.reference
 
 

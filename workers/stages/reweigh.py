@@ -189,6 +189,7 @@ def release_reweighed(
             "pool": old.parents.pool,
             "prepare_id": old.parents.prepare_id,
             "prompts": old.parents.prompts,
+            "all_files": old.parents.all_files,
             "candidates": old.parents.candidates,
             "release": release.reference,
             "rendering": old.parents.rendering,
