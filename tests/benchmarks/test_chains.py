@@ -16,9 +16,10 @@ from benchmarks.learning.chains import summary
 from benchmarks.learning.chains.calibrate import calibrate
 from benchmarks.learning.chains.models import Model, Shape, Written, batch_of, log_probs_n, read, write
 from benchmarks.learning.chains.policies import Recipe, Sizes
+from benchmarks.learning.chains.schedule import arm_named
 from benchmarks.learning.chains.task import FORMS, Kind, Problem, is_right, problems, solution, step_text
 from benchmarks.learning.chains.training import RlSizes, Rows, SftSizes, group_advantages, sft
-from benchmarks.learning.chains.trial import PLAN, Plan, Trials, arm_named
+from benchmarks.learning.chains.trial import PLAN, Plan, Trials
 from benchmarks.learning.chains.weights import ARMS, TOKEN, ramp, shuffled, weights_of
 from grape_service.weigh.pear import pear_weights
 
@@ -167,11 +168,11 @@ def test_an_arm_gives_the_same_digits_again(tmp_path: Path) -> None:
         for seed in (0, 1):
             write_pool(folder / f"seed-{seed}")
         trials = Trials(folder, TINY)
-        results = {arm: trials.result(arm_named(arm), 1) for arm in ("uniform", "token", "online")}
+        results = {arm: trials.result(arm_named(ARMS, arm), 1) for arm in ("uniform", "token", "online")}
         trials.start(1)
         results["start"] = json.loads((folder / "arms/start-1.json").read_text())
         found.append({name: without_seconds(result) for name, result in results.items()})
-        assert trials.result(arm_named("uniform"), 1) == json.loads((folder / "arms/uniform-1.json").read_text())
+        assert trials.result(arm_named(ARMS, "uniform"), 1) == json.loads((folder / "arms/uniform-1.json").read_text())
     assert found[0] == found[1]
     token, uniform = found[0]["token"], found[0]["uniform"]
     assert token["held_out"] != uniform["held_out"]

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks.learning.chains.measures import Evaluation, skill
 from benchmarks.learning.chains.models import Written, read
 from benchmarks.learning.chains.policies import write_whole
 from benchmarks.learning.chains.task import problems, solution
@@ -41,7 +42,7 @@ def calibrate(trials: Trials, rates: Sequence[float] = RL_RATES, steps: int = RL
     found["stand_in"] = {
         "seconds": round(time.process_time() - started),
         "nll": round(-float(read(model, rows.prompts[:128], responses[:128]).mean()), 4),
-        "skills": {name: trials.skill(model, kind, None) for name, kind in plan.kinds().items()},
+        "skills": {name: trials.skill(model, kind) for name, kind in plan.kinds().items()},
     }
     print(json.dumps(found["stand_in"]), flush=True)
     for rate in rates:
@@ -55,7 +56,7 @@ def calibrate(trials: Trials, rates: Sequence[float] = RL_RATES, steps: int = RL
                 key: [round(float(np.mean([one[key] for one in some])), 3) for some in tens]
                 for key in ("reward", "length", "useful", "grad_norm", "seconds")
             }
-            end = trials.skill(trained, plan.sizes.pool, model)
+            end = skill(trained, Evaluation(plan.sizes.pool, trials.tests), model)
             write_whole(path, json.dumps({"rate": rate, "means_of_ten_steps": means, "end": end}))
         found[f"rl_{rate:g}"] = json.loads(path.read_text())
         print(json.dumps(found[f"rl_{rate:g}"]), flush=True)

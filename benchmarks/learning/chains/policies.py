@@ -124,11 +124,13 @@ def _pool(teacher: Model, seed: int, sizes: Sizes) -> dict[str, object]:
     return {"counts": counts, "rows": rows[:wanted]}
 
 
-def made_policy(path: Path, recipe: Recipe, sizes: Sizes, seed: int) -> Model:
-    """A policy from its file, or trained now."""
+def made_policy(path: Path, recipe: Recipe, sizes: Sizes, seed: int, start: Model | None = None) -> Model:
+    """A policy from its file, or trained now: from `start`, or from nothing."""
     torch.manual_seed(seed)
     model = Model(sizes.shape)
     if not path.exists():
+        if start is not None:
+            model.load_state_dict(start.state_dict())
         _pretrain(model, recipe, sizes, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

@@ -4,54 +4,74 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from benchmarks.learning.chains.calibrate import calibrate
-from benchmarks.learning.chains.summary import PUBLISHED
-from benchmarks.learning.chains.trial import PLAN, Plan, Trials, arm_named
-from benchmarks.learning.chains.weights import ARMS
+
+class Named(Protocol):
+    """An arm."""
+
+    @property
+    def name(self) -> str: ...
 
 
-def calibrate_pilot(work: Path) -> None:
-    """What the plan's numbers rest on."""
+ArmT = TypeVar("ArmT", bound=Named)
+
+
+class Experiment(Protocol[ArmT]):
+    """A folder with learning rates that were tried, starts of seeds and results of arms; what is there is not made
+    again."""
+
+    folder: Path
+    arms: Sequence[ArmT]
+
+    def tried_rates(self, arms: Iterable[ArmT], /) -> Iterator[dict[str, Any]]: ...
+    def start(self, seed: int) -> dict[str, Any]: ...
+    def result(self, arm: ArmT, seed: int) -> dict[str, Any]: ...
+    def digest(self, seed: int) -> str: ...
+
+
+def run(experiment: Experiment[ArmT], published: Path, seeds: Sequence[int], names: list[str] | None) -> None:
+    """Everything that has no result yet; without named arms, published results of the same pools count."""
     torch.set_num_threads(1)
-    calibrate(Trials(work, PLAN))
-
-
-def run(work: Path, seeds: list[int] | None, names: list[str] | None, plan: Plan = PLAN) -> None:
-    """Everything that has no result yet in `work`; without named arms, published results of the same pools count."""
-    torch.set_num_threads(1)
-    arms = [arm_named(name) for name in names] if names else list(ARMS)
-    trials = Trials(work, plan)
-    take_over(sorted(PUBLISHED.glob("rates/*.json")), work)
-    for arm in arms:
-        for rate in plan.rates:
-            print(json.dumps(trials.tried_rate(arm, rate)), flush=True)
-    for seed in plan.seeds if seeds is None else seeds:
+    arms = [arm_named(experiment.arms, name) for name in names] if names else experiment.arms
+    take_over(sorted(published.glob("rates/*.json")), experiment.folder)
+    for tried in experiment.tried_rates(arms):
+        print(json.dumps(tried), flush=True)
+    for seed in seeds:
         if not names:
-            take_over(of_the_same_pool(trials, seed), work)
-        print(json.dumps(trials.start(seed)), flush=True)
+            take_over(of_the_same_pool(experiment, published, seed), experiment.folder)
+        print(json.dumps(experiment.start(seed)), flush=True)
         for arm in arms:
-            print(json.dumps(trials.result(arm, seed)), flush=True)
+            print(json.dumps(experiment.result(arm, seed)), flush=True)
 
 
-def of_the_same_pool(trials: Trials, seed: int) -> list[Path]:
+def arm_named(arms: Sequence[ArmT], name: str) -> ArmT:
+    """Of `arms`. Raises SystemExit."""
+    for arm in arms:
+        if arm.name == name:
+            return arm
+    raise SystemExit(f"there is no arm '{name}'; there are {', '.join(arm.name for arm in arms)}")
+
+
+def of_the_same_pool(experiment: Experiment[ArmT], published: Path, seed: int) -> list[Path]:
     """Published results of a seed, which have to be of the pool and policies that this folder has, to the byte.
 
     Raises SystemExit where they are not: another kind of processor or other libraries made other policies.
     """
-    published = sorted(PUBLISHED.glob(f"arms/*-{seed}.json"))
-    if published:
-        digest = trials.digest(seed)
-        others = {json.loads(path.read_text())["digest"] for path in published} - {digest}
+    found = sorted(published.glob(f"arms/*-{seed}.json"))
+    if found:
+        digest = experiment.digest(seed)
+        others = {json.loads(path.read_text())["digest"] for path in found} - {digest}
         if others:
             raise SystemExit(
                 f"seed {seed} is published with policies and a pool of digest {', '.join(sorted(others))}, and here "
                 f"they came out as {digest}: continue where they are the same, or name --arms to run without those"
             )
-    return published
+    return found
 
 
 def take_over(published: list[Path], work: Path) -> None:

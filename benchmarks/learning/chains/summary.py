@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,16 @@ def end(task: str) -> Callable[[Result], float]:
 
 
 def area(task: str) -> Callable[[Result], float]:
-    """Mean accuracy along RL on a task, from the SFT checkpoint to the end, by the trapezoidal rule."""
+    """Mean accuracy along RL on a task."""
+    return lambda result: area_along(result["after_sft"][task]["accuracy"], result[f"rl_{task}"]["along"])
 
-    def of(result: Result) -> float:
-        steps = [0, *(one["step"] for one in result[f"rl_{task}"]["along"])]
-        values = [result["after_sft"][task]["accuracy"]]
-        values += [one["accuracy"] for one in result[f"rl_{task}"]["along"]]
-        pieces = zip(steps, steps[1:], values, values[1:], strict=False)
-        return float(sum((b - a) * (x + y) / 2 for a, b, x, y in pieces) / steps[-1])
 
-    return of
+def area_along(start: float, along: list[Result]) -> float:
+    """Mean accuracy along RL, from that of the SFT checkpoint to the end, by the trapezoidal rule."""
+    steps = [0, *(one["step"] for one in along)]
+    values = [start, *(one["accuracy"] for one in along)]
+    pieces = zip(steps, steps[1:], values, values[1:], strict=False)
+    return float(sum((b - a) * (x + y) / 2 for a, b, x, y in pieces) / steps[-1])
 
 
 PRIMARY = ("token", "uniform", "end of RL, same task")
@@ -71,9 +71,11 @@ FORETELLERS: dict[str, Callable[[Result], float]] = {
 """What is known after SFT of the same task, larger is better; it foretells the end of RL on both."""
 
 
-def load(folder: Path = PUBLISHED) -> tuple[list[Result], list[Result], list[Result]]:
+def load(
+    folder: Path = PUBLISHED, arm_names: Sequence[str] = ARM_NAMES
+) -> tuple[list[Result], list[Result], list[Result]]:
     """Rates that were tried, starts of the seeds, results of the arms, in the order of arms and seeds."""
-    order = {name: place for place, name in enumerate(ARM_NAMES)}
+    order = {name: place for place, name in enumerate(arm_names)}
     rates = [json.loads(path.read_text()) for path in folder.glob("rates/*.json")]
     found = [json.loads(path.read_text()) for path in folder.glob("arms/*.json")]
     starts = sorted((one for one in found if "arm" not in one), key=lambda one: one["seed"])
@@ -82,16 +84,16 @@ def load(folder: Path = PUBLISHED) -> tuple[list[Result], list[Result], list[Res
     return rates, starts, results
 
 
-def whole_seeds(results: list[Result]) -> list[int]:
+def whole_seeds(results: list[Result], arm_names: Sequence[str] = ARM_NAMES) -> list[int]:
     """Seeds that every arm has."""
     seeds = {result["seed"] for result in results}
     have = {(result["seed"], result["arm"]) for result in results}
-    return sorted(seed for seed in seeds if all((seed, name) in have for name in ARM_NAMES))
+    return sorted(seed for seed in seeds if all((seed, name) in have for name in arm_names))
 
 
-def state(results: list[Result]) -> str:
-    """One paragraph: how far the experiment is."""
-    whole, planned = whole_seeds(results), PLANNED_SEEDS * len(ARM_NAMES)
+def state(results: list[Result], arm_names: Sequence[str] = ARM_NAMES) -> str:
+    """One paragraph: how far an experiment is."""
+    whole, planned = whole_seeds(results, arm_names), PLANNED_SEEDS * len(arm_names)
     text = f"{len(results)} of {planned} arms and seeds have run, {len(whole)} of {PLANNED_SEEDS} seeds are whole."
     if len(whole) < PLANNED_SEEDS:
         text += " Nothing is concluded before all are."
@@ -113,7 +115,8 @@ def _row(cells: list[Any]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    """Its lines; none without rows."""
     return [_row(head), "|" + "---|" * len(head), *(_row(row) for row in rows)] if rows else []
 
 
@@ -126,7 +129,7 @@ def _starts(starts: list[Result]) -> list[str]:
         shortest, mean, longest = one["tokens_a_row"]
         rows.append([one["seed"], *skills, share, f"{shortest}-{longest} ({mean:.0f})", *ess])
     head = ["seed", "target, same task", "pass@8", "shifted task", "pass@8", "teacher right", "tokens a row"]
-    return _table(head + [f"ESS {name}" for name in ("token", "sequence", "block", "probability")], rows)
+    return markdown_table(head + [f"ESS {name}" for name in ("token", "sequence", "block", "probability")], rows)
 
 
 def _rates(rates: list[Result]) -> list[str]:
@@ -138,7 +141,7 @@ def _rates(rates: list[Result]) -> list[str]:
             best = min(losses, key=lambda rate: losses[rate])
             cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in values]
             rows.append([name, *(f"**{c}**" if r == best else c for r, c in zip(values, cells, strict=True))])
-    return _table(["held-out loss of the pilot", *(f"{rate:g}" for rate in values)], rows)
+    return markdown_table(["held-out loss of the pilot", *(f"{rate:g}" for rate in values)], rows)
 
 
 def _figures(results: list[Result]) -> list[str]:
@@ -150,17 +153,24 @@ def _figures(results: list[Result]) -> list[str]:
         rate = f"{runs[0]['rate']:g}"
         passed = Estimate.of([run["after_sft"]["same"]["pass_at_8"] for run in runs])
         skills.append([name, rate, *(Estimate.of([of(run) for run in runs]) for of in MEASURES.values()), passed])
-        cells = [_mean(run["held_out"] for run in runs), _mean(run["sft"]["weight"] for run in runs)]
-        cells += [_mean(run["sft"]["grad_norm"] for run in runs), _mean(run["sft"]["clipped_steps"] for run in runs)]
+        cells = [mean_of(run["held_out"] for run in runs), mean_of(run["sft"]["weight"] for run in runs)]
+        cells += [
+            mean_of(run["sft"]["grad_norm"] for run in runs),
+            mean_of(run["sft"]["clipped_steps"] for run in runs),
+        ]
         for task in TASKS:
             ends = [run[f"rl_{task}"]["along"][-1] for run in runs]
-            cells += [_mean(one["held_out"] for one in ends), _mean(one["drift"] for one in ends)]
+            cells += [mean_of(one["held_out"] for one in ends), mean_of(one["drift"] for one in ends)]
             cells.append(f"{statistics.fmean(still_rising(run[f'rl_{task}']['rewards']) for run in runs):+.3f}")
         training.append([name, *cells])
     head = ["arm", "held-out loss after SFT", "mean weight", "gradient norm", "steps clipped"]
     for task in TASKS:
         head += [f"held-out loss, {task}", f"drift, {task}", f"reward still rising, {task}"]
-    tables = [*_table(["arm", "learning rate", *MEASURES, "pass@8 after SFT"], skills), "", *_table(head, training)]
+    tables = [
+        *markdown_table(["arm", "learning rate", *MEASURES, "pass@8 after SFT"], skills),
+        "",
+        *markdown_table(head, training),
+    ]
     explained = (
         "Accuracies in percent. After RL: held-out loss, drift from the SFT checkpoint, both in nats a token, and the "
         f"mean reward of the last {RISING_STEPS} steps less that of the {RISING_STEPS} before."
@@ -177,29 +187,38 @@ def still_rising(rewards: list[float]) -> float:
     return statistics.fmean(last) - statistics.fmean(before or last)
 
 
-def _mean(values: Iterable[float]) -> str:
+def mean_of(values: Iterable[float]) -> str:
+    """In three digits."""
     return f"{statistics.fmean(values):.3g}"
 
 
 def comparisons(results: list[Result]) -> list[Comparison]:
     """Every arm with uniform weights, and token weights with their controls, in every measure, paired by seed."""
-    by = {(result["arm"], result["seed"]): result for result in results}
-    seeds = sorted({result["seed"] for result in results})
     pairs = [(name, "uniform") for name in ARM_NAMES if name != "uniform"]
     pairs += [("token", other) for other in ("shuffled", "ramp", "token-dataset")]
-    found = []
-    for arm, other in pairs:
-        for measure, of in MEASURES.items():
-            gaps = tuple(of(by[arm, seed]) - of(by[other, seed]) for seed in seeds)
-            found.append(Comparison(arm, other, measure, gaps))
-    return found
+    return paired(results, pairs, MEASURES)
+
+
+def paired(
+    results: list[Result], pairs: list[tuple[str, str]], measures: Mapping[str, Callable[[Result], float]]
+) -> list[Comparison]:
+    """Pairs of arms in every measure, seed by seed."""
+    by = {(result["arm"], result["seed"]): result for result in results}
+    seeds = sorted({result["seed"] for result in results})
+    return [
+        Comparison(arm, other, measure, tuple(of(by[arm, seed]) - of(by[other, seed]) for seed in seeds))
+        for arm, other in pairs
+        for measure, of in measures.items()
+    ]
 
 
 def _differences(results: list[Result]) -> list[str]:
-    if not results:
-        return []
-    found = comparisons(results)
-    others = [one for one in found if (one.arm, one.other, one.stage) != PRIMARY]
+    return differences(comparisons(results), PRIMARY, list(MEASURES)) if results else []
+
+
+def differences(found: list[Comparison], primary: tuple[str, str, str], measures: list[str]) -> list[str]:
+    """Lines of a table of comparisons, the primary one alone and the others corrected together."""
+    others = [one for one in found if (one.arm, one.other, one.stage) != primary]
     clear = clear_ones(others)
     rows: list[list[Any]] = []
     for arm, other in dict.fromkeys((one.arm, one.other) for one in found):
@@ -207,12 +226,11 @@ def _differences(results: list[Result]) -> list[str]:
         for one in found:
             if (one.arm, one.other) == (arm, other):
                 mark = " \\*\\*" if one in clear else " \\*" if one.p < LEVEL else ""
-                is_primary = (arm, other, one.stage) == PRIMARY
+                is_primary = (arm, other, one.stage) == primary
                 cells.append(f"**{one.estimate.signed}**" if is_primary else one.estimate.signed + mark)
         rows.append([f"{arm} - {other}", *cells])
-    table = _table(["difference", *MEASURES], rows)
     return [
-        *table,
+        *markdown_table(["difference", *measures], rows),
         "",
         "In points of accuracy, paired by seed, with 95% intervals (Student's t). Bold: the primary comparison, alone "
         f"and not corrected. Of the {len(others)} others \\* marks intervals that leave out 0 and \\*\\* those "
@@ -233,7 +251,7 @@ def _foretold(results: list[Result]) -> list[str]:
                 cells[-1] += f" ± {T_975[len(ranks)] * statistics.stdev(ranks) / len(ranks) ** 0.5:.2f}"
         rows.append([name, *cells])
     head = ["after SFT, rank correlation over the arms with", *(f"end of RL, {task} task" for task in TASKS)]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -251,11 +269,12 @@ def _ranks(values: list[float]) -> list[float]:
 def renew_page(page: Path, folder: Path = PUBLISHED) -> None:
     """The state and the tables of the second experiment between their marks of a page."""
     rates, starts, results = load(folder)
-    text = _between(page.read_text(), STATE_BEGIN, STATE_END, state(results), page)
-    page.write_text(_between(text, BEGIN, END, tables(rates, starts, results), page))
+    text = between(page.read_text(), STATE_BEGIN, STATE_END, state(results), page)
+    page.write_text(between(text, BEGIN, END, tables(rates, starts, results), page))
 
 
-def _between(text: str, begin: str, finish: str, content: str, page: Path) -> str:
+def between(text: str, begin: str, finish: str, content: str, page: Path) -> str:
+    """The text of a page with other content between two lines. Raises SystemExit where it lacks them."""
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(finish)
     if not found:
