@@ -110,29 +110,41 @@ def rows_of_prompts(storage: Storage, paths: Sequence[str], prompt_ids: list[str
     return pa.concat_tables(found).combine_chunks() if found else pa.table({"prompt_id": pa.array([], pa.string())})
 
 
-def read_examples(
-    storage: Storage,
-    partition: str,
-    shards: Sequence[str],
-    store: ScoreStore | None,
-    prompt_ids: list[str],
-    select: SelectConfig,
-    final_path: str | None,
-    max_tokens: int = MAX_TOKENS,
-    final: FinalRows | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> dict[str, PromptExample]:
+@dataclass(frozen=True)
+class ExampleContext:
+    """What the examples of all partitions have in common."""
+
+    storage: Storage
+    store: ScoreStore | None
+    """Of the target; without one only kept rows have scores, of the log-probabilities there."""
+    select: SelectConfig
+    tokenizer: Tokenizer | None
+    """The target's, for a method that cuts steps."""
+    max_tokens: int = MAX_TOKENS
+    """Of a response, whose values are shown; `num_tokens` says how many there are."""
+
+
+@dataclass(frozen=True)
+class ExamplePartition:
+    """The prompts that are shown of one partition, and where they lie."""
+
+    name: str
+    shards: Sequence[str]
+    prompt_ids: list[str]
+    kept: str | FinalRows | None
+    """Who was kept, with weights: the path of the kept or weighed file, or its rows already read."""
+
+
+def read_examples(context: ExampleContext, partition: ExamplePartition) -> dict[str, PromptExample]:
     """Prompts of one partition by id, each with its candidates, best first (a Ray task).
 
-    `final_path` is the partition's kept or weighed file: it says who was kept, and has their weights;
-    `final` is the same already read. Without a `store` only kept rows have scores, of the log-probabilities there.
-    Token values are cut to `max_tokens`; `num_tokens` says how many there are. `tokenizer` is the target's, for a
-    method that cuts steps: raises UserError where the model is no longer there.
+    Raises UserError where the method cuts steps and the target's model is no longer there.
     """
+    storage, store, select, prompt_ids = context.storage, context.store, context.select, partition.prompt_ids
     method = select_method(select)
     own_columns = method.columns if method is not None else ()
     names = list(dict.fromkeys([*COLUMNS, "select_score", *own_columns]))
-    table = rows_of_prompts(storage, shards, prompt_ids, names)
+    table = rows_of_prompts(storage, partition.shards, prompt_ids, names)
     if table.num_rows == 0:
         return {}
     offsets, mask = list_offsets_and_values(array_of(table, "loss_mask"))
@@ -146,15 +158,18 @@ def read_examples(
     if store is None and "select_score" in table.column_names:
         scores = table["select_score"].to_numpy(zero_copy_only=False)
     else:
-        tokens, scores = stored_scores(method, table, counted, select, store, partition, tokenizer)
+        tokens, scores = stored_scores(method, table, counted, select, store, partition.name, context.tokenizer)
         if store is not None:
             has_score = tokens.usable
             logprobs = np.where(np.repeat(has_score, lengths), tokens.values[LOGPROB], np.nan).astype(np.float32)
-    final = _final_rows(storage, final_path, prompt_ids) if final is None else final
+    final = (
+        _final_rows(storage, partition.kept, prompt_ids) if isinstance(partition.kept, str) else partition.kept or {}
+    )
     prompts: dict[str, PromptExample] = {}
     shown = ["prompt_id", "candidate_id", "source", "truncated", "messages"]
     for row, light in enumerate(table.select(shown).to_pylist()):
-        span = slice(int(loss_offsets[row]), min(int(loss_offsets[row + 1]), int(loss_offsets[row]) + max_tokens))
+        begin, end = int(loss_offsets[row]), int(loss_offsets[row + 1])
+        span = slice(begin, min(end, begin + context.max_tokens))
         kept = final.get((light["prompt_id"], light["candidate_id"]))
         candidate: ShownCandidate = {
             "candidate_id": light["candidate_id"],
@@ -165,7 +180,7 @@ def read_examples(
             "margin": kept.margin if kept is not None else None,
             "margin_at_least": kept is not None and kept.margin_at_least,
             "num_tokens": int(lengths[row]),
-            "counted_tokens": int(counted[loss_offsets[row] : loss_offsets[row + 1]].sum()),
+            "counted_tokens": int(counted[begin:end].sum()),
             "ids": loss_ids[span].tolist(),
             "logprobs": _rounded(logprobs[span]) if logprobs is not None and has_score[row] else None,
             "ratios": None,
@@ -174,9 +189,9 @@ def read_examples(
         if kept is not None:
             for mode in MODES:
                 if mode in kept.arrays:
-                    candidate[mode] = _rounded(kept.arrays[mode][:max_tokens])
+                    candidate[mode] = _rounded(kept.arrays[mode][: context.max_tokens])
             if store is None and "logprobs" in kept.arrays and not select.makes_select_score:
-                known = kept.arrays["logprobs"][counted[loss_offsets[row] : loss_offsets[row + 1]]]
+                known = kept.arrays["logprobs"][counted[begin:end]]
                 candidate["score"] = _number(known.mean()) if len(known) else None
         prompt = prompts.setdefault(
             light["prompt_id"],
@@ -236,9 +251,7 @@ def why_kept(rank: int | None, margin: float | None, margin_at_least: bool | Non
     return f"{words}, margin {least}{margin:.4f}{' (to one that was stopped)' if least else ''}"
 
 
-def _final_rows(storage: Storage, path: str | None, prompt_ids: list[str]) -> FinalRows:
-    if path is None:
-        return {}
+def _final_rows(storage: Storage, path: str, prompt_ids: list[str]) -> FinalRows:
     columns = ["prompt_id", "candidate_id", "target_logprobs", "behavior_logprobs", "weights", "weight_source"]
     table = rows_of_prompts(storage, [path], prompt_ids, [*columns, *MARGINS])
     return {(row["prompt_id"], row["candidate_id"]): _final_values(row) for row in table.to_pylist()}

@@ -9,6 +9,8 @@ from grape_service.release.candidates import ScoredPool, open_scored_pool
 from grape_service.release.load import Release
 from grape_service.release.some_rows import is_prompt
 from grape_service.report.examples import (
+    ExampleContext,
+    ExamplePartition,
     PromptExample,
     add_token_texts,
     prompt_text,
@@ -41,10 +43,8 @@ def explain(release: Release, prompt: str) -> PromptExample:
     partition = partition_of(prompt_id, pool.num_partitions)
     shards = shard_paths(pool.prepared, partition) if partition in pool.prepared.partitions else []
     final = release_rows(release, [prompt_id])
-    found = read_examples(
-        *(pool.workspace, partition, shards, pool.store, [prompt_id], pool.select, None, ALL_TOKENS, final),
-        tokenizer=pool.tokenizer,
-    )
+    context = ExampleContext(pool.workspace, pool.store, pool.select, pool.tokenizer, ALL_TOKENS)
+    found = read_examples(context, ExamplePartition(partition, shards, [prompt_id], final))
     explained = found[prompt_id]
     try:
         add_token_texts(explained["candidates"], pool.renderer().token_bytes)

@@ -26,6 +26,8 @@ from grape_service.report.examples import (
     MAX_CANDIDATES,
     MAX_TEXT,
     MODES,
+    ExampleContext,
+    ExamplePartition,
     PromptExample,
     ShownCandidate,
     TokenBytes,
@@ -349,12 +351,12 @@ def examples_of(release: Release) -> list[PromptExample]:
     if not select or pool is None:
         return []
     chosen: ExampleChoice = select["examples"]
+    context = ExampleContext(pool.workspace, pool.store, pool.select, pool.tokenizer)
     prompts: dict[str, PromptExample] = {}
     for partition, ids in chosen_by_partition(chosen, pool.num_partitions).items():
         shards, final = shard_paths(pool.prepared, partition), release_rows(release, ids)
-        where = pool.workspace, partition, shards, pool.store, ids, pool.select, None
         try:
-            prompts |= read_examples(*where, final=final, tokenizer=pool.tokenizer)
+            prompts |= read_examples(context, ExamplePartition(partition, shards, ids, final))
         except UserError:
             return []
     try:

@@ -18,6 +18,8 @@ from grape_service.release.candidates import ScoredPool
 from grape_service.release.load import Release
 from grape_service.report.examples import (
     MODES,
+    ExampleContext,
+    ExamplePartition,
     FinalRows,
     KeptValues,
     PromptExample,
@@ -93,10 +95,8 @@ def candidates_of(folder: Folder, release: Release, prompt_id: str, final: Final
     partition = partition_of(prompt_id, pool.num_partitions)
     shards = shard_paths(pool.prepared, partition) if partition in pool.prepared.partitions else []
     try:
-        found = read_examples(
-            *(pool.workspace, partition, shards, pool.store, [prompt_id], pool.select, None, MAX_TOKENS, final),
-            tokenizer=pool.tokenizer,
-        )
+        context = ExampleContext(pool.workspace, pool.store, pool.select, pool.tokenizer)
+        found = read_examples(context, ExamplePartition(partition, shards, [prompt_id], final))
     except (FileNotFoundError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"the candidates of this prompt cannot be read from {pool.workspace.root}: {type(error).__name__}"

@@ -29,7 +29,14 @@ from grape_service.release.rows import final_batches
 from grape_service.release.why_new import why_new
 from grape_service.release.writer import find_identical, publish, write_part, write_table
 from grape_service.render.loading import load_renderer
-from grape_service.report.examples import PromptExample, chosen_by_partition, examples_of_kinds, read_examples
+from grape_service.report.examples import (
+    ExampleContext,
+    ExamplePartition,
+    PromptExample,
+    chosen_by_partition,
+    examples_of_kinds,
+    read_examples,
+)
 from grape_service.report.facts import ExampleChoice, SelectReport, WeightsReport, facts_of_fields
 from grape_service.report.page import render_page
 from grape_service.report.race import race_figures
@@ -152,20 +159,21 @@ def report_examples(run: Run, prepared: Prepared, kept: Kept, weighed: Weighed) 
     """The report's examples: a few prompts with all candidates, token by token."""
     store = ScoreStore(run.workspace, run.policy_id(run.config.target)) if run.config.select.needs_scores else None
     chosen = kept.statistics.examples.chosen
-    arguments = [
-        {"partition": p, "shards": shard_paths(prepared, p), "prompt_ids": ids, "final_path": weighed.paths.get(p)}
-        for p, ids in chosen_by_partition(chosen, prepared.num_partitions).items()
+    partitions = [
+        ExamplePartition(name, shard_paths(prepared, name), ids, weighed.paths.get(name))
+        for name, ids in chosen_by_partition(chosen, prepared.num_partitions).items()
     ]
-    shared = {"store": store, "select": run.config.select, "tokenizer": run.target_tokenizer}
-    return read_all_examples(run, arguments, shared, chosen)
+    context = ExampleContext(run.workspace, store, run.config.select, run.target_tokenizer)
+    return read_all_examples(run, context, partitions, chosen)
 
 
 def read_all_examples(
-    run: Run, arguments: list[Arguments], shared: Arguments, chosen: ExampleChoice
+    run: Run, context: ExampleContext, partitions: list[ExamplePartition], chosen: ExampleChoice
 ) -> list[PromptExample]:
     """`read_examples` of each partition as Ray tasks, in the order of `chosen`."""
     prompts: dict[str, PromptExample] = {}
-    for found in run_tasks(read_examples, arguments, run.config.workers, {"storage": run.workspace, **shared}):
+    arguments: list[Arguments] = [{"partition": partition} for partition in partitions]
+    for found in run_tasks(read_examples, arguments, run.config.workers, {"context": context}):
         prompts.update(found)
     return examples_of_kinds(prompts, chosen, run.target_renderer.token_bytes)
 

@@ -14,7 +14,7 @@ from grape_service.prepare.counts import union_of_ids, unpack_ids
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import ManifestFields, PolicyUse, Rendering
 from grape_service.release.rows import other_fields_of, write_kept_rows
-from grape_service.report.examples import PromptExample, chosen_by_partition
+from grape_service.report.examples import ExampleContext, ExamplePartition, PromptExample, chosen_by_partition
 from grape_service.report.facts import ExampleChoice
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
@@ -238,12 +238,10 @@ def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[PromptEx
     num_partitions = 2 ** (len(next(iter(weighed.paths))) - 1)
     wanted = chosen_by_partition(chosen, num_partitions)
     select = SelectConfig.model_validate(release.manifest.config.get("select") or {})
-    arguments = [
-        {"partition": partition, "shards": [path], "prompt_ids": wanted[partition], "final_path": path}
-        for partition, path in weighed.paths.items()
-        if partition in wanted
+    partitions = [
+        ExamplePartition(name, [path], wanted[name], path) for name, path in weighed.paths.items() if name in wanted
     ]
-    return read_all_examples(run, arguments, {"store": None, "select": select}, chosen)
+    return read_all_examples(run, ExampleContext(run.workspace, None, select, None), partitions, chosen)
 
 
 def _extra_names(release: Release) -> set[str]:
