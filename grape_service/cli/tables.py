@@ -16,6 +16,8 @@ from grape_service.display import visible
 _BREAKS = re.compile("(?<=[/_@:,=\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef-])(?=\\S)")
 LONG = 16
 """Words above this are wrapped where they may be: after a slash, a dash or another mark, between Chinese characters."""
+SHORT = 24
+"""A column of names and ids, which are copied: no wider than this it is not wrapped as long as there is room."""
 LONGEST = 48
 """What has no such place, a digest, is cut here."""
 BORDERS = 3
@@ -58,7 +60,7 @@ def column_widths(columns: Sequence[Sequence[str]], room: int) -> list[int] | No
     widths = list(least)
     for place in sorted(range(len(widths)), key=lambda index: most[index] - least[index]):
         open_columns = sum(widths[other] < most[other] for other in range(len(widths))) or 1
-        more = min(most[place] - least[place], left // open_columns)
+        more = min(most[place] - least[place], left if most[place] <= SHORT else left // open_columns)
         widths[place] += more
         left -= more
     return [max(width, 1) for width in widths]

@@ -97,7 +97,7 @@ def _how_it_was_made(manifest: Manifest) -> list[str]:
     lines = ["## How it was made", ""]
     if select:
         lines.append(f"Selected by {_code(select.get('method', ''))}, {_cell(select.get('keep', ''))} kept per prompt.")
-    for policy in manifest.parents.policies:
+    for policy in manifest.parents.models:
         lines.append(f"- {_cell(policy.role)}: {_code(policy.model)} {_code(policy.revision or policy.policy_id)}")
     if manifest.parents.release:
         lines.append(f"- weighed from {_code(manifest.parents.release)}")

@@ -159,6 +159,14 @@ class Parents(_Part):
         found = self.all_files.get(role)
         return found.files if found is not None else len(self.pool if role == "pool" else self.prompts)
 
+    @property
+    def models(self) -> list[PolicyUse]:
+        """`policies` without those that differ from one before in their system prompt alone."""
+        found: dict[tuple[str, str], PolicyUse] = {}
+        for policy in self.policies:
+            found.setdefault((policy.role, policy.policy_id), policy)
+        return list(found.values())
+
 
 class ManifestFields(_Part):
     """What the one who publishes says; the rest of the manifest follows from the files."""

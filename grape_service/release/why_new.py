@@ -11,6 +11,7 @@ from grape_service.release.catalog import read_catalog
 from grape_service.release.manifest import Manifest, ManifestFields, Parents, read_manifest, without_secrets
 from grape_service.storage.storage import Storage
 
+NAMED_BY_USERS = ("behavior.sources", "gather.policies", "pool.columns", "render.template_kwargs", "target.engine_args")
 MAX_NAMED = 4
 """Changes of a kind that are named."""
 
@@ -38,8 +39,9 @@ def why_new(storage: Storage, name: str, fields: ManifestFields, force: bool) ->
 def what_changed(old: Manifest, new: ManifestFields) -> Iterator[str]:
     """Each kind of thing that a release is made of and that changed, in words."""
     before, after = dict(_leaves(old.config)), dict(_leaves(without_secrets(new.config)))
-    keys = [key for key in sorted(before.keys() & after.keys()) if before[key] != after[key] and _decides(key)]
-    if keys:
+    keys = [key for key in before.keys() & after.keys() if before[key] != after[key]]
+    keys += [*_came(before, after), *_came(after, before)]
+    if keys := sorted({key for key in keys if _decides(key)}):
         yield f"{_some(keys)} of the config"
     if _pool(old.parents) != _pool(new.parents):
         yield "the pool's files"
@@ -60,6 +62,19 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]
             yield from _leaves(one, (*path, str(key)))
     else:
         yield ".".join(path), list(value) if isinstance(value, tuple) else value
+
+
+def _came(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Sections that only `after` has, and names in the sections whose names are the user's: other keys that only one
+    config has are those of a newer version of the service."""
+    for key in after.keys() - before.keys():
+        parts = key.split(".")
+        for length in range(1, len(parts)):
+            section = ".".join(parts[:length])
+            if section in before:  # null, or without a key
+                yield section
+            elif section in NAMED_BY_USERS and any(other.startswith(f"{section}.") for other in before):
+                yield ".".join(parts[: length + 1])
 
 
 def _decides(key: str) -> bool:

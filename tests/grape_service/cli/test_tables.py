@@ -43,6 +43,14 @@ def test_a_word_that_fits_into_a_line_is_not_broken_at_its_marks() -> None:
     assert wrapped("it has no adapter_config.json", 15) == "it has no\nadapter_\nconfig.json"
 
 
+def test_ids_that_are_copied_are_not_broken_where_a_column_of_sentences_can_be_narrower() -> None:
+    why = "no prompt is left after selection (no eligible candidate: 12): loosen select.min_candidates or pool.where"
+    row = ["20261130T172931-9495839b", "math-sft", "succeeded", "15 s", why]
+    text = shown(80, ["run", "dataset", "state", "took", "why"], [row])
+    assert "20261130T172931-9495839b" in text
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+
+
 def test_what_is_too_narrow_for_a_table_is_shown_row_by_row() -> None:
     text = shown(30)
     assert "┃" not in text

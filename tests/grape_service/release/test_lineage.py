@@ -126,6 +126,16 @@ def test_the_card_escapes_what_comes_from_outside(tmp_path) -> None:
     assert "without the weights" in body
 
 
+def test_policies_that_differ_in_their_system_prompt_alone_are_one_model(tmp_path) -> None:
+    from grape_service.release.card import render_card
+
+    policies = [("target", "m-1"), ("behavior", "b-2"), ("behavior", "b-1"), ("behavior", "b-2"), ("behavior", "m-1")]
+    uses = [{"role": role, "policy_id": policy_id, "model": policy_id[0]} for role, policy_id in policies]
+    manifest = publish_version(Storage(str(tmp_path)), parts=[rows(0, 3)], parents={"policies": uses}).manifest
+    assert [(use.role, use.policy_id) for use in manifest.parents.models] == [*policies[:3], policies[4]]
+    assert render_card(manifest).count("- behavior: `b` `b-2`") == 1
+
+
 def test_code_in_the_card_is_read_as_it_is(tmp_path) -> None:
     """No entities inside code spans; a name cannot end its span or its table cell."""
     import pyarrow as pa

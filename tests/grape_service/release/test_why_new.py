@@ -14,7 +14,13 @@ from tests.grape_service.release.made_up import publish_version, rows
 
 pytestmark = pytest.mark.quick
 
-CONFIG = {"select": {"method": "grape", "seed": 0}, "output": {"tags": ["latest"]}, "workers": {"cpus": None}}
+CONFIG: dict[str, Any] = {
+    "select": {"method": "grape", "seed": 0},
+    "weights": None,
+    "behavior": {"sources": {"a": {"model": "m"}}},
+    "output": {"tags": ["latest"]},
+    "workers": {"cpus": None},
+}
 PARENTS: dict[str, Any] = {
     "pool": [{"path": "p.jsonl", "size": 3, "digest": "d"}],
     "policies": [
@@ -47,6 +53,11 @@ PARENTS: dict[str, Any] = {
         ),
         ({}, {"policies": PARENTS["policies"][:1]}, "b", "and its rows differ"),
         ({}, {"release": "o/x@v0001"}, "b", "v0001: the release whose rows are weighed"),
+        ({"weights": {"method": "pear", "level": "token"}}, {}, "b", "v0001: weights of the config"),
+        ({"behavior": None}, {}, "b", "v0001: behavior of the config"),
+        ({"behavior": {"sources": {"a": {"model": "m"}, "b": "none"}}}, {}, "b", "v0001: behavior.sources.b of the"),
+        ({"behavior": {"sources": {}}}, {}, "b", "v0001: behavior.sources of the config"),
+        ({"behavior": {"sources": {"a": {"model": "m"}}, "later": 1}}, {}, "b", "and its rows differ"),
         ({}, {"libraries": {"pyarrow": "26.0.1"}}, "b", "v0001: pyarrow 26.0.0 -> 26.0.1, torch 2.13.0 -> none"),
         (
             {"select": {"method": "rsr", "seed": 0}},

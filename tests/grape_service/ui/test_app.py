@@ -118,7 +118,7 @@ def test_what_was_left_out_has_examples(client: TestClient) -> None:
     page = text_of(client, f"{POOL}/left-out")
     assert "not JSON" in page
     assert "b.jsonl" in page
-    assert "not chosen" in page
+    assert "The page of each row shows the candidates of its prompt that were not chosen" in page
 
 
 def test_versions_are_told_apart(client: TestClient) -> None:
