@@ -100,7 +100,8 @@ def split_lines(
         position = start - 1
     skipping = start > 0  # up to the first newline: that line began before
     cut = False
-    carry = b""
+    begun: list[bytes] = []  # pieces of a line whose newline has not been seen: each byte is copied and searched once
+    num_begun = 0
     while end is None or position < end:
         block = file.read(BLOCK_BYTES)
         if not block:
@@ -116,25 +117,28 @@ def split_lines(
             skipping = False
             position += newline + 1
             block = block[newline + 1 :]
-        pieces: list[bytes | None] = [*(carry + block).split(b"\n")]
-        carry = pieces.pop() or b""
+        first, *more = block.split(b"\n")
+        begun.append(first)
+        num_begun += len(first)
+        lines = [b"".join(begun), *more[:-1]] if more else []
+        if more:
+            begun, num_begun = [more[-1]], len(more[-1])
         taken: list[bytes | None] = []
-        for line in pieces:
+        for line in lines:
             if end is not None and position >= end:
                 break
-            assert line is not None
             taken.append(line if len(line) <= max_row_bytes else None)
             position += len(line) + 1
         if taken:
             yield taken
-        if len(carry) > max_row_bytes and (end is None or position < end):
+        if num_begun > max_row_bytes and (end is None or position < end):
             skipping = cut = True
-            position += len(carry)
-            carry = b""
+            position += num_begun
+            begun, num_begun = [], 0
     if cut:
         yield [None]
-    elif carry and (end is None or position < end):
-        yield [carry]
+    elif num_begun and (end is None or position < end):
+        yield [b"".join(begun)]
 
 
 def parse_line(line: bytes | None, max_row_bytes: int = MAX_ROW_BYTES) -> Row | Rejection | None:
