@@ -137,8 +137,8 @@ def main(config_path: str, folder: str) -> None:
         factor = dataset_factor(counts, config.weights)
         unknown = bool(counts.unknown_tokens) if config.compared_behavior is not None else unknown
     tools = bool(selected.kept_with_tools) or "tool_calls" in prepared.message_fields
-    recorded, not_told = bool(prepared.recorded), bool(selected.kept_not_told)
-    more = needed_fields(recorded=recorded, tools=tools, not_told=not_told, says_known=unknown)
+    needs = {"recorded": bool(prepared.recorded), "tools": tools, "prefilled": bool(selected.kept_with_prefill)}
+    more = needed_fields(**needs, not_told=bool(selected.kept_not_told), says_known=unknown)
     fields = prepared.message_fields, [*prepared.other_fields, *more]
     computed = computed_fields(config.statistics, config.select.makes_select_score)
     rows = (batch for path in paths.values() for batch in final_batches(storage, path, *fields, factor, computed))

@@ -25,6 +25,7 @@ POOL_COLUMNS = (
     "response_mask",
     "reasoning",
     "chat_template_kwargs",
+    "prefill",
 )
 """The pool columns that have a meaning to us; every other column is carried along."""
 

@@ -17,6 +17,7 @@ import orjson
 import pyarrow as pa
 
 from grape_service.exports.lines import write_lines
+from grape_service.exports.prefills import without_prefills
 from grape_service.exports.repeats import NEEDED, Repeats
 from grape_service.exports.rows import chat_messages, loss_spans, message_fields, split_batches, system_prompt_of
 from grape_service.exports.summary import ExportSummary, Target
@@ -40,6 +41,7 @@ THOUGHT = "<think>\n{}\n</think>\n\n"
 
 def export(release: Release, target: Target) -> ExportSummary:
     """Write train.jsonl and dataset_info.json."""
+    target, told = without_prefills(release, target, "LLaMA-Factory v0")
     repeats = Repeats(release, target)
     turns = TurnCounts()
     for batch in split_batches(release, ["messages", "loss_mask"], target, "train"):
@@ -72,7 +74,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     sentence = repeats.sentence("llamafactory", "LLaMA-Factory v0", rows["train"]) + (
         " It makes its own tokens of the messages."
     )
-    notes = []
+    notes = told
     if turns.masked:
         notes.append(
             f"Give `mask_history: true`: {turns.masked} rows have assistant turns without loss, and LLaMA-Factory "

@@ -18,6 +18,7 @@ import pyarrow as pa
 from grape_service.exports.effects import EFFECTS, PLAIN_EFFECTS
 from grape_service.exports.lines import write_lines
 from grape_service.exports.llamafactory import ROLES
+from grape_service.exports.prefills import num_prefilled
 from grape_service.exports.rows import (
     WeightTotals,
     arrays_of,
@@ -83,6 +84,8 @@ def export(release: Release, target: Target) -> ExportSummary:
     kept = [*IDS, "messages", *TOKENS[: 2 if target.drop_weights else 3], *(["tools"] if has_tools else [])]
     lost = [*fields, *left_behind(release, kept)]
     usage, notes = USAGE.format(folder=target.folder), seen.notes(target.drop_weights)
+    if number := num_prefilled(release):
+        notes.append(f"v1's own trainer would have loss on the prefill of {number} rows, which has none here.")
     return target.summary("llamafactory-v1", release, rows, sentence, usage, kept, lost, notes)
 
 

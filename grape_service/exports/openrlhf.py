@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from grape_service.exports.lines import write_lines
+from grape_service.exports.prefills import without_prefills
 from grape_service.exports.repeats import NEEDED, Repeats
 from grape_service.exports.rows import chat_messages, loss_spans, system_prompt_of
 from grape_service.exports.summary import ExportSummary, Target
@@ -26,6 +27,7 @@ deepspeed --module openrlhf.cli.train_sft --data.dataset {folder}/train.jsonl --
 
 def export(release: Release, target: Target) -> ExportSummary:
     """Write train.jsonl."""
+    target, told = without_prefills(release, target, "OpenRLHF")
     repeats, system = Repeats(release, target), system_prompt_of(release)
 
     def objects(batch: pa.RecordBatch, split: str) -> Iterator[dict[str, Any]]:
@@ -40,7 +42,7 @@ def export(release: Release, target: Target) -> ExportSummary:
     sentence = repeats.sentence("openrlhf", "OpenRLHF", rows["train"]) + (
         " It makes its own tokens of the messages, with the tokenizer's template and eos token."
     )
-    notes = ["Leave --data.multiturn out: each line ends with the one turn that has loss."]
+    notes = [*told, "Leave --data.multiturn out: each line ends with the one turn that has loss."]
     if "tools" in release.schema.names:
         notes.append("OpenRLHF gives its template no tools: rows that offer some are rendered without them.")
     kept = ["messages"]

@@ -16,7 +16,7 @@ from grape_service.exports.summary import Target
 from grape_service.models.local_vocabulary import vocabulary_of
 from grape_service.release.load import Release
 from grape_service.release.token_ids import refuse_unknown_ids
-from grape_service.rows.columns import release_schema
+from grape_service.rows.columns import PREFILL, release_schema
 from grape_service.rows.keys import in_eval_share
 from grape_service.rows.messages import whole_message
 from grape_service.rows.ragged import Int64s, list_offsets_and_values, segment_sums
@@ -54,13 +54,19 @@ def batches(release: Release, columns: Sequence[str]) -> Iterator[pa.RecordBatch
 
 
 def split_batches(release: Release, columns: Sequence[str], target: Target, split: str) -> Iterator[pa.RecordBatch]:
-    """`batches` of the rows for training, or of those for evaluation. A prompt's rows are all in one of both."""
-    if not target.eval_share:
+    """`batches` of the rows for training, or of those for evaluation, that the target wants. A prompt's rows are all in
+    one of both."""
+    if not target.eval_share and not target.whole_turns:
         yield from batches(release, columns)
         return
-    for batch in batches(release, list(dict.fromkeys(["prompt_id", *columns]))):
-        chosen = [in_eval_share(prompt, target.eval_share) for prompt in batch.column("prompt_id").to_pylist()]
-        kept = batch.filter(pa.array(np.array(chosen, bool) == (split == "eval")))
+    for batch in batches(release, list(dict.fromkeys(["prompt_id", *columns, *([PREFILL.name] * target.whole_turns)]))):
+        is_wanted = np.ones(batch.num_rows, bool)
+        if target.eval_share:
+            chosen = [in_eval_share(prompt, target.eval_share) for prompt in batch.column("prompt_id").to_pylist()]
+            is_wanted = np.array(chosen, bool) == (split == "eval")
+        if target.whole_turns:
+            is_wanted &= batch.column(PREFILL.name).is_null().to_numpy(zero_copy_only=False)
+        kept = batch.filter(pa.array(is_wanted))
         if kept.num_rows:
             yield kept.select(list(columns))
 

@@ -31,6 +31,7 @@ class Target:
     folder: str  # where it will be
     drop_weights: bool
     eval_share: float  # share of the prompts that goes to a file of its own, by their digest
+    whole_turns: bool = False  # whether rows with a prefill are left out
 
     @property
     def splits(self) -> list[str]:

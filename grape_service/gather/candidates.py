@@ -13,9 +13,11 @@ from grape_service.config.gather import SamplingConfig, VerifyConfig
 from grape_service.gather.samples import SampleStore, prompt_keys, sample_key, verify_id
 from grape_service.gather.verdicts import Question, Verifier
 from grape_service.keys import settings_of
+from grape_service.models.tokenizer import text_behind
 from grape_service.rows.candidate import Row
 from grape_service.rows.columns import SHARD
 from grape_service.rows.counts import Counts
+from grape_service.rows.prefill import prefills_of
 from grape_service.storage.parquet import open_small, write_parquet
 from grape_service.storage.storage import Storage
 
@@ -87,9 +89,11 @@ def write_candidates(
     found = store.read(partition, keys)
     others = [name for name in table.column_names if name not in SHARD.names and name not in GATHERED.names]
     rows = table.select([*others, "messages", "num_prompt_messages", "tools", "prompt_id"]).to_pylist()
+    prefills = prefills_of([row["messages"] for row in rows], [row["num_prompt_messages"] for row in rows])
     for row in rows:
         messages = orjson.loads(row["messages"])[: row["num_prompt_messages"]]
         row["messages"] = orjson.dumps(messages).decode()
+    prompt_ids = table["input_ids"]
     counts = GatherCounts(prompts=len(rows), wanted=len(keys))
     candidates: list[dict[str, Any]] = []
     places: list[int] = []
@@ -105,11 +109,13 @@ def write_candidates(
         counts.tokens += len(ids)
         counts.truncated += sample["finish_reason"] == "length"
         text = ids[:-1] if ids and ids[-1] in stop_ids else ids
+        prompt = place // gathered.samples
+        before = [] if prefills[prompt] is None else prompt_ids[prompt].as_py()
         candidates.append(
             {
                 "prompt": row["messages"],
                 "tools": row["tools"],
-                "response": tokenizer.decode(text, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+                "response": text_behind(tokenizer, before, text),
                 "response_ids": ids if gathered.shares_tokens else None,
                 "behavior_logprobs": sample["logprobs"] if gathered.shares_tokens else None,
                 "sampling": sampling,
@@ -122,6 +128,7 @@ def write_candidates(
                 "verdict_reason": sample["verdict_reason"],
                 "verifier": sample.get("verifier"),
                 "\0judged": (sample.get("verify_id"), sample.get("asked")),
+                "\0prefill": prefills[prompt] or "",
             }
         )
         places.append(place // gathered.samples)
@@ -148,7 +155,8 @@ def _judge(candidates: list[dict[str, Any]], rows: list[Row], verify: VerifyConf
         here = verify_id(verify, verifier.name)
         for one, row in zip(candidates, rows, strict=True):
             if one["\0judged"] != (here, asked_of(row, verify)):
-                verdict = next(verifier.verdicts([question_of(one["response"], row, verify)]))
+                turn = one["\0prefill"] + one["response"]
+                verdict = next(verifier.verdicts([question_of(turn, row, verify)]))
                 one |= {"verdict": verdict.word, "verdict_reason": verdict.reason, "verifier": verifier.name}
 
 
@@ -161,7 +169,7 @@ def asked_of(row: Row, verify: VerifyConfig) -> str:
 
 
 def question_of(text: str, row: Row, verify: VerifyConfig) -> Question:
-    """What a judge is asked of a response to the prompt of a pool row."""
+    """What a judge is asked of a response to the prompt of a pool row: `text` is the whole turn, prefill included."""
     answer = row.get(verify.answer) if verify.answer is not None else None
     if answer is not None and not isinstance(answer, str):
         answer = orjson.dumps(answer).decode()

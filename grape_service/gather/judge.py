@@ -23,6 +23,7 @@ from grape_service.rows.candidate import Candidate, Rejection
 from grape_service.rows.columns import SHARD
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import shown_content
+from grape_service.rows.prefill import prefill_of, without_prefill
 from grape_service.rows.ragged import list_array, offsets_from_lengths
 from grape_service.storage.parquet import open_small, write_parquet
 from grape_service.storage.storage import Storage
@@ -87,8 +88,9 @@ def write_questions(storage: Storage, path: str, out: str, verify: VerifyConfig,
     asked = []
     for place, row in enumerate(rows):
         prompt = orjson.loads(row["prompt"])
-        answer = question_of(row["response"], row, verify).answer
-        text = question_text(verify, prompt, row["response"], answer)
+        turn = (prefill_of(prompt) or "") + row["response"]
+        answer = question_of(turn, row, verify).answer
+        text = question_text(verify, without_prefill(prompt), turn, answer)
         asked.append(Candidate([{"role": "user", "content": text}], "", row["prompt_id"], str(place)))
     rendered = renderer.render_prompts(asked)
     good = [(one, found) for one, found in zip(asked, rendered, strict=True) if not isinstance(found, Rejection)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from grape_service.models.files import file_names
 TEMPLATE_FILE = "chat_template.jinja"
 LARGEST_LIMIT = 100_000_000
 """Configs write numbers above this for 'no limit'."""
+TAIL_TOKENS = 8
+"""Of a text, those that decide how what follows it decodes."""
 
 
 def folder_stamp(folder: str) -> str:
@@ -86,3 +89,12 @@ def _json_file(folder: str, name: str) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}
+
+
+def text_behind(tokenizer: Any, before: Sequence[int], ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of ids that follow others: decoding may drop the space in front of a text, which is one inside of it."""
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    tail = [int(id_) for id_ in before[-TAIL_TOKENS:]]
+    start = str(tokenizer.decode(tail, **options))
+    whole = str(tokenizer.decode([*tail, *ids], **options))
+    return whole[len(start) :] if whole.startswith(start) else str(tokenizer.decode(list(ids), **options))

@@ -15,6 +15,7 @@ from grape_service.pool.messages import (
     prompt_messages,
 )
 from grape_service.rows.candidate import Message, Row
+from grape_service.rows.prefill import without_prefill
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 """How a turn begins in a transcript such as those of Anthropic's HH."""
@@ -107,12 +108,13 @@ def whole_conversation(value: Any, given: Any) -> tuple[list[Message], str | lis
     prompt, response = conversation_of(_turns(value) if is_transcript(value) else value)
     if given is None:
         return prompt, response
-    asked = prompt_messages(given)
+    whole = prompt_messages(given)
+    asked = without_prefill(whole)
     said = [message for message in prompt if message["role"] not in ("system", "developer")]
     wanted = [message for message in asked if message["role"] not in ("system", "developer")]
     if wanted != said[: len(wanted)] and wanted != said[-len(wanted) :]:
         raise Unusable("prompt and conversation differ", "the response is a whole conversation, with another prompt")
-    return (prompt if len(said) > len(wanted) or len(prompt) > len(asked) else asked), response
+    return [*(prompt if len(said) > len(wanted) or len(prompt) > len(asked) else asked), *whole[len(asked) :]], response
 
 
 def _turns(text: str) -> list[Message]:

@@ -34,6 +34,7 @@ from grape_service.pool.messages import (
     without_nulls,
 )
 from grape_service.pool.outcomes import TRUNCATED, Accepted, Filtered, Rejected
+from grape_service.pool.prefills import behind_prefill, with_prefill
 from grape_service.pool.recorded_forms import RECORDED, mask_of, recorded_values, sglang_fields
 from grape_service.pool.rollouts import RECORDED_BY
 from grape_service.pool.shapes import find_layout, flat
@@ -302,6 +303,8 @@ class Normaliser:
         ids = get(theirs["response_ids"])
         is_told = answer != "" or not ids or RECORDED_BY not in fields
         response = with_ignored(response_of(answer), self._ignored) if is_told else ""
+        if whole is not None or self.layout.conversation is not None:
+            response = behind_prefill(prompt.messages, response)
         thoughts = get(theirs["reasoning"])
         if thoughts is not None:
             response = with_thoughts(response, thoughts, theirs["reasoning"])
@@ -342,12 +345,14 @@ class Normaliser:
         Unusable."""
         theirs, get = self._theirs, fields.get
         given: tuple[Any, ...] = whole or get(theirs["prompt"]), get(theirs["system_prompt"]), get(theirs["tools"])
+        given = (*given, get(theirs["prefill"]))
         if (kwargs := get(theirs[TEMPLATE_KWARGS])) is not None:
             given = (*given, kwargs)
         if given == self._last_given:
             return self._last_prompt
-        text, system, tools, *kwargs = (without_nulls(value) for value in given) if self._has_structs else given
+        text, system, tools, prefill, *kwargs = map(without_nulls, given) if self._has_structs else given
         messages = with_ignored(with_system_prompt(system, prompt_messages(text)), self._ignored)
+        messages = with_prefill(messages, prefill)
         offered, variables = tools_of(tools), template_variables(*kwargs)
         digest = prompt_id_of(messages, offered, variables)
         prompt = _Prompt(messages, offered, variables, digest, sum(map(characters_of, messages)))

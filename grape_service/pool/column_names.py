@@ -48,12 +48,14 @@ MASKS = (
 )
 """Of the response's tokens: 1 where the policy wrote them."""
 KWARGS = ("chat_template_kwargs", "template_kwargs")
+PREFILLS = ("prefill", "assistant_prefill", "response_prefix", "response_prefill")
 SAMPLINGS = ("sampling", "sampling_params", "sampling_parameters", "sampling_args", "generation_kwargs")
 ALIASES = {
     "finish_reason": FINISHES,
     "response_mask": MASKS,
     "sampling": SAMPLINGS,
     "chat_template_kwargs": KWARGS,
+    "prefill": PREFILLS,
 }
 """Other names of our columns, also in responses that are objects."""
 NUMBERED = re.compile(
@@ -62,7 +64,7 @@ NUMBERED = re.compile(
 KNOWN = frozenset(
     [
         *(*PROMPTS, *CONVERSATIONS, *RESPONSE_LISTS, *OBJECT_LISTS, *RESPONSES, *SOURCES, *SYSTEMS, *INPUTS),
-        *(*FINISHES, *MASKS, *KWARGS, *SAMPLINGS, *POOL_COLUMNS),
+        *(*FINISHES, *MASKS, *KWARGS, *PREFILLS, *SAMPLINGS, *POOL_COLUMNS),
         *(name.split(".")[0] for name in (*BATCH_PROMPTS, *CHOICES, *EVAL_PROMPTS)),
         *(name for pair in (*PAIRS, *PAIR_SOURCES.values()) for name in pair),
     ]

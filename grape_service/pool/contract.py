@@ -9,7 +9,7 @@ from typing import Any
 
 from grape_service.config.pool import PoolGroup
 from grape_service.config.schema import Config
-from grape_service.pool.column_names import FINISHES, KWARGS, MASKS, SAMPLINGS, SOURCES
+from grape_service.pool.column_names import FINISHES, KWARGS, MASKS, PREFILLS, SAMPLINGS, SOURCES
 from grape_service.pool.files import PoolFile
 from grape_service.pool.layout import Layout
 from grape_service.pool.rollouts import rollouts
@@ -23,7 +23,7 @@ SAMPLED_FILES = 16
 THREADS = 8
 OTHER_LAYOUT = "read otherwise than its file"
 KEPT_SIGNATURES = 10_000
-BY_TYPE = frozenset((*SOURCES, *FINISHES, *MASKS, *KWARGS, *SAMPLINGS))
+BY_TYPE = frozenset((*SOURCES, *FINISHES, *MASKS, *KWARGS, *PREFILLS, *SAMPLINGS))
 """Columns of which a reading asks no more than whether a row has a value, and of which type."""
 
 

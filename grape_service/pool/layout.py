@@ -10,7 +10,7 @@ RESPONSE_COLUMN = "response_column"
 """The column that says which of several columns a response is from."""
 DEALT_NAMES = (
     *("source", "candidate_id", "response_ids", "behavior_logprobs", "sampling", "finish_reason", "response_mask"),
-    "reasoning",
+    *("reasoning", "prefill"),
 )
 """Our columns that belong to one candidate: beside a list of responses, a list of them is dealt."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grape_service.pool.column_names import FINISHES, KWARGS, MASKS, SAMPLINGS, SOURCES, SYSTEMS
+from grape_service.pool.column_names import FINISHES, KWARGS, MASKS, PREFILLS, SAMPLINGS, SOURCES, SYSTEMS
 from grape_service.pool.filters import value_of_text
 from grape_service.pool.values import SAMPLING_KEYS, said
 
@@ -189,12 +189,6 @@ REFUSED = (
         _is_list_or_object,
         is_of_prompt=True,
     ),
-    Meaning(
-        ("prefill", "assistant_prefill", "response_prefix", "response_prefill"),
-        "the beginning of the response, which the policy did not write",
-        "refused",
-        "leave such rows out with `pool.where`: a prompt that ends with the assistant is a reject",
-    ),
 )
 MEANINGS = (
     Meaning(
@@ -212,6 +206,12 @@ MEANINGS = (
         "how the response was sampled",
         "read",
         "as `sampling`, and carried along",
+    ),
+    Meaning(
+        PREFILLS,
+        "words of the assistant that the policy was given, and that the response continues",
+        "read",
+        "as `prefill`: in front of the response, without loss and ratio; prompts that differ in it compete apart",
     ),
     Meaning(("reasoning_content",), "the thoughts of the response", "read", "as `reasoning_content` of its message"),
     Meaning(SYSTEMS, "the system prompt", "read", "as `system_prompt`"),

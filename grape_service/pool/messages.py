@@ -47,7 +47,8 @@ LONG_INTEGER = ("an integer has more than 64 bits", "a call or a definition of a
 
 
 def prompt_messages(value: Any) -> list[Message]:
-    """A prompt, text or chat messages, as chat messages that end with a user or tool turn. Raises Unusable."""
+    """A prompt, text or chat messages, as chat messages that end with a user or tool turn, or behind that with one of
+    the assistant (see prefills.py). Raises Unusable."""
     if value is None:
         raise Unusable("missing prompt")
     if isinstance(value, str):
@@ -65,7 +66,8 @@ def prompt_messages(value: Any) -> list[Message]:
     for message in messages:
         if message["role"] not in PROMPT_ROLES:
             raise Unusable("unknown role in the prompt", f"'{message['role']}' is none of {', '.join(PROMPT_ROLES)}")
-    if messages[-1]["role"] not in LAST_PROMPT_ROLES:
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked or asked[-1]["role"] not in LAST_PROMPT_ROLES:
         raise Unusable("prompt does not end with a user or tool turn", f"it ends with '{messages[-1]['role']}'")
     return messages
 

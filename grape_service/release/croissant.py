@@ -78,6 +78,7 @@ MEANINGS = {
     "num_candidates": "Candidates of the prompt that could be chosen.",
     "truncated": "Whether the response was cut off while it was sampled.",
     "sampling": "How the response was sampled, as JSON.",
+    "prefill": "Words that the response's turn begins with, which the policy was given and which have no loss.",
     "tools": "Tools that the prompt offers, as JSON.",
     "target_entropy": "Entropy of the target policy at each token with loss, in nats.",
     "target_rank": "1 + the number of tokens that the target policy finds more probable, at each token with loss.",

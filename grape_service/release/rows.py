@@ -18,6 +18,8 @@ from grape_service.rows.columns import (
     BEHAVIOR_KNOWN,
     LOSS_TOKEN,
     LOSS_TURN_END,
+    PLACES,
+    PREFILL,
     SHARD,
     TARGET_FIELDS,
     TURN_ENDS,
@@ -28,6 +30,7 @@ from grape_service.rows.columns import (
 )
 from grape_service.rows.keys import row_keys
 from grape_service.rows.messages import stored_message, whole_message
+from grape_service.rows.prefill import one_turn, two_turns
 from grape_service.rows.ragged import (
     Int64s,
     gather_rows,
@@ -80,8 +83,13 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
     mask_offsets, mask_values = list_offsets_and_values(array_of(table, "loss_mask"))
     assert np.array_equal(offsets, mask_offsets), "a mask is as long as its tokens"
     mask = mask_values > 0
+    texts = array_of(table, "messages")
+    in_release: dict[str, pa.Array] = {}
+    if PREFILL.name in schema.names:
+        texts, in_release = _one_turn_each(texts, array_of(table, "num_prompt_messages"))
     arrays: dict[str, pa.Array] = {
-        "messages": messages_array(array_of(table, "messages"), message_type(message_fields)),
+        **in_release,
+        "messages": messages_array(texts, message_type(message_fields)),
         "loss_mask": list_array(offsets, mask, pa.bool_()),
         "labels": list_array(offsets, np.where(mask, ids, IGNORED_LABEL).astype(np.int32), pa.int32()),
     }
@@ -115,6 +123,15 @@ def _final_batch(table: pa.Table, schema: pa.Schema, message_fields: list[str], 
         else:
             columns.append(pa.nulls(table.num_rows, item.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _one_turn_each(texts: pa.Array, num_prompt: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """Messages of a shard's rows [N] as a release has them, and the columns that say where responses begin."""
+    rows = [one_turn(orjson.loads(text), n) for text, n in zip(texts.to_pylist(), num_prompt.to_pylist(), strict=True)]
+    numbers = pa.array([number for _, number, _ in rows], pa.int32())
+    prefills = pa.array([prefill for _, _, prefill in rows], PREFILL.type)
+    told = pa.array([orjson.dumps(messages).decode() for messages, _, _ in rows], pa.string())
+    return told, {PLACES[0].name: numbers, PREFILL.name: prefills}
 
 
 def _known(table: pa.Table, behavior: pa.ListArray, offsets: Int64s, mask: npt.NDArray[np.bool_]) -> pa.ListArray:
@@ -227,10 +244,14 @@ def kept_rows(table: pa.Table, schema: pa.Schema, stop_ids: Collection[int], kee
         mask = mask_with_turn_ends(ids, has_loss.astype(bool), offsets, stop_ids)
     messages = [[whole_message(m) for m in row] for row in table["messages"].to_pylist()]
     if "num_prompt_messages" in table.column_names:
-        prompt_messages = array_of(table, "num_prompt_messages")
+        prompt_messages = table["num_prompt_messages"].to_pylist()
     else:
         spans = num_spans(mask > 0, offsets).tolist()
         prompt_messages = [num_prompt_messages(row, number) for row, number in zip(messages, spans, strict=True)]
+    if PREFILL.name in table.column_names:
+        parts = zip(messages, prompt_messages, table[PREFILL.name].to_pylist(), strict=True)
+        split = [two_turns(*part) for part in parts]
+        messages, prompt_messages = [row for row, _ in split], [number for _, number in split]
     arrays: dict[str, Any] = {
         "row_key": row_keys(ids, mask, offsets),
         "loss_mask": list_array(offsets, mask, pa.uint8()),
@@ -301,7 +322,6 @@ def other_fields_of(schema: pa.Schema) -> list[pa.Field]:
     """The pool's own columns in a release's schema."""
     ours = {
         *release_schema([], [], computed_fields(STATISTICS, True, raced=True)).names,
-        BEHAVIOR_KNOWN.name,
-        TURN_ENDS.name,
+        *(BEHAVIOR_KNOWN.name, TURN_ENDS.name, PREFILL.name),
     }
     return [field for field in schema if field.name not in ours and field.name not in SHARD.names]

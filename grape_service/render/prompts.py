@@ -9,6 +9,7 @@ from grape_service.render.sandbox import RenderingError
 from grape_service.render.template import ChatTemplate
 from grape_service.rows.candidate import Candidate, Message, Rejection, Tool
 from grape_service.rows.control_tokens import rendered_opening
+from grape_service.rows.prefill import without_prefill
 
 
 class PromptTexts:
@@ -26,9 +27,9 @@ class PromptTexts:
         self._separator, self._system_prompt = separator, system_prompt
 
     def of(self, candidate: Candidate) -> str | Rejection:
-        """The text of a candidate's prompt, or why there is none that is all of it."""
+        """The text of a candidate's prompt, up to where the assistant's turn begins; or why none is all of it."""
         try:
-            messages = self._form.prompt(candidate.prompt)
+            messages = self._form.prompt(without_prefill(candidate.prompt))
             if not any(message["content"] or message.get("tool_calls") for message in messages):
                 return Rejection("empty prompt")
             header = self._rendered_header(messages)

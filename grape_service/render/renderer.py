@@ -16,20 +16,21 @@ from grape_service.errors import UserError
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.render.assemble import TOO_LONG, Assembler
 from grape_service.render.encoding import Encoder, Ids, is_encodable
-from grape_service.render.layout import SequencePlan, Span, TextBatch, shared_spans, trajectory_problem
-from grape_service.render.messages import MessageError, MessageForm, written_texts
+from grape_service.render.layout import SequencePlan, Span, TextBatch, shared_spans
+from grape_service.render.messages import MessageForm
+from grape_service.render.prefill import Prefills, unusable_response
 from grape_service.render.prompts import PromptTexts
 from grape_service.render.proof import prove_renderer
 from grape_service.render.recorded import RecordedResponses, logprobs_mismatch
-from grape_service.render.sandbox import RenderingError
 from grape_service.render.shared import SharedResponses
 from grape_service.render.template import ChatTemplate, mode_of
-from grape_service.render.trajectory import SplitError, plan_turns, split_trajectory, turn_end_pattern
+from grape_service.render.trajectories import Trajectories, spelled_in
+from grape_service.render.trajectory import turn_end_pattern
 from grape_service.render.turn_end import find_turn_end
 from grape_service.render.variants import Variants
 from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
-from grape_service.rows.control_tokens import spelled_token
 from grape_service.rows.messages import only_text
+from grape_service.rows.prefill import prefill_of, without_prefill
 
 FORMAT = 4
 """Raised when the same settings come to give other tokens."""
@@ -68,8 +69,6 @@ class Renderer:
         if self.mode == "chat":
             self._template = ChatTemplate(tokenizer, config.chat_template, config.template_kwargs)
         self._form = MessageForm(self._template, config.reasoning)
-        self._texts = PromptTexts(self._template, self._form, self.encoder, config.separator, system_prompt)
-        self._refuse_untaken_prompt()
         stop_ids = set(stop_ids)
         self.turn_end_id = find_turn_end(
             self._template, self.encoder, self.vocabulary, tokenizer.eos_token_id, stop_ids
@@ -91,6 +90,7 @@ class Renderer:
             self.encoder.unicode_forms,
         )
         self._shared = SharedResponses(self._template, self.vocabulary, self._recorded)
+        self._read_prompts()
         self._max_tokens = config.max_tokens or max_tokens
         self._variants: Variants[Renderer] | None = Variants(self, self._with_template_kwargs)
         self._prove()
@@ -107,8 +107,7 @@ class Renderer:
         other.__dict__.pop("_digest", None)
         other._variants = Variants(other, other._with_template_kwargs)
         other.system_prompt = system_prompt
-        other._texts = PromptTexts(self._template, self._form, self.encoder, self.config.separator, system_prompt)
-        other._refuse_untaken_prompt()
+        other._read_prompts()
         other._assembler = Assembler(self.encoder, self.vocabulary, is_plain=self.mode == "plain")
         other._prove()
         return other
@@ -125,10 +124,8 @@ class Renderer:
         variables = {**self.config.template_kwargs, **kwargs}
         other._template = ChatTemplate(self.tokenizer, self.config.chat_template, variables)
         other._form = MessageForm(other._template, self.config.reasoning)
-        separator = self.config.separator
-        other._texts = PromptTexts(other._template, other._form, self.encoder, separator, self.system_prompt)
         other._shared = SharedResponses(other._template, self.vocabulary, self._recorded)
-        other._refuse_untaken_prompt()
+        other._read_prompts()
         other._assembler = Assembler(self.encoder, self.vocabulary, is_plain=False)
         other._prove()
         return other
@@ -199,7 +196,7 @@ class Renderer:
 
     def _render_prompts(self, candidates: Sequence[Candidate]) -> list[Rendered | Rejection]:
         batch = TextBatch()
-        prompts = self._prompts(candidates, batch)
+        prompts = self._prefilled(candidates, self._prompts(candidates, batch), batch)
         contexts = self._assembler.encode_contexts(batch)
         rendered: list[Rendered | Rejection] = []
         for prompt in prompts:
@@ -239,25 +236,27 @@ class Renderer:
         batch = TextBatch()
         plans: list[SequencePlan | Rejection] = []
         prompts = self._prompts(candidates, batch)
-        for candidate, target, prompt in zip(candidates, targets, prompts, strict=True):
+        contexts = self._prefilled(candidates, prompts, batch)
+        for candidate, target, prompt, context in zip(candidates, targets, prompts, contexts, strict=True):
             shared = shared_spans(target, target_turn_end_id, self.vocabulary, self.turn_end_id, self.stop_ids)
-            if isinstance(prompt, Rejection):
-                plans.append(prompt)
+            if isinstance(prompt, Rejection) or isinstance(context, Rejection):
+                assert isinstance(context, Rejection), "of a prompt that is refused there is no more"
+                plans.append(context)
                 continue
             if isinstance(shared, Rejection):
                 plans.append(shared)
                 continue
             read, spans = shared
+            is_prefilled = context != prompt
             if len(spans) == 1:
                 written = spans[0].ids
                 assert written is not None, "shared spans have ids"
-                plans.append(
-                    SequencePlan([self._shared.context(self._answer(candidate), prompt, written, batch)], spans)
-                )
+                answer = self._answer(candidate)
+                plans.append(SequencePlan([self._shared.context(answer, context, written, batch, is_prefilled)], spans))
             elif isinstance(candidate.response, str):
-                plans.append(self._shared.around_masked(candidate, target, prompt, read, spans, batch))
+                plans.append(self._shared.around_masked(candidate, target, context, read, spans, batch, is_prefilled))
             else:
-                own = self._plan_trajectory(candidate, self._answer(candidate), prompt, batch)
+                own = self._trajectories.plan(candidate, self._answer(candidate), prompt, batch)
                 if isinstance(own, SequencePlan) and len(own.spans) != len(spans):
                     own = Rejection("rendering cannot be split", "the two policies split the response differently")
                 plans.append(own if isinstance(own, Rejection) else SequencePlan(own.contexts, spans))
@@ -279,18 +278,15 @@ class Renderer:
         text, response = self._texts.of(candidate), only_text(self._answer(candidate))
         if isinstance(text, Rejection) or response is None:
             return None, ""
-        return (
-            (text, response)
-            if self._template is None
-            else self._template.frame.split(text, response, self.encoder.drops_space)
-        )
+        split = self._split(candidate, text, response)
+        return (None, "") if isinstance(split, Rejection) else split
 
     def whole_text(self, candidate: Candidate) -> str:
         """The template's rendering of prompt and response. Raises RenderingError."""
         assert self._template is not None, "only a template renders conversations"
-        messages = self._texts.with_system(self._form.prompt(candidate.prompt))
-        answer = {"role": "assistant", "content": only_text(self._answer(candidate))}
-        return self._template.render([*messages, answer], candidate.tools)
+        messages = self._texts.with_system(self._form.prompt(without_prefill(candidate.prompt)))
+        answer = (prefill_of(candidate.prompt) or "") + (only_text(self._answer(candidate)) or "")
+        return self._template.render([*messages, {"role": "assistant", "content": answer}], candidate.tools)
 
     # Prompts
 
@@ -307,9 +303,22 @@ class Renderer:
             previous = candidate
         return prompts
 
+    def _prefilled(
+        self, candidates: Sequence[Candidate], prompts: list[int | Rejection], batch: TextBatch
+    ) -> list[int | Rejection]:
+        """For each candidate the index of its prompt's text up to where its response begins, behind a prefill."""
+        found = list(prompts)
+        for place, (candidate, prompt) in enumerate(zip(candidates, prompts, strict=True)):
+            if not isinstance(prompt, Rejection) and prefill_of(candidate.prompt) is not None:
+                text = self._prefills.context(candidate, batch.contexts[prompt])
+                found[place] = text if isinstance(text, Rejection) else batch.add_context(text)
+        return found
+
     # Responses
 
     def _plan(self, candidate: Candidate, prompt: int, batch: TextBatch) -> SequencePlan | Rejection:
+        if (unusable := unusable_response(candidate)) is not None:
+            return unusable
         if candidate.response_ids is not None:
             return self._plan_recorded(candidate, prompt, batch)
         if candidate.recorded_logprobs is not None:
@@ -319,19 +328,20 @@ class Renderer:
         response = self._answer(candidate)
         text = only_text(response)
         if text is None:
-            return self._plan_trajectory(candidate, response, prompt, batch)
+            return self._trajectories.plan(candidate, response, prompt, batch)
         if not text:
             return Rejection("empty response")
         if not is_encodable(text):
             return Rejection("not UTF-8", "the response holds a lone surrogate")
-        spelled = self._spelled(text)
+        spelled = spelled_in(text, self.encoder)
         if spelled is not None:
             return spelled
         turn_end = None if candidate.truncated else self.turn_end_id
-        if self._template is None:
-            return SequencePlan([prompt], [Span(batch.add_text(text), turn_end=turn_end)])
         before = batch.contexts[prompt]
-        own, text = self._split(before, text)
+        split = self._split(candidate, before, text)
+        if isinstance(split, Rejection):
+            return split
+        own, text = split
         if not text:
             return Rejection("empty response", "it only repeats the end of the generation prompt")
         context = prompt if own == before else batch.add_context(own)
@@ -339,61 +349,46 @@ class Renderer:
 
     def _plan_recorded(self, candidate: Candidate, prompt: int, batch: TextBatch) -> SequencePlan | Rejection:
         before, text = batch.contexts[prompt], only_text(candidate.response)
-        own = before if self._template is None or text is None else self._split(before, text)[0]
+        if prefill_of(candidate.prompt) is not None:
+            [context] = self._prefilled([candidate], [prompt], batch)
+            if isinstance(context, Rejection):
+                return context
+            return self._recorded.plan(candidate, batch.contexts[context], context)
+        own = before if self._template is None or text is None else self._frame_split(before, text)[0]
         return self._recorded.plan(candidate, before, prompt if own == before else batch.add_context(own))
 
     def _answer(self, candidate: Candidate) -> str | list[Message]:
         """The response with its thoughts where render.reasoning wants them."""
         return candidate.response if isinstance(candidate.response, str) else self._form.thoughts(candidate.response)
 
-    def _spelled(self, text: str) -> Rejection | None:
-        """The rejection of a response that spells control tokens, of this tokenizer or another, where there are any."""
-        token = self.encoder.first_special(text) or spelled_token(text)
-        return None if token is None else Rejection("response spells a control token", f"it holds '{token}' as text")
+    def _split(self, candidate: Candidate, before: str, response: str) -> tuple[str, str] | Rejection:
+        """What stands before a response, given its generation prompt, and what is written of it there."""
+        if prefill_of(candidate.prompt) is not None:
+            return self._prefills.split(candidate, before, response)
+        return (before, response) if self._template is None else self._frame_split(before, response)
 
-    def _split(self, before: str, response: str) -> tuple[str, str]:
+    def _frame_split(self, before: str, response: str) -> tuple[str, str]:
         """See `AnswerFrame.split`."""
         assert self._template is not None, "only templates have frames"
         return self._template.frame.split(before, response, self.encoder.drops_space)
 
-    def _plan_trajectory(
-        self, candidate: Candidate, response: str | list[Message], prompt: int, batch: TextBatch
-    ) -> SequencePlan | Rejection:
-        assert isinstance(response, list), "text is planned elsewhere"
-        problem = trajectory_problem(response)
-        if problem is not None:
-            return problem
-        if self._template is None:
-            return Rejection("messages need a chat template")
-        try:
-            turns = split_trajectory(
-                self._template,
-                self._texts.with_system(self.encoder.protect(self._form.prompt(candidate.prompt))),
-                self.encoder.protect(self._form.messages(response)),
-                self.encoder.protect(candidate.tools),
-                self._turn_ends,
-                batch.contexts[prompt],
-            )
-        except (MessageError, RenderingError) as error:
-            return Rejection("response cannot be rendered", str(error))
-        except SplitError as error:
-            return Rejection("rendering cannot be split", f"{error}{self._form.hint(response)}")
-        if not turns:
-            return Rejection("no loss in the response", "each of its messages has weight 0")
-        if not all(turn.written for turn in turns):
-            return Rejection("empty response", "an assistant message of the response is empty")
-        if not all(is_encodable(turn.context) and is_encodable(turn.written) for turn in turns):
-            return Rejection("not UTF-8", "the response holds a lone surrogate")
-        if any(self.encoder.is_cut(turn.context) or self.encoder.is_cut(turn.written) for turn in turns):
-            return Rejection("rendering cannot be split", "the template cuts the text at a special token in a message")
-        for text in written_texts(response):
-            if (spelled := self._spelled(text)) is not None:
-                return spelled
-        return plan_turns(turns, batch, prompt, self.turn_end_id, self._id_of_stop, candidate.truncated)
-
     # Construction
 
-    def _refuse_untaken_prompt(self) -> None:
+    def _read_prompts(self) -> None:
+        """How prompts are read. Raises UserError where the template takes no system prompt."""
+        separator = self.config.separator
+        self._texts = PromptTexts(self._template, self._form, self.encoder, separator, self.system_prompt)
+        self._prefills = Prefills(self._template, self._form, self._texts, self.encoder)
+        self._trajectories = Trajectories(
+            self._template,
+            self._form,
+            self._texts,
+            self._prefills,
+            self.encoder,
+            self._turn_ends,
+            self.turn_end_id,
+            self._id_of_stop,
+        )
         if self._template is not None and self.system_prompt is not None and not self._template.takes_system():
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} takes no system message: remove its system_prompt"

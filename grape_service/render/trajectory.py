@@ -52,11 +52,13 @@ def split_trajectory(
     tools: list[Tool] | None,
     turn_ends: re.Pattern[str] | None,
     rendered_prompt: str,
+    given: str | None = None,
 ) -> list[Turn]:
     """The turns with loss of a response of assistant and tool messages, which ends with an assistant message.
 
-    `rendered_prompt` is the prompt with its generation prompt, as it was rendered alone. Raises SplitError;
-    RenderingError where the template refuses the messages.
+    `rendered_prompt` is the prompt with its generation prompt, as it was rendered alone; `given` what the policy read
+    before it went on with the first message, where that begins with a prefill. Raises SplitError; RenderingError where
+    the template refuses the messages.
     """
     whole = template.render([*prompt, *response], tools)
     turns: list[Turn] = []
@@ -90,12 +92,21 @@ def split_trajectory(
         end = turn_ends.match(whole, begin + len(written)) if turn_ends is not None else None
         if end is None and not is_last:
             raise SplitError(f"response message {index} does not end with one turn-end token")
-        turns.append(Turn(context, written, end[0] if end else None, after))
-        position, after, last_seen = begin + len(written) + len(end[0] if end else ""), turns[-1].turn_end, index + 1
+        turn = Turn(context, written, end[0] if end else None, after)
+        turns.append(turn if turns or given is None else _behind(given, turn))
+        position, after, last_seen = begin + len(written) + len(end[0] if end else ""), turn.turn_end, index + 1
     missing = left_out_field(template, [*prompt, *response], tools, len(prompt))
     if missing is not None:
         raise SplitError(f"the template leaves out {missing}")
     return _with_loss(turns, [has_loss(message) for message in response if message["role"] == "assistant"])
+
+
+def _behind(given: str, turn: Turn) -> Turn:
+    """The first turn without its prefill, which is a part of what the policy was given."""
+    whole = turn.context + turn.written
+    if not whole.startswith(given) or len(given) < len(turn.context):
+        raise SplitError("what the policy read before it went on with its prefill is not in the whole conversation")
+    return replace(turn, context=given, written=whole[len(given) :])
 
 
 def _start(template: ChatTemplate, before: str, whole: str, message: Message, is_last: bool) -> tuple[int, str] | None:

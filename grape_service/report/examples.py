@@ -19,6 +19,7 @@ from grape_service.report.facts import ExampleChoice
 from grape_service.rows.columns import LOSS_TOKEN
 from grape_service.rows.messages import shown_content
 from grape_service.rows.partitions import partition_of
+from grape_service.rows.prefill import prefill_of
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.rows.statistics import LOGPROB
 from grape_service.score.store import ScoreStore
@@ -92,7 +93,8 @@ class PromptExample(TypedDict):
     kind: NotRequired[str]  # of EXAMPLE_KINDS
 
 
-COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", *WINDOW_READS, "truncated", "messages"]
+PROMPT_READS = ["messages", "num_prompt_messages"]
+COLUMNS = ["row_key", "prompt_id", "candidate_id", "source", *WINDOW_READS, "truncated", *PROMPT_READS]
 
 
 def rows_of_prompts(storage: Storage, paths: Sequence[str], prompt_ids: list[str], columns: list[str]) -> pa.Table:
@@ -166,7 +168,7 @@ def read_examples(context: ExampleContext, partition: ExamplePartition) -> dict[
         _final_rows(storage, partition.kept, prompt_ids) if isinstance(partition.kept, str) else partition.kept or {}
     )
     prompts: dict[str, PromptExample] = {}
-    shown = ["prompt_id", "candidate_id", "source", "truncated", "messages"]
+    shown = ["prompt_id", "candidate_id", "source", "truncated", *PROMPT_READS]
     for row, light in enumerate(table.select(shown).to_pylist()):
         begin, end = int(loss_offsets[row]), int(loss_offsets[row + 1])
         span = slice(begin, min(end, begin + context.max_tokens))
@@ -195,7 +197,11 @@ def read_examples(context: ExampleContext, partition: ExamplePartition) -> dict[
                 candidate["score"] = _number(known.mean()) if len(known) else None
         prompt = prompts.setdefault(
             light["prompt_id"],
-            {"prompt_id": light["prompt_id"], "prompt": prompt_text(light["messages"]), "candidates": []},
+            {
+                "prompt_id": light["prompt_id"],
+                "prompt": prompt_text(*(light[name] for name in PROMPT_READS)),
+                "candidates": [],
+            },
         )
         prompt["candidates"].append(candidate)
     for prompt in prompts.values():
@@ -289,11 +295,12 @@ def _final_values(row: JsonObject) -> KeptValues:
     return KeptValues(values, *margin_of(row))
 
 
-def prompt_text(messages: str) -> str:
-    """A conversation up to the last response as text, a role before each turn where there are several."""
+def prompt_text(messages: str, num_prompt: int) -> str:
+    """A conversation up to the last response as text, a role before each turn where there are several. The first
+    `num_prompt` messages are the prompt's, which is shown whole where it ends with a prefill."""
     turns = orjson.loads(messages)
     last = next((i for i in range(len(turns) - 1, -1, -1) if turns[i].get("role") != "assistant"), 0)
-    shown = turns[: last + 1]
+    shown = turns[: last + 1] if prefill_of(turns[:num_prompt]) is None else turns[:num_prompt]
     texts = [shown_content(turn.get("content")) for turn in shown]
     if len(shown) == 1:
         return texts[0]

@@ -9,6 +9,7 @@ from grape_service.release.candidates import ScoredPool, open_scored_pool
 from grape_service.release.load import Release
 from grape_service.release.some_rows import is_prompt
 from grape_service.report.examples import (
+    PROMPT_READS,
     ExampleContext,
     ExamplePartition,
     PromptExample,
@@ -63,15 +64,16 @@ def prompt_meant(pool: ScoredPool, words: str) -> str:
     by_id: dict[str, None] = {}
     by_text: dict[str, str] = {}
     for partition in sorted(pool.prepared.partitions):
-        for table in read_tables(pool.workspace, shard_paths(pool.prepared, partition), ["prompt_id", "messages"]):
+        columns = ["prompt_id", *PROMPT_READS]
+        for table in read_tables(pool.workspace, shard_paths(pool.prepared, partition), columns):
             seen: set[str] = set()
-            for prompt_id, messages in zip(table["prompt_id"].to_pylist(), table["messages"].to_pylist(), strict=True):
+            for prompt_id, *conversation in zip(*(table[name].to_pylist() for name in columns), strict=True):
                 if prompt_id in seen:
                     continue
                 seen.add(prompt_id)
                 if prompt_id.startswith(words):
                     by_id[prompt_id] = None
-                elif len(by_text) <= MAX_NAMED and is_prompt(words, "", text := prompt_text(messages)):
+                elif len(by_text) <= MAX_NAMED and is_prompt(words, "", text := prompt_text(*conversation)):
                     by_text[prompt_id] = text
     found = list(by_id) or list(by_text)
     where = f"the pool of {pool.release.reference}"

@@ -36,6 +36,7 @@ SHARD = pa.schema(
         pa.field("prompt_len", pa.int32(), nullable=False),  # tokens before the first with loss
         pa.field("truncated", pa.bool_(), nullable=False),
         # Prompt and response as JSON: a list of chat messages, the first num_prompt_messages of them the prompt's.
+        # A prompt whose last message is the assistant's ends with a prefill: see rows/prefill.py.
         pa.field("messages", pa.string(), nullable=False),
         pa.field("num_prompt_messages", pa.int32(), nullable=False),
         pa.field("tools", pa.string()),  # JSON list of tool definitions, or null
@@ -301,14 +302,21 @@ PLACES = [SHARD.field("num_prompt_messages"), TURN_ENDS]
 """Columns of a release with a row whose tokens do not tell where its response begins, or which of them are turn ends
 (as long as input_ids, true on those): see rows/spans.py."""
 
+PREFILL = pa.field("prefill", pa.string())
+"""Column of a release with a row whose policy was given the beginning of its turn: these words, with which the first
+message of the response begins, and which have no loss. Null in the other rows."""
 
-def needed_fields(*, recorded: bool, tools: bool, not_told: bool, says_known: bool) -> list[pa.Field]:
+
+def needed_fields(
+    *, recorded: bool, tools: bool, not_told: bool, says_known: bool, prefilled: bool = False
+) -> list[pa.Field]:
     """Columns of ours that a release has where its rows need them to be weighed again: `recorded` log-probabilities,
-    `tools`, rows whose tokens do not tell of their PLACES, behaviors of which some are not known."""
+    `tools`, rows whose tokens do not tell of their PLACES, behaviors of which some are not known, prefills."""
     return [
         *([SAMPLING] if recorded else []),
         *([TOOLS] if tools else []),
         *(PLACES if not_told else []),
+        *([PREFILL] if prefilled else []),
         *([BEHAVIOR_KNOWN] if says_known else []),
     ]
 
@@ -316,7 +324,7 @@ def needed_fields(*, recorded: bool, tools: bool, not_told: bool, says_known: bo
 OUR_COLUMNS = (
     frozenset(SHARD.names)
     | frozenset(release_schema([], [], computed_fields(STATISTICS, True, raced=True)).names)
-    | {BEHAVIOR_KNOWN.name, TURN_ENDS.name}
+    | {BEHAVIOR_KNOWN.name, TURN_ENDS.name, PREFILL.name}
 )
 """Names that a pool's other column may not have; it gets the prefix pool_."""
 

@@ -13,6 +13,7 @@ import orjson
 
 from grape_service.rows.candidate import Message
 from grape_service.rows.columns import LOSS_TOKEN, LOSS_TURN_END
+from grape_service.rows.prefill import one_turn
 from grape_service.rows.ragged import Int64s, segment_sums
 
 Mask = npt.NDArray[np.uint8]
@@ -59,11 +60,11 @@ def are_told_by_tokens(
     prompt_messages: Sequence[int],
 ) -> npt.NDArray[np.bool_]:
     """Rows [N] whose turn ends [T] and whose number of prompt messages [N] follow from their tokens, a boolean mask and
-    `messages`, which are JSON [N]."""
+    `messages`, which are JSON [N] of shards and are told of as a release has them."""
     told = segment_sums(mask_with_turn_ends(ids, mask > 0, offsets, stop_ids) != mask, offsets) == 0
     spans = num_spans(mask > 0, offsets)
-    same = [
-        num_prompt_messages(orjson.loads(text), int(number)) == prompt
-        for text, number, prompt in zip(messages, spans, prompt_messages, strict=True)
-    ]
+    same = []
+    for text, number, prompt in zip(messages, spans, prompt_messages, strict=True):
+        released, before, _ = one_turn(orjson.loads(text), prompt)
+        same.append(num_prompt_messages(released, int(number)) == before)
     return told & np.array(same, dtype=bool)

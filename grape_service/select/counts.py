@@ -26,6 +26,7 @@ class SelectCounts(Counts):
     kept_tokens: int = 0
     kept_loss_tokens: int = 0
     kept_with_tools: int = 0
+    kept_with_prefill: int = 0
     kept_not_told: int = 0
     """Kept rows whose tokens do not tell where their response begins or which are turn ends; see rows/spans.py."""
     failed_candidates: int = 0

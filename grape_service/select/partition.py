@@ -26,6 +26,7 @@ from grape_service.rows.columns import (
     computed_fields,
     kept_columns,
 )
+from grape_service.rows.prefill import prefills_of
 from grape_service.rows.ragged import list_array, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.spans import are_told_by_tokens
 from grape_service.rows.statistics import LOGPROB
@@ -212,6 +213,7 @@ def _count_kept(counts: SelectCounts, kept: pa.Table, stop_ids: frozenset[int]) 
     counts.kept_loss_tokens += int((mask > 0).sum())
     counts.kept_with_tools += kept.num_rows - kept["tools"].null_count
     messages, prompt_messages = (kept[name].to_pylist() for name in ("messages", "num_prompt_messages"))
+    counts.kept_with_prefill += sum(one is not None for one in prefills_of(messages, prompt_messages))
     told = are_told_by_tokens(ids, mask, offsets, stop_ids, messages, prompt_messages)
     counts.kept_not_told += int((~told).sum())
 

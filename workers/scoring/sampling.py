@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.errors import StageError
@@ -15,8 +16,9 @@ from grape_service.gather.candidates import asked_of, question_of
 from grape_service.gather.missing import KnownSamples, Sampling
 from grape_service.gather.samples import SampleStore, prompt_keys, sample_key, seed_of, verify_id
 from grape_service.gather.verdicts import Question, Verdict, Verifier
-from grape_service.models.tokenizer import load_tokenizer
+from grape_service.models.tokenizer import load_tokenizer, text_behind
 from grape_service.rows.columns import SHARD
+from grape_service.rows.prefill import prefills_of
 from grape_service.storage.parquet import open_small
 from workers.engines.base import OutOfMemory
 from workers.engines.choose import load_sampler
@@ -68,9 +70,15 @@ class SamplingActor(ScoringActor):
         # Nothing was there of an unchecked unit as the run began: what came since is in its shard's own files.
         known = store.read(unit.partition, wanted, shard=None if unit.check else unit.path)
         prompts = [
-            _Prompt(row, prompt_id, ids, known[place * sampling.samples : (place + 1) * sampling.samples])
-            for place, (row, prompt_id, ids) in enumerate(
-                zip(keys, table["prompt_id"].to_pylist(), table["input_ids"].to_pylist(), strict=True)
+            _Prompt(*row, known[place * sampling.samples : (place + 1) * sampling.samples])
+            for place, row in enumerate(
+                zip(
+                    keys,
+                    table["prompt_id"].to_pylist(),
+                    table["input_ids"].to_pylist(),
+                    _prefills(table),
+                    strict=True,
+                )
             )
         ]
         others = table.drop_columns([name for name in SHARD.names if name in table.column_names])
@@ -130,7 +138,7 @@ class SamplingActor(ScoringActor):
         for prompt, row in zip(prompts, others, strict=True):
             for number, sample in prompt.samples.items():
                 if (sample.get("verify_id"), sample.get("asked")) != (here, asked_of(row, self.sampling.verify)):
-                    question = self._question(np.asarray(sample["ids"]), row)
+                    question = self._question(prompt, np.asarray(sample["ids"]), row)
                     prompt.verdicts[number] = next(verifier.verdicts([question])).word
                     self.judged += 1
 
@@ -143,7 +151,10 @@ class SamplingActor(ScoringActor):
         verifier: Verifier | None,
     ) -> list[dict[str, Any]]:
         rows = others.to_pylist()
-        questions = [self._question(s.ids, rows[place]) for (place, _), s in zip(asked, samples, strict=True)]
+        questions = [
+            self._question(prompts[place], sample.ids, rows[place])
+            for (place, _), sample in zip(asked, samples, strict=True)
+        ]
         verdicts: list[Verdict | None] = [None] * len(asked)
         if verifier is not None:
             for count, said in enumerate(verifier.verdicts(questions)):
@@ -170,9 +181,9 @@ class SamplingActor(ScoringActor):
             sampled.append(value)
         return sampled
 
-    def _question(self, ids: Any, row: dict[str, Any]) -> Question:
-        text = response_text(self.tokenizer, ids, self.sampling.stop_ids)
-        return question_of(text, row, self.sampling.verify)
+    def _question(self, prompt: _Prompt, ids: Any, row: dict[str, Any]) -> Question:
+        text = response_text(self.tokenizer, ids, self.sampling.stop_ids, prompt.ids if prompt.prefill else ())
+        return question_of((prompt.prefill or "") + text, row, self.sampling.verify)
 
     def _metadata(self, verifier: Verifier | None) -> dict[str, Any]:
         made_by = asdict(replace(self.engine.description, extra={}))
@@ -186,8 +197,11 @@ class SamplingActor(ScoringActor):
 class _Prompt(KnownSamples):
     """A prompt of a unit, and the samples of it that there are."""
 
-    def __init__(self, key: bytes, prompt_id: str, ids: list[int], known: list[dict[str, Any] | None]):
+    def __init__(
+        self, key: bytes, prompt_id: str, ids: list[int], prefill: str | None, known: list[dict[str, Any] | None]
+    ):
         super().__init__(known)
+        self.prefill = prefill
         self.key, self.prompt_id = key, prompt_id
         self.ids = np.asarray(ids, dtype=np.int32)
 
@@ -196,9 +210,16 @@ class _Prompt(KnownSamples):
         return SampleRequest(self.ids, seed_of(sampling.sampler, sample_key(self.key, number)))
 
 
-def response_text(tokenizer: Any, ids: Any, stop_ids: tuple[int, ...]) -> str:
-    """The text of a response, its stop token left out."""
+def _prefills(table: pa.Table) -> list[str | None]:
+    """The prefill of each prompt; questions to a judge have none, nor messages."""
+    if "messages" not in table.column_names:
+        return [None] * table.num_rows
+    return prefills_of(table["messages"].to_pylist(), table["num_prompt_messages"].to_pylist())
+
+
+def response_text(tokenizer: Any, ids: Any, stop_ids: tuple[int, ...], before: Any = ()) -> str:
+    """The text of a response, its stop token left out, as it follows the ids `before`."""
     tokens = [int(id_) for id_ in ids]
     while tokens and tokens[-1] in stop_ids:
         tokens.pop()
-    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return text_behind(tokenizer, before, tokens)

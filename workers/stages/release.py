@@ -86,6 +86,7 @@ def release(
             tools=bool(kept.counts.kept_with_tools) or "tool_calls" in message_fields,
             not_told=bool(kept.counts.kept_not_told),
             says_known=says_known(run.config, weighed, bool(prepared.recorded)),
+            prefilled=bool(kept.counts.kept_with_prefill),
         ),
     ]
     computed = computed_fields(

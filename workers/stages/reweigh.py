@@ -22,6 +22,7 @@ from grape_service.rows.columns import (
     BEHAVIOR_KNOWN,
     MARGIN_AT_LEAST,
     PLACES,
+    PREFILL,
     SAMPLING,
     TARGET_FIELDS,
     TOOLS,
@@ -246,5 +247,5 @@ def kept_examples(run: Run, release: Release, weighed: Weighed) -> list[PromptEx
 
 def _extra_names(release: Release) -> set[str]:
     return {field.name for field in other_fields_of(release.schema)} | (
-        {item.name for item in (SAMPLING, TOOLS, *PLACES)} & set(release.schema.names)
+        {item.name for item in (SAMPLING, TOOLS, *PLACES, PREFILL)} & set(release.schema.names)
     )

@@ -14,6 +14,7 @@ from grape_service.errors import UserError
 from grape_service.models.tokenizer import load_tokenizer
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.release.load import Release
+from grape_service.rows.columns import PREFILL
 
 SAMPLE_ROWS = 32
 
@@ -75,9 +76,11 @@ def check_tokenizer(release: Release, model: str, folder: str, settings: SftSett
 
 def _decodes(release: Release, tokenizer: Any) -> bool:
     compared = 0
-    batches = release.batches(["messages", "input_ids", "loss_mask"], batch_rows=SAMPLE_ROWS)
+    names = ["messages", "input_ids", "loss_mask", *({PREFILL.name} & set(release.schema.names))]
+    batches = release.batches(names, batch_rows=SAMPLE_ROWS)
     for row in next(iter(batches)).slice(0, SAMPLE_ROWS).to_pylist():
-        answers = [m["content"].strip() for m in row["messages"] if m["role"] == "assistant" and m["content"]]
+        turns = [m["content"] for m in row["messages"] if m["role"] == "assistant" and m["content"]]
+        answers = [turn.removeprefix(row.get(PREFILL.name) or "").strip() for turn in turns]
         ids, mask = np.array(row["input_ids"]), np.array(row["loss_mask"], bool)
         if ids.max(initial=0) >= len(tokenizer):
             return False

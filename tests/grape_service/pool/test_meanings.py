@@ -254,7 +254,6 @@ CELLS = {
     "advantage": ("0.5", "-1", "1.0", "high"),
     "history": ('[["Hi?", "Hello."]]', "Hi?", "[]", "null"),
     "documents": ('[{"title": "a"}]', "{'title': 'a'}", "3", "{}"),
-    "prefill": ("Sure, ", "[1]", "nan", ""),
     "images": ('["cat.png"]', "cat.png", "[]", "None"),
 }
 """Of a column two cells of a .csv that mean something and two that do not."""

@@ -49,6 +49,8 @@ OTHER_END = tiny_models.CHATML.replace(
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object"}}}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"b": 1, "a": 2}}}
 HOT = 0.5
+PREFILLED = {2: "Well: ", 3: "Well", 6: "Well", 8: "Well", 11: "Well:"}
+"""The prompts whose policy was given the beginning of its turn; one of them offers tools."""
 
 
 def pool_rows(renderer: Renderer) -> Iterator[dict[str, Any]]:
@@ -67,6 +69,8 @@ def pool_rows(renderer: Renderer) -> Iterator[dict[str, Any]]:
             prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
             prompt += [{"role": "user", "content": asked}]
         base = {"prompt": prompt, "prompt_id": f"p{number}", **({"tools": TOOLS} if number % 4 < 2 else {})}
+        if number in PREFILLED:
+            base["prefill"] = PREFILLED[number]
         # Recorded: with its turn end, which may be certain, without it, cut off, at a temperature, from a cut support.
         for place, (tail, last, sampling) in enumerate(
             [
@@ -267,6 +271,7 @@ def test_a_release_weighed_again_gives_the_same_bits(shared: Made, draw: dict[st
             tools=bool(counts.kept_with_tools),
             not_told=bool(counts.kept_not_told),
             says_known=says_known,
+            prefilled=bool(counts.kept_with_prefill),
         )
         renderer = shared.renderer if draw["seed"] % 4 == 0 else None
         proof = RowProof(counts.kept_rows, fields, stop_ids, renderer)
@@ -279,6 +284,10 @@ def test_a_release_weighed_again_gives_the_same_bits(shared: Made, draw: dict[st
     released = release(path, by, known_is_said)
     if released.num_rows == 0:
         return
+    for row in released.to_pylist():
+        prefill = PREFILLED.get(int(row["prompt_id"][1:]))
+        assert row.get("prefill") == prefill
+        assert any(m["role"] == "assistant" and m["content"].startswith(prefill or "") for m in row["messages"])
     kept = kept_rows(released, pa.schema([*SHARD, *kept_columns(fields)]), stop_ids, keep_scores=True)
     write_parquet(storage, "again.parquet", kept.schema, [kept])
     factor_again, unknown_again = weighing.weigh("again.parquet", "weighed-again.parquet", 1)

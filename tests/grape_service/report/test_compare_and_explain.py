@@ -14,7 +14,7 @@ from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
 from grape_service.release.compare import compare
 from grape_service.release.rounds import Round, Rounds, write_rounds
-from grape_service.report.examples import reason_of
+from grape_service.report.examples import prompt_text, reason_of
 from grape_service.report.explain import explain
 from grape_service.report.page import report_page
 from tests.grape_service.report.made_releases import make_release
@@ -124,3 +124,10 @@ def test_the_report_of_a_version_that_has_none_is_made_anew(tmp_path: Path) -> N
     one = Round("round-1", "org/base", release.reference, release.version, gate={"pass@8": 0.4375, "samples": 72})
     write_rounds(release.storage, Rounds("abc", release.name, 3, rounds=[one, Round("round-2", "/c1")]))
     assert "pass@8 0.438" in report_page(release, regenerate=True)
+
+
+def test_a_prompt_is_shown_with_the_prefill_that_a_response_continues() -> None:
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is"}]
+    response = {"role": "assistant", "content": " 4."}
+    assert prompt_text(orjson.dumps([*turns, response]).decode(), 2) == "user: 2+2?\n\nassistant: It is"
+    assert prompt_text(orjson.dumps([turns[0], response]).decode(), 1) == "2+2?"

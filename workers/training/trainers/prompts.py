@@ -17,14 +17,17 @@ import pyarrow as pa
 
 from grape_service.config.training import RlSettings
 from grape_service.errors import UserError
+from grape_service.pool.column_names import PREFILLS
 from grape_service.pool.listing import list_files
 from grape_service.pool.messages import Unusable, prompt_messages
+from grape_service.pool.prefills import with_prefill
 from grape_service.pool.reader import Segment, SegmentReader
 from grape_service.release.load import Release
 from grape_service.release.token_ids import refuse_unknown_ids
 from grape_service.rows.candidate import Message, Rejection
-from grape_service.rows.columns import release_schema
+from grape_service.rows.columns import PLACES, PREFILL, release_schema
 from grape_service.rows.messages import whole_message
+from grape_service.rows.prefill import two_turns
 from grape_service.storage.options import StorageOptions
 
 _TOKEN_COLUMNS = frozenset(release_schema([], []).names) - {"prompt_id", "source", "messages"}
@@ -81,7 +84,8 @@ def rl_prompts(
 
 
 def release_rows(release: Release, num_ids: int | None = None, model: str = "the model") -> Iterator[dict[str, Any]]:
-    """Prompts of a release: what comes before the response, in messages and in tokens; rows without loss have none.
+    """Prompts of a release: what comes before the response, in messages and in tokens, a prefill included; rows without
+    loss have none.
 
     `num_ids`: of the token ids that `model` has. Raises UserError for a row that holds another.
     """
@@ -104,7 +108,9 @@ def _prompts_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
         if not mask.any():
             continue
         messages = [whole_message(message) for message in row.pop("messages")]
-        start = response_start(messages, int(np.count_nonzero(mask[1:] & ~mask[:-1]) + mask[0]))
+        told, stretches = row.get(PLACES[0].name), int(np.count_nonzero(mask[1:] & ~mask[:-1]) + mask[0])
+        start = response_start(messages, stretches) if told is None else told
+        messages, start = two_turns(messages, start, row.pop(PREFILL.name, None))
         tools = row.get("tools")
         yield {
             "messages": messages[:start],
@@ -140,7 +146,8 @@ def pool_rows(path: str, column: str, options: StorageOptions) -> Iterator[dict[
             if column not in row:
                 raise UserError(f"{file.url}:{number + 1}: there is no column '{column}' with the prompt")
             try:
-                messages = prompt_messages(row[column])
+                said = next((row[name] for name in PREFILLS if row.get(name) is not None), None)
+                messages = with_prefill(prompt_messages(row[column]), said)
             except Unusable as unusable:
                 raise UserError(f"{file.url}:{number + 1}: {unusable.rejection.reason}") from None
             others = {key: value for key, value in row.items() if key != column}

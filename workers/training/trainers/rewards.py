@@ -11,24 +11,36 @@ import orjson
 
 from grape_service.config.training import RewardSettings
 from grape_service.errors import UserError
+from grape_service.models.tokenizer import text_behind
+from grape_service.rows.prefill import prefill_of
 from workers.training.reward_functions import RewardFunction, imported
 
 Reward = Callable[..., list[float]]
 """As TRL calls it: prompts, completions and each further column as lists of one length."""
 
 
-def reward_function(settings: RewardSettings, number: int) -> Reward:
-    """The function of a reward, named for the logs. Raises UserError where a function cannot be imported, and when it
-    raises or gives no finite number."""
+def reward_function(settings: RewardSettings, number: int, tokenizer: Any = None) -> Reward:
+    """The function of a reward, named for the logs. What it judges is the whole turn: behind a prefill, an answer is
+    what its ids say there with `tokenizer`. Raises UserError where a function cannot be imported, and when it raises
+    or gives no finite number."""
     judge = _judge(settings)
 
     def reward(
-        prompts: list[Any], completions: list[Any], row: list[str], messages: list[str] | None = None, **_: Any
+        prompts: list[Any], completions: list[Any], row: list[str], messages: list[str] | None = None, **more: Any
     ) -> list[float]:
         asked = prompts if messages is None else [orjson.loads(text) for text in messages]
+        turns = [response_text(completion) for completion in completions]
+        for place, prompt in enumerate(asked):
+            prefill = prefill_of(prompt) if isinstance(prompt, list) else None
+            if prefill is None:
+                continue
+            if tokenizer is not None and "prompt_ids" in more and "completion_ids" in more:
+                ids = more["prompt_ids"][place], more["completion_ids"][place]
+                turns[place] = text_behind(tokenizer, *ids, skip_special_tokens=True)
+            turns[place] = prefill + turns[place]
         return [
-            float(judge(prompt, response_text(completion), orjson.loads(values)))
-            for prompt, completion, values in zip(asked, completions, row, strict=True)
+            float(judge(prompt, turn, orjson.loads(values)))
+            for prompt, turn, values in zip(asked, turns, row, strict=True)
         ]
 
     reward.__name__ = f"{settings.type}_{number}" if number else settings.type

@@ -81,7 +81,7 @@ def run_rl(task: RlTask) -> CheckpointFacts:
         renderer=renderer,
         output=output,
         model=files.folder,
-        reward_funcs=[reward_function(reward, number) for number, reward in enumerate(settings.rewards)],
+        reward_funcs=[reward_function(reward, number, tokenizer) for number, reward in enumerate(settings.rewards)],
         args=grpo_arguments(settings, output, sorted(renderer.stop_ids) if renderer else []),
         train_dataset=Dataset.from_list(
             [_trl_row(example, tokens, tokenizer) for example, tokens in zip(examples, ids, strict=True)]

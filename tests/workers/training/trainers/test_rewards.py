@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from grape_service.config.schema import RenderConfig
 from grape_service.config.training import (
     RewardSettings,
 )
 from grape_service.errors import UserError
+from grape_service.render.renderer import Renderer
+from grape_service.rows.candidate import Candidate, Rendered
+from tests.template_families import make
 from workers.training.reward_functions import imported
 from workers.training.trainers.rewards import exact_match, math_correct, reward_function
 
@@ -43,6 +47,23 @@ def test_exact_answers_and_functions() -> None:
     for path, sentence in (("math:nothing", "has no function"), ("math:pi", "has no function"), ("math:sqrt", "row")):
         with pytest.raises(UserError, match=f"'{path}'.*{sentence}"):
             imported(path)
+
+
+def test_what_is_judged_behind_a_prefill_is_the_whole_turn() -> None:
+    """In the tokens that follow it: a tokenizer that decodes no space before a text would lose the one in between."""
+    renderer = Renderer(make("zephyr"), RenderConfig())
+    asked = [{"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "It is"}]
+    [row] = renderer.render([Candidate(asked, " 7", "p", "c")])
+    assert isinstance(row, Rendered)
+    prompt, ids = row.input_ids[: row.prompt_len].tolist(), row.input_ids[row.prompt_len :].tolist()
+    text = make("zephyr").decode(ids, skip_special_tokens=True)
+    assert text == "7"
+    reward = reward_function(RewardSettings(type="exact"), 0, make("zephyr"))
+    beside = {"messages": [json.dumps(asked)], "prompt_ids": [prompt], "completion_ids": [ids]}
+    for answer, score in (("It is 7", 1), ("It is7", 0), ("7", 0)):
+        assert reward(["…"], [text], row=[json.dumps({"answer": answer})], **beside) == [score]
+    plain = {**beside, "messages": [json.dumps(asked[:1])]}
+    assert reward(["…"], [text], row=[json.dumps({"answer": "7"})], **plain) == [1]
 
 
 def wrong_reward(prompt: object, response: str, row: dict[str, Any]) -> Any:
