@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from grape_service.errors import StageError
 from grape_service.render.renderer import Renderer
@@ -14,6 +16,28 @@ from workers.training.trainers.rendering import stop_at_turn_ends
 
 MANY_CUT = 0.5
 """A larger share of cut answers in the first batch is told: such answers earn nothing and teach nothing."""
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's sampler, whose order of an epoch follows from the seed and the epoch alone.
+
+    TRL's draws the orders of all epochs one after the other from one generator, so that a job that was resumed in a
+    later epoch asks the prompts in the order of the first.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next order is that of this epoch; the trainer says so before each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            assert self.seed is not None, "settings have one"
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
 
 
 class PromptedGRPOTrainer(EndsAtLastStep, GRPOTrainer):
@@ -29,6 +53,11 @@ class PromptedGRPOTrainer(EndsAtLastStep, GRPOTrainer):
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self._asked: list[list[int]] = []
         self._has_answered = False
+
+    def _get_train_sampler(self, dataset: Any = None) -> PromptSampler:
+        made: Any = super()._get_train_sampler(dataset)
+        counts = made.mini_repeat_count, made.batch_size, made.repeat_count
+        return PromptSampler(made.data_source, *counts, made.shuffle, made.seed)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: a checkpoint has our card, which knows the release."""
