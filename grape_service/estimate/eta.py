@@ -67,10 +67,8 @@ def winners_stage(behavior: BehaviorConfig | None, place: int | None, temperatur
 
 def earlier_rate(workspace: Storage, policy_id: str) -> float | None:
     """Tokens per second at which the engines of an earlier run scored for this policy, all together."""
-    try:
-        return float(workspace.read_json(rate_path(policy_id))["tokens_per_second"])
-    except FileNotFoundError:
-        return None
+    known = workspace.read_note(rate_path(policy_id), "tokens_per_second")
+    return None if known is None else float(known["tokens_per_second"])
 
 
 def record_rate(workspace: Storage, policy_id: str, tokens: int, seconds: float) -> None:

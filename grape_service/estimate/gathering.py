@@ -48,8 +48,9 @@ def remember_rate(storage: Storage, sampler: str, samples: int, tokens: int, sec
 def known_rate(storage: Storage, sampler: str) -> Sampled | None:
     """What the last run's samplers did; None where there was none."""
     try:
-        return Sampled(**storage.read_json(rate_path(sampler)))
-    except (FileNotFoundError, TypeError):
+        known = storage.read_note(rate_path(sampler))
+        return None if known is None else Sampled(**known)
+    except TypeError:
         return None
 
 

@@ -197,9 +197,8 @@ def estimate_against_actual(
     workspace: Storage, config: Config, engines: list[dict[str, Any]], tokens: int
 ) -> dict[str, Any] | None:
     """For the manifest: the newest `grape plan` of this dataset beside what the engines did; None without a plan."""
-    try:
-        estimate = workspace.read_json(estimate_path(config))
-    except FileNotFoundError:
+    estimate = workspace.read_note(estimate_path(config), "policies")
+    if estimate is None:
         return None
     actual = {**actual_figures(engines), "scored_tokens": tokens}
     expected = sum(policy["tokens"] for policy in estimate["policies"])

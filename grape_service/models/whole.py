@@ -62,6 +62,8 @@ def check_whole(storage: Storage) -> CheckpointFacts:
     """
     if storage.exists(MARKER):
         facts: CheckpointFacts = storage.read_json(MARKER)
+        if not isinstance(facts.get("files"), dict):
+            raise StageError(f"the checkpoint {storage.root} is not whole: its {MARKER} names no files")
         present = {info.path: info.size for info in storage.list()}
         for name, expected in facts["files"].items():
             if present.get(name) != expected["size"]:

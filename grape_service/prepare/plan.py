@@ -157,10 +157,7 @@ def _expansion(file: PoolFile) -> int:
 def pool_listing(config: Config, storage: Storage) -> Listing:
     """The pool's files; digests of local ones are remembered in the workspace while size and times stay."""
     remembered = f"{FOLDER}/digests-{digest_of(config.pool.address, 16)}.json"
-    try:
-        known: dict[str, list[Any]] = dict(storage.read_json(remembered))
-    except (FileNotFoundError, ValueError):  # of another version
-        known = {}
+    known: dict[str, list[Any]] = storage.read_note(remembered) or {}
     listing = list_pool(config)
     stamps = {file.url: list(stamp_of(Path(file.url))) for file in listing.files if "://" not in file.url}
     young = {url for url, stamp in stamps.items() if is_young((stamp[0], stamp[1], stamp[2]))}

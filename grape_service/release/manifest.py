@@ -272,7 +272,7 @@ def read_manifest(storage: Storage, name: str, version: str) -> Manifest:
     path = f"{version_folder(name, version)}/{MANIFEST}"
     address = storage.url(path)
     try:
-        value = storage.read_json(path, MAX_MANIFEST_BYTES)
+        value = storage.read_json_value(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{storage.root}/{name} has no version {version}: see `grape datasets list`") from error
     if isinstance(value, dict) and isinstance(value.get("format"), int) and value["format"] > FORMAT:

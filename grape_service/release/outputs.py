@@ -28,7 +28,7 @@ def other_outputs(workspace: Storage, output: Storage) -> list[Storage]:
     """
     found: list[Storage] = []
     for info in workspace.list(FOLDER):
-        value: Any = workspace.read_json(info.path)
+        value: Any = workspace.read_json_value(info.path)
         root = value.get("output") if isinstance(value, dict) else None
         if not isinstance(root, str):
             raise UserError(f"{workspace.url(info.path)} does not name an output: delete it, or restore it")

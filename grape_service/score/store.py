@@ -180,9 +180,8 @@ class ScoreStore:
 
     def is_complete(self, name: str) -> bool:
         """Whether `note_complete(name)` was called and none of the score files of then is gone: one listing."""
-        try:
-            noted = self.storage.read_json(f"{self.folder}/{COMPLETE}/{name}.json")
-        except FileNotFoundError:
+        noted = self.storage.read_note(f"{self.folder}/{COMPLETE}/{name}.json", "files", "digest")
+        if noted is None:
             return False
         files = self._files()
         return bool(files[: noted["files"]] and _digest_of_paths(files[: noted["files"]]) == noted["digest"])

@@ -30,7 +30,7 @@ def once(storage: Storage, path: str, work: Callable[[], Any], is_there: Callabl
 
 def _read(storage: Storage, path: str, is_there: Callable[[Any], bool]) -> Any:
     try:
-        value = storage.read_json(path)
+        value = storage.read_json_value(path)
     except FileNotFoundError:
         return None
     return value if is_there(value) else None

@@ -88,7 +88,22 @@ class Storage:
         """All bytes of a file and the etag that compare_and_swap takes. Raises FileNotFoundError."""
         return self._files.read_with_etag(self.full(path))
 
-    def read_json(self, path: str, max_bytes: int | None = None) -> Any:
+    def read_json(self, path: str) -> Any:
+        """A JSON file's object. Raises FileNotFoundError, and UserError if it holds anything else."""
+        value = self.read_json_value(path)
+        if not isinstance(value, dict):
+            raise UserError(f"{self.url(path)} holds no JSON object: restore or delete it")
+        return value
+
+    def read_note(self, path: str, *keys: str) -> dict[str, Any] | None:
+        """A JSON object that only spares work; None where there is none, or none with these keys: it is made again."""
+        try:
+            value: dict[str, Any] = self.read_json(path)
+        except (FileNotFoundError, UserError):
+            return None
+        return value if set(keys) <= value.keys() else None
+
+    def read_json_value(self, path: str, max_bytes: int | None = None) -> Any:
         """A JSON file's value. Raises FileNotFoundError, and UserError if it is not JSON or longer than `max_bytes`."""
         try:
             return orjson.loads(self._files.read_with_etag(self.full(path), max_bytes)[0])

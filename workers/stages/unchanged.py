@@ -54,9 +54,8 @@ def release_key(run: Run) -> str | None:
 
 def unchanged_release(run: Run, key: str) -> Outcome | None:
     """The version that a run with the same pool, policies, settings and code released, with the tags moved to it."""
-    try:
-        found = run.workspace.read_json(_path(run, key))
-    except FileNotFoundError:
+    found = run.workspace.read_note(_path(run, key), "version", "content_digest", *REMEMBERED)
+    if found is None:
         return None
     version = found["version"]
     if not is_whole(run.output, run.name, version, found["content_digest"]):  # deleted, or filled again since then

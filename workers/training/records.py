@@ -86,11 +86,27 @@ class RunRecords:
 
     def read(self, run_id: str) -> Record:
         """A record. Raises UserError if there is none."""
+        path = f"{run_id}.json"
         try:
-            return self.storage.read_json(f"{run_id}.json")
+            return self._record(path, self.storage.read(path))
         except FileNotFoundError:
             known = ", ".join(self.ids()) or "none"
             raise UserError(f"there is no run '{run_id}' in {self.storage.root}; there are: {known}") from None
+
+    def _record(self, path: str, data: bytes) -> Record:
+        """Raises UserError for what is no record, or one of a newer grape-service."""
+        try:
+            record: Record = orjson.loads(data)
+            newer, is_whole = record["format"] > FORMAT, all("state" in entry for entry in record["stages"].values())
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+            newer = is_whole = False
+        if newer:
+            raise UserError(f"{self.storage.url(path)} was written by a newer grape-service: use that version")
+        if not is_whole:
+            raise UserError(
+                f"{self.storage.url(path)} is not the record of a training run: restore it, or delete it to train again"
+            )
+        return record
 
     def ids(self) -> list[str]:
         """Ids of all runs."""
@@ -109,7 +125,7 @@ class RunRecords:
         path = f"{run_id}.json"
         while True:
             data, etag = self.storage.read_with_etag(path)
-            record = orjson.loads(data)
+            record = self._record(path, data)
             before = copy.deepcopy(record)
             mutate(record)
             if record == before:

@@ -374,3 +374,16 @@ def _environment() -> dict[str, str]:
 def iter_then_fail(size: int) -> Iterator[bytes]:
     yield b"x" * size
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "7", '"x"', "", "{"])
+def test_a_json_file_that_holds_no_object_is_named_and_a_note_is_made_again(tmp_path, text):
+    storage = Storage(str(tmp_path))
+    storage.write("a.json", text.encode())
+    with pytest.raises(UserError, match=r"a.json (holds no JSON object|is not JSON .*): restore or delete it"):
+        storage.read_json("a.json")
+    assert storage.read_note("a.json") is None
+    assert storage.read_note("b.json") is None
+    storage.write_json("a.json", {"files": 3})
+    assert storage.read_note("a.json", "files") == {"files": 3}
+    assert storage.read_note("a.json", "files", "digest") is None

@@ -230,3 +230,21 @@ def test_a_webhook_that_fails(reference: str) -> None:
 def test_a_deployment_needs_somebody_who_knows_prefect(reference: str) -> None:
     with pytest.raises(UserError, match="'team/sft' needs Prefect"):
         train_stage.train(reference, TrainConfig(sft={"deployment": "team/sft"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("null", "is not the record of a training run: restore it, or delete it to train again"),
+        ('{"format": 1, "stages": {"sft": {"phase": 2}}}', "is not the record of a training run"),
+        ('{"format": 1, "id": ', "is not the record of a training run"),
+        ('{"format": 2, "stages": {"sft": {"phase": 2}}}', "was written by a newer grape-service: use that version"),
+    ],
+)
+def test_a_record_that_is_none_is_named(text: str, sentence: str, reference: str) -> None:
+    config = TrainConfig(sft={"command": ["true"]})
+    run = runs.TrainingRun(grape_service.load(reference), config, config.jobs, None, print, None)
+    run.records.storage.write(f"{run.id}.json", text.encode())
+    for ask in (train_stage.read, train_stage.cancel, train_stage.train):
+        with pytest.raises(UserError, match=f"{run.id}.json {sentence}"):
+            ask(reference, config)

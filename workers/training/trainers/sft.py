@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pyarrow import ArrowInvalid
 
 from grape_service.config.methods import WeightsConfig
 from grape_service.config.training import ONLINE_NEEDS_NO_DATASET_MEAN, SftSettings, SftTask, require_train_extra
@@ -150,10 +151,12 @@ def local_rows(release: Release, folder: Path, eval_share: float, num_ids: int, 
         refuse_unknown_ids(batch, num_ids, model, release.reference, first)
 
     with one_process_first():
-        if not path.exists():
+        try:
+            return LocalRows(path)
+        except (FileNotFoundError, ArrowInvalid):  # it is not there yet, or what a full disk left of it
             release.check_files()
             write_local_rows(release.dataset, path, eval_share, check)
-    return LocalRows(path)
+            return LocalRows(path)
 
 
 def usable_rows(rows: LocalRows, settings: SftSettings) -> tuple[np.ndarray, CheckpointFacts, list[str]]:

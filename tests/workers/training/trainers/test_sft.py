@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grape_service
 from grape_service.config.training import LoraSettings, SftTask
-from grape_service.errors import UserError
+from grape_service.errors import StageError, UserError
 from grape_service.rows.columns import BEHAVIOR_KNOWN, release_schema
 from grape_service.storage.storage import Storage
 from tests.tiny_models import make_model
@@ -29,7 +31,7 @@ from tests.workers.training.trainers.sft_steps import (
     step_settings,
 )
 from workers.training.trainers import checkpoints
-from workers.training.trainers.sft import run_sft
+from workers.training.trainers.sft import local_rows, run_sft
 
 pytestmark = pytest.mark.alone
 
@@ -75,6 +77,34 @@ def test_a_token_id_that_the_model_does_not_have_is_refused_before_the_first_ste
     where = f"row 1,051 of {reference} (prompt_id prompt-1050)"
     assert str(refused.value).startswith(f"{where} holds the token id {unknown}, and {model} has the ids 0 to 514:")
     assert not (tmp_path / "sft" / "metrics.jsonl").exists()
+
+
+def test_what_damaged_files_leave_of_a_stopped_run(reference: str, tmp_path: Path) -> None:
+    """Local rows that a full disk cut off are read again; markers and inputs that are none are named."""
+    settings = step_settings(batch_size=4, micro_batch_size=2, max_steps=2, save_steps=1)
+    task = SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=settings)
+    release = grape_service.load(reference)
+    folder = tmp_path / "rows"
+    rows = local_rows(release, folder, 0.0, 515, "m")
+    os.truncate(rows.path, rows.path.stat().st_size // 2)
+    again = local_rows(release, folder, 0.0, 515, "m")
+    assert (again.path, len(again)) == (rows.path, NUM_ROWS)
+
+    run_sft(task)
+    shutil.rmtree(tmp_path / "sft" / "model")
+    for name, text, sentence in (
+        ("checkpoint-2/complete.json", "null", "holds no JSON object"),
+        ("checkpoint-2/complete.json", '{"by": "another trainer"}', "its complete.json names no files"),
+        ("inputs.json", "[1]", "inputs.json holds no JSON object"),
+    ):
+        (tmp_path / "sft" / name).write_text(text)
+        if "names no files" in sentence:
+            with pytest.raises(StageError, match=sentence):
+                checkpoints.check_whole(Storage(str(tmp_path / "sft" / "checkpoint-2")))
+            shutil.rmtree(tmp_path / "sft" / "checkpoint-2")
+        else:
+            with pytest.raises(UserError, match=sentence):
+                run_sft(task)
 
 
 def mark_again(folder: Path) -> None:
