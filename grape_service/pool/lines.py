@@ -307,10 +307,12 @@ def json_elements(file: IO[bytes], max_row_bytes: int = MAX_ROW_BYTES) -> Iterat
         except BrokenDocument:
             raise
         except (ValueError, RecursionError) as error:
-            if ended or isinstance(error, RecursionError) or len(text) - place > max_row_bytes:
-                raise BrokenDocument(f"row {count + 1}: {error}") from None
-            blocks = max(BLOCK_BYTES, len(text) - place)  # doubling keeps long rows linear
-            data = file.read(blocks)
+            is_too_long = len(text) - place > max_row_bytes and not ended
+            if ended or is_too_long or isinstance(error, RecursionError):
+                problem = too_long(max_row_bytes).detail if is_too_long else error
+                raise BrokenDocument(f"row {count + 1}: {problem}") from None
+            long = len(text) - place  # so far; doubling keeps long rows linear
+            data = file.read(BLOCK_BYTES) if long < BLOCK_BYTES else _read(file, long)
             ended = not data
             text = text[place:] + decoder.decode(data, final=ended)
             place = 0
@@ -318,6 +320,15 @@ def json_elements(file: IO[bytes], max_row_bytes: int = MAX_ROW_BYTES) -> Iterat
         yield objects.problem() or checked_row(value)
         count += 1
         place = stop
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """At least `size` bytes, where there are so many: what decompresses gives fewer at a time."""
+    parts = []
+    while size > 0 and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _after_space(text: str, place: int) -> int:

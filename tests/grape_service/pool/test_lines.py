@@ -53,6 +53,27 @@ def test_a_line_that_is_too_long_is_one_row_and_the_others_are_read(monkeypatch,
     assert read_ranges(b"one\n" + b"x" * 40 + b"\ntwo\nthree\n", cuts, 10) == [b"one", None, b"two", b"three"]
 
 
+class Drop(io.BytesIO):
+    """Gives little at a time, as what decompresses does."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(size or 0, 1024))
+
+
+def test_a_long_element_of_a_compressed_document_takes_time_in_proportion_to_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was parsed from its beginning with each KiB: an element of 256 MiB kept `grape check` for minutes."""
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 2**14)
+    long = "x" * 2**23
+    began = time.process_time()
+    rows = [{"a": 1}, {"a": long}, {"a": 2}]
+    assert list(json_elements(Drop(json.dumps(rows).encode()))) == rows
+    with pytest.raises(BrokenDocument, match=r"row 2: more than pool\.max_row_bytes, 1,000,000, in one row"):
+        list(json_elements(Drop(f'[{{"a": 1}}, {{"a": "{long}"}}]'.encode()), 10**6))
+    assert time.process_time() - began < 1
+
+
 def test_a_line_of_many_blocks_takes_time_in_proportion_to_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its beginning was copied and searched again with each block: a row of 256 MiB took 7 s, now half of one."""
     monkeypatch.setattr(lines, "BLOCK_BYTES", 1024)
