@@ -53,7 +53,7 @@ def two_turns(messages: list[Message], num_prompt: int, prefill: str | None) -> 
 
 
 def prefills_of(texts: Sequence[str], num_prompt: Sequence[int]) -> list[str | None]:
-    """The prefill of each row [N], of its messages as JSON and how many of those are the prompt's."""
+    """The prefill of each row [N], of its messages as JSON, its response among them, and how many are the prompt's."""
     return [
         prefill_of(orjson.loads(text)[:number]) if text.count('"assistant"') > 1 else None
         for text, number in zip(texts, num_prompt, strict=True)

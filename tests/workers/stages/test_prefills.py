@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import grape_service
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config, RenderConfig
-from grape_service.config.training import SftSettings
+from grape_service.config.training import RewardSettings, RlSettings, RlTask, SftSettings
 from grape_service.exports import export
 from grape_service.release.load import Release
 from grape_service.release.verify import verify
@@ -28,6 +28,7 @@ from workers.training.base_model import check_tokenizer
 from workers.training.trainers.prompts import pool_rows as prompts_of_pool
 from workers.training.trainers.prompts import release_rows
 from workers.training.trainers.rendering import prompt_tokens
+from workers.training.trainers.rl import run_rl
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -145,6 +146,34 @@ def test_training_asks_with_the_prefill(tmp_path: Path, model: str, release: Rel
     other.add_tokens(["<|one-more|>"])  # of another digest, which says the same
     other.save_pretrained(tmp_path / "other")
     check_tokenizer(release, "other", str(tmp_path / "other"), SftSettings())
+
+
+JUDGED: list[tuple[list[dict[str, str]], str]] = []
+
+
+def begins_as_given(prompt: Any, response: str, row: dict[str, Any]) -> float:
+    JUDGED.append((prompt, response))
+    return float(len(response))
+
+
+def test_rl_judges_the_whole_turn(tmp_path: Path, model: str, release: Release) -> None:
+    settings = RlSettings(
+        steps=1,
+        prompts_per_step=6,
+        num_generations=2,
+        max_response_tokens=4,
+        rewards=[RewardSettings(type="function", function=f"{__name__}:begins_as_given")],
+        device="cpu",
+    )
+    JUDGED.clear()
+    run_rl(RlTask(dataset=release.reference, checkpoint=model, output=str(tmp_path / "rl"), settings=settings))
+    assert len(JUDGED) == 12
+    prefills = [prompt[-1]["content"] for prompt, _ in JUDGED if prompt[-1]["role"] == "assistant"]
+    assert {"The ans", "So: "} <= set(prefills)
+    for prompt, response in JUDGED:
+        given = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+        assert response.startswith(given)
+        assert response != given
 
 
 def test_prompts_for_rl_of_another_pool_have_their_prefill(tmp_path: Path) -> None:
