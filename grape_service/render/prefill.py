@@ -27,64 +27,60 @@ class Prefills:
 
     def __init__(self, template: ChatTemplate | None, form: MessageForm, texts: PromptTexts, encoder: Encoder):
         self._template, self._form, self._texts, self._encoder = template, form, texts, encoder
-        self._last: tuple[tuple[object, ...], tuple[str, str] | Rejection] | None = None
+        self._last: tuple[tuple[object, ...], str | Rejection] | None = None
 
     def context(self, candidate: Candidate, before: str) -> str | Rejection:
-        """The text of a prompt up to the end of its prefill; `before` is its rendering with the generation prompt."""
-        found = self._context(candidate, before)
-        return found if isinstance(found, Rejection) else found[0]
-
-    def split(self, candidate: Candidate, before: str, response: str) -> tuple[str, str] | Rejection:
-        """What stands before a response, prefill included, and what is written of it there."""
-        found, prefill = self._context(candidate, before), prefill_of(candidate.prompt)
-        assert prefill is not None, "only prompts that end with a prefill are split here"
-        if isinstance(found, Rejection):
-            return found
-        context, unstripped = found
-        if self._template is None:
-            return context, response
-        said = self._encoder.protect(prefill)
-        own, text = self._template.frame.split(before, said + response, self._encoder.drops_space)
-        if text.endswith(response):
-            there, written = own + text[: len(text) - len(response)], response
-        else:  # what the generation prompt ends with stands once, as <think> and the line's end behind it
-            there, written = own, text
-        if there != unstripped or not response.endswith(written):
-            return Rejection(NOT_CERTAIN, "the template writes something else before the turn, by what it goes on with")
-        if not THOUGHT_TAG.search(said):
-            whole = self._whole_turn(self._template, candidate, said + response)
-            if isinstance(whole, Rejection):
-                return whole
-            if not whole.startswith(context + response.rstrip()):
-                return Rejection(NOT_CERTAIN, "the template rewrites the turn that both are")
-        return context, written
-
-    def _context(self, candidate: Candidate, before: str) -> tuple[str, str] | Rejection:
-        """The context, and what it would be if the template stripped nothing; candidates of one prompt share it."""
+        """The text of a prompt up to the end of its prefill; `before` is its rendering with the generation prompt.
+        Candidates of one prompt share it."""
         asked = (before, candidate.prompt, candidate.tools)
         if self._last is None or self._last[0] != asked:
             self._last = asked, self._find(candidate, before)
         return self._last[1]
 
-    def _find(self, candidate: Candidate, before: str) -> tuple[str, str] | Rejection:
+    def split(self, candidate: Candidate, before: str, response: str) -> tuple[str, str] | Rejection:
+        """What stands before a response, prefill included, and what is written of it there."""
+        context, prefill = self.context(candidate, before), prefill_of(candidate.prompt)
+        assert prefill is not None, "only prompts that end with a prefill are split here"
+        if isinstance(context, Rejection):
+            return context
+        if self._template is None:
+            return context, response
+        said = self._encoder.protect(prefill)
+        whole = self._whole_turn(self._template, candidate, said + response)
+        if isinstance(whole, Rejection):
+            return whole
+        if whole.startswith(context + response.rstrip()):
+            return context, response
+        if not THOUGHT_TAG.search(said):
+            return Rejection(NOT_CERTAIN, "the template rewrites the turn that both are")
+        own, text = self._template.frame.split(before, said + response, self._encoder.drops_space)
+        if text.endswith(response):
+            there, written = own + text[: len(text) - len(response)], response
+        else:  # what the generation prompt ends with stands once, as <think> and the line's end behind it
+            there, written = own, text
+        if there != context or not response.endswith(written):
+            return Rejection(NOT_CERTAIN, "the template writes something else before the turn, by what it goes on with")
+        return context, written
+
+    def _find(self, candidate: Candidate, before: str) -> str | Rejection:
         prefill = prefill_of(candidate.prompt)
         assert prefill is not None, "only prompts that end with a prefill have such a context"
         if self._template is None:
-            return before + prefill, before + prefill
+            return before + prefill
         said = self._encoder.protect(prefill)
         own, text = self._template.frame.split(before, said + ANSWER, self._encoder.drops_space)
         if not text.endswith(ANSWER):
             return Rejection(NOT_CERTAIN, "the template leaves out a part of the prefill")
         shown = text[: -len(ANSWER)]
         if THOUGHT_TAG.search(said):  # which templates move or leave out: where they do is known of the frame
-            return own + shown, own + shown
+            return own + shown
         whole = self._whole_turn(self._template, candidate, said + ANSWER)
         if isinstance(whole, Rejection):
             return whole
         for given in (said, said.lstrip()):
             head, found, _ = whole.rpartition(given + ANSWER)
             if found and (head + given == own + shown or _same_but_thoughts(head, before)):
-                return head + given, own + shown
+                return head + given
         return Rejection(NOT_CERTAIN, "the template rewrites the prefill")
 
     def _whole_turn(self, template: ChatTemplate, candidate: Candidate, turn: str) -> str | Rejection:

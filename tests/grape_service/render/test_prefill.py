@@ -16,7 +16,7 @@ from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered
 from grape_service.rows.columns import LOSS_TOKEN
 from tests import tiny_models
 from tests.grape_service.render.test_any_conversation import PROMPTS, TEXT, letters, renderer_of, said
-from tests.template_families import FAMILIES, make
+from tests.template_families import FAMILIES, QWEN25, make
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 DIALOGUE = [*QUESTION, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}]
@@ -114,7 +114,9 @@ def test_any_prefill_is_the_end_of_the_prompt_or_the_row_is_rejected(
         ("deepseek-r1", THOUGHT, " a tower.\n</think>\n\nParis.", f"<｜Assistant｜>{THOUGHT}"),
         ("deepseek-r1", "<think>", "\nA tower.\n</think>\n\nParis.", "<｜Assistant｜><think>\n"),
         ("deepseek-r1", "It", " is Paris.", "<｜Assistant｜>It"),
+        ("qwen-3", "<think>\n", "\n</think>\n\nParis.", "assistant\n<think>\n"),
         ("llama-3", "\nIt", " is Paris.", "assistant<|end_header_id|>\n\nIt"),
+        ("llama-3", "  It", " is Paris.", "assistant<|end_header_id|>\n\nIt"),
     ],
 )
 def test_what_templates_do_with_thoughts_and_white_space(family: str, prefill: str, response: str, start: str) -> None:
@@ -129,6 +131,17 @@ def test_what_templates_do_with_thoughts_and_white_space(family: str, prefill: s
     [
         ("qwen-3", "It", " is</think>Paris.", "prefill cannot be told from the response"),
         ("deepseek-r1", "It", " is</think>Paris.", "prefill cannot be told from the response"),
+        ("qwen-3", "<think>\n", "\n\n\n</think>\n\nParis.", "prefill cannot be told from the response"),
+        (
+            "qwen-3",
+            "Let",
+            [
+                {"role": "assistant", "content": " me look."},
+                {"role": "tool", "content": "Rome"},
+                {"role": "assistant", "content": "It is Rome."},
+            ],
+            "rendering cannot be split",
+        ),
         ("qwen-2.5", "It is", "It is Paris.", "response repeats its prefill"),
         ("qwen-2.5", "It is", " Paris.<|im_start|>", "response spells a control token"),
         ("qwen-2.5", "It is", "", "empty response"),
@@ -221,6 +234,18 @@ def test_a_behavior_reads_the_prefill_in_its_own_context(tokenizers: dict[str, A
     [same] = target.render_behavior(rows, [theirs], target.turn_end_id)
     assert isinstance(same, Rendered)
     assert same.input_ids.tolist() == theirs.input_ids.tolist()
+
+
+def test_a_behavior_writes_its_empty_block_before_the_prefill_once() -> None:
+    target = Renderer(make("qwen-3"), RenderConfig(chat_template=QWEN25))
+    behavior = renderer_of("qwen-3")
+    rows = [prefilled(QUESTION, "It", " is Paris.")]
+    [theirs], [own] = target.render(rows), behavior.render(rows)
+    [ours] = behavior.render_behavior(rows, [theirs], target.turn_end_id)
+    assert isinstance(ours, Rendered)
+    assert isinstance(own, Rendered)
+    assert ours.input_ids.tolist() == own.input_ids.tolist()
+    assert said(behavior, ours.input_ids[: ours.prompt_len]).endswith("assistant\n<think>\n\n</think>\n\nIt")
 
 
 def test_plain_text_and_a_system_prompt() -> None:
