@@ -50,6 +50,8 @@ COMPLETE = "complete"
 """Folder beside the partitions: names of shards whose rows all have scores."""
 METADATA_KEY = b"grape.engine"
 """Key of a score file's schema metadata: JSON that describes the engine."""
+POLICY_KEY = b"grape.policy"
+"""Key of a score file's schema metadata: the policy id under which it was stored."""
 
 
 def engine_version(made_by: Mapping[str, Any]) -> str:
@@ -167,7 +169,8 @@ class ScoreStore:
         ]
         schema = pa.schema([SCORE.field("row_key"), *(item for item, _ in columns.values())])
         batch = pa.RecordBatch.from_arrays([keys, *lists], schema=schema)
-        schema = schema.with_metadata({METADATA_KEY: orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)})
+        made_by = orjson.dumps(metadata, option=orjson.OPT_SORT_KEYS)
+        schema = schema.with_metadata({METADATA_KEY: made_by, POLICY_KEY: self.policy_id.encode()})
         write_parquet(self.storage, path, schema, [batch])
         return path
 
@@ -220,6 +223,9 @@ class ScoreStore:
         try:
             with open_small(self.storage, path) as file:
                 schema = file.schema_arrow
+                whose = (schema.metadata or {}).get(POLICY_KEY, self.policy_id.encode()).decode()
+                if whose != self.policy_id:
+                    raise pa.ArrowInvalid(f"it holds scores of {whose}, not of {self.policy_id}")
                 known = [SCORE.field("row_key"), *SCORE_FIELDS.values()]
                 there = [item for item in known if item.name in schema.names]
                 if [(item.name, item.type) for item in schema] != [(item.name, item.type) for item in there] or len(

@@ -97,7 +97,8 @@ class RunRecords:
         """Raises UserError for what is no record, or one of a newer grape-service."""
         try:
             record: Record = orjson.loads(data)
-            newer, is_whole = record["format"] > FORMAT, all("state" in entry for entry in record["stages"].values())
+            newer, lease = record["format"] > FORMAT, record["lease"]
+            is_whole = (lease is None or "expires" in lease) and all("state" in e for e in record["stages"].values())
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
             newer = is_whole = False
         if newer:

@@ -283,3 +283,15 @@ def test_a_store_is_begun_with_its_first_scores(store):
     assert not store.is_begun()
     put(store, "b01", {1: [-1.0]})
     assert store.is_begun()
+
+
+def test_a_score_file_of_another_policy_is_refused(tmp_path):
+    storage = Storage(str(tmp_path))
+    keys = pa.array([bytes([7]) * 16], pa.binary(16))
+    other = ScoreStore(storage, "other").write("b", keys, np.arange(2), np.zeros(1, np.float32), {})
+    storage.write(other.replace("scores/other/", "scores/mine/"), storage.read(other))
+    assert not ScoreStore(storage, "other").missing("b", keys).any()
+    mine = ScoreStore(storage, "mine")
+    for ask in (mine.missing, mine.versions):
+        with pytest.raises(StageError, match="is not a score file: it holds scores of other, not of mine; move it out"):
+            ask("b", keys)

@@ -236,9 +236,13 @@ def test_a_deployment_needs_somebody_who_knows_prefect(reference: str) -> None:
     ("text", "sentence"),
     [
         ("null", "is not the record of a training run: restore it, or delete it to train again"),
-        ('{"format": 1, "stages": {"sft": {"phase": 2}}}', "is not the record of a training run"),
+        ('{"format": 1, "lease": null, "stages": {"sft": {"phase": 2}}}', "is not the record of a training run"),
+        ('{"format": 1, "lease": "mine", "stages": {}}', "is not the record of a training run"),
         ('{"format": 1, "id": ', "is not the record of a training run"),
-        ('{"format": 2, "stages": {"sft": {"phase": 2}}}', "was written by a newer grape-service: use that version"),
+        (
+            '{"format": 2, "lease": {}, "stages": {"sft": {"phase": 2}}}',
+            "was written by a newer grape-service: use that version",
+        ),
     ],
 )
 def test_a_record_that_is_none_is_named(text: str, sentence: str, reference: str) -> None:
