@@ -344,8 +344,8 @@ class Normaliser:
         """A row's prompt, or that of its whole conversation; the one before, where both rows have the same text. Raises
         Unusable."""
         theirs, get = self._theirs, fields.get
-        given: tuple[Any, ...] = whole or get(theirs["prompt"]), get(theirs["system_prompt"]), get(theirs["tools"])
-        given = (*given, get(theirs["prefill"]))
+        beside = get(theirs["system_prompt"]), get(theirs["tools"]), get(theirs["prefill"])
+        given: tuple[Any, ...] = (whole or get(theirs["prompt"]), *beside)
         if (kwargs := get(theirs[TEMPLATE_KWARGS])) is not None:
             given = (*given, kwargs)
         if given == self._last_given:
