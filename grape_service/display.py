@@ -46,6 +46,13 @@ def short(text: str, most: int = 40) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
+def size_of_model(parameters: int) -> str:
+    """'7.6B', '135M', '51,872' parameters."""
+    if parameters >= 1_000_000_000:
+        return f"{parameters / 1e9:,.1f}B"
+    return f"{parameters / 1e6:,.0f}M" if parameters >= 1_000_000 else f"{parameters:,}"
+
+
 def counted(number: int, noun: str) -> str:
     """'1 row', '1,000 rows'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

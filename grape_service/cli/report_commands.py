@@ -131,7 +131,7 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Every candidate of a prompt with score, length, source and why it was kept or not; its tokens in colour."""
-    from grape_service.display import cut, visible
+    from grape_service.display import counted, cut, short, visible
     from grape_service.release.load import load_training_set
     from grape_service.report.explain import explain as explain_prompt
 
@@ -145,18 +145,16 @@ def explain(
     )
     for candidate in found["candidates"]:
         score = "no score" if candidate["score"] is None else f"score {candidate['score']:.4f}"
-        who = f"{candidate['source'] or '(no source)'} {candidate['candidate_id']}"
-        title = f"{who}: {score}, {candidate['counted_tokens']} tokens"
         body = Text()
+        body.append(f"candidate {short(candidate['candidate_id'], 80)}\n", style="dim")
+        body.append(f"{score}, {counted(candidate['counted_tokens'], 'token')}; {candidate['reason']}\n", style="dim")
         for place, text in enumerate(candidate["texts"]):
             body.append(visible(text), style=_shade(candidate["logprobs"], place))
         screen.print(
             Panel(
                 body,
-                title=Text(visible(title)),
-                subtitle=Text(candidate["reason"]),
+                title=Text(short(candidate["source"] or "(no source)")),
                 title_align="left",
-                subtitle_align="left",
                 border_style="green" if candidate["kept"] else "dim",
             )
         )

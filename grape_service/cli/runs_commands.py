@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from grape_service.ui.folder import Folder
 
 runs = typer.Typer(help="Runs of a workspace: list, show, logs.", no_args_is_help=True)
-RunArgument = Annotated[str, typer.Argument(help="The id of a run, as `grape runs list` has it.", show_default=False)]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="The id of a run, as `grape runs list` has it.", show_default=False)
+]
 WorkspaceOption = Annotated[
     str | None, typer.Option("--workspace", help="Where the runs are; default: .grape in the folder of datasets.")
 ]

@@ -16,6 +16,7 @@ from grape_service.config.checks import Contamination
 from grape_service.config.gather import VerifyConfig
 from grape_service.config.policy import BehaviorConfig, PolicyConfig, RecordedBehavior
 from grape_service.config.schema import Config
+from grape_service.display import size_of_model
 from grape_service.errors import UserError
 from grape_service.estimate.finding import Finding, Table
 from grape_service.estimate.finding import look as _look
@@ -240,7 +241,7 @@ def _policy(
     found = check_policy(
         policy, files.folder, files.quantization, renderer.tokenizer, renderer.vocabulary, has_weights, weights
     )
-    detail = f"{files.architecture}, {_number_of(files.num_parameters)} parameters, {renderer.mode} mode"
+    detail = f"{files.architecture}, {size_of_model(files.num_parameters)} parameters, {renderer.mode} mode"
     if found.unchecked:
         return "warning", f"{detail}; its weights are not checked by name: {found.unchecked}"
     if renderer.mode == "plain" and config.render.mode == "auto":
@@ -267,12 +268,6 @@ def _numbers(behavior: BehaviorConfig, candidates: list[Candidate]) -> tuple[str
 
 
 Rows = list[tuple[Candidate, Rendered]]
-
-
-def _number_of(parameters: int) -> str:
-    if parameters >= 1_000_000_000:
-        return f"{parameters / 1e9:,.1f}B"
-    return f"{parameters / 1e6:,.0f}M" if parameters >= 1_000_000 else f"{parameters:,}"
 
 
 def _rows_of(good: Rows, source: str) -> Rows:

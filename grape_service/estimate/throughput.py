@@ -11,6 +11,7 @@ from typing import Any
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config
+from grape_service.display import size_of_model
 from grape_service.errors import UserError
 from grape_service.models.files import policy_id, resolve_model
 from grape_service.release.catalog import list_datasets, read_catalog
@@ -130,10 +131,11 @@ def _from_table(config: Config, policy: PolicyConfig, device: str) -> Throughput
     key = next((key for key in known if key[1] == precision), known[0])
     parameters = resolve_model(policy, config.storage).num_parameters
     rate = interpolate(TABLE[key], parameters) * policy.tensor_parallel
+    size = size_of_model(parameters)
     return Throughput(
         rate,
         key[0],
-        f"the table of measured figures, {DEVICES[key[0]]}, {key[1]}, scaled to {parameters / 1e9:.3g}B parameters; "
+        f"the table of measured figures, {DEVICES[key[0]]}, {key[1]}, scaled to {size} parameters; "
         "a run of this config measures it",
     )
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.release.candidates import ScoredPool, open_scored_pool
-from grape_service.release.diff import diff, render_text
+from grape_service.release.diff import Diff, diff, render_text
 from grape_service.release.load import Release
 from grape_service.release.turnover import Turnover, turnover
 from grape_service.select.ranking import order_within_prompts, places_within_groups
@@ -43,8 +43,21 @@ def compare(first: Release, second: Release) -> dict[str, Any]:
         "ranking": ranking(*pools) if all(pool and pool.has_scores for pool in pools) else None,
         "settings": settings + differences(_policies(first), _policies(second), "policies."),
         "turnover": moved.to_json() if moved is not None else None,
-        "text": render_text(rows),
+        "text": render_text(rows, prompts_of(rows, first, second)),
     }
+
+
+def prompts_of(found: Diff, first: Release, second: Release) -> dict[str, str]:
+    """What the prompts of a diff's examples ask, by their ids."""
+    ids, asked = [one.prompt_id for one in found.examples], {}
+    for release in (second, first):
+        missing = [one for one in ids if one not in asked]
+        if missing:
+            rows = release.dataset.to_table(["prompt_id", "messages"], filter=pc.field("prompt_id").isin(missing))
+            for row in rows.to_pylist():
+                of_user = [one["content"] for one in row["messages"] if one["role"] == "user"]
+                asked[row["prompt_id"]] = str((of_user or [row["messages"][0]["content"]])[-1] or "")
+    return asked
 
 
 def turnover_between(first: Release, second: Release) -> Turnover | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from grape_service.display import short
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
 from grape_service.release.load import Release
@@ -156,8 +158,8 @@ def diff(a: Release, b: Release, max_examples: int = 20) -> Diff:
     )
 
 
-def render_text(found: Diff) -> str:
-    """A diff for people; names from a pool are escaped."""
+def render_text(found: Diff, prompts: Mapping[str, str] | None = None) -> str:
+    """A diff for people; `prompts`: what its examples ask, by their ids. Text from a pool is escaped."""
     lines = [
         f"a  {found.a}  {found.rows_a:,} rows",
         f"b  {found.b}  {found.rows_b:,} rows",
@@ -196,6 +198,7 @@ def render_text(found: Diff) -> str:
         lines += [
             f"  {_shown(item.prompt_id)}: {_shown(item.candidate_a)} ({_shown(item.source_a)}) -> "
             f"{_shown(item.candidate_b)} ({_shown(item.source_b)})"
+            + (f"\n    {short(prompts[item.prompt_id], 72)}" if prompts and item.prompt_id in prompts else "")
             for item in found.examples
         ]
     return "\n".join(lines)

@@ -6,12 +6,9 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import pyarrow.compute as pc
-
 from grape_service.errors import UserError
-from grape_service.release.compare import differences, turnover_between
+from grape_service.release.compare import differences, prompts_of, turnover_between
 from grape_service.release.diff import Diff, diff
-from grape_service.release.load import Release
 from grape_service.ui.folder import Folder
 
 MAX_ROWS = 1_000_000
@@ -47,21 +44,8 @@ class Changes:
             "old": old,
             "new": new,
             "diff": found,
-            "prompts": {} if found is None else _prompts(new, old, [one.prompt_id for one in found.examples]),
+            "prompts": {} if found is None else prompts_of(found, old, new),
             "rows": rows,
             "turnover": moved,
             "settings": differences(old.manifest.config, new.manifest.config),
         }
-
-
-def _prompts(new: Release, old: Release, ids: list[str]) -> dict[str, str]:
-    """What the prompts with these ids ask, of the version that has them."""
-    found: dict[str, str] = {}
-    for release in (new, old):
-        missing = [one for one in ids if one not in found]
-        if missing:
-            rows = release.dataset.to_table(["prompt_id", "messages"], filter=pc.field("prompt_id").isin(missing))
-            for row in rows.to_pylist():
-                asked = [one["content"] for one in row["messages"] if one["role"] == "user"]
-                found[row["prompt_id"]] = str((asked or [row["messages"][0]["content"]])[-1] or "")
-    return found

@@ -208,6 +208,7 @@ def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, caps
         ("rows r@v0001 --limit 0", "--limit"),
         ("datasets diff r@v0001", "Missing argument 'B'"),
         ("export r@v0001 out", "Missing option '--to'"),
+        ("runs logs", "Missing argument 'RUN'"),
         ("train r@v0001", "Missing option '--config'"),
         ("ui datasets --port 99999", "--port"),
         ("ui datasets --port 80x", "Invalid value for '--port': it should be a whole number"),

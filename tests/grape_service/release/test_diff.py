@@ -73,6 +73,9 @@ def test_a_diff_finds_what_a_plain_loop_finds(
     text = render_text(found)
     assert "+66 added, -56 removed, 144 in both, 1 of them with other tokens" in text
     assert "36 with another choice" in text
+    first = found.examples[0]
+    told = render_text(found, {first.prompt_id: "What is\n 1 + 1?\x1b"})
+    assert f"({first.source_b})\n    What is 1 + 1?<U+001B>\n" in told
 
 
 def test_a_version_against_itself_and_against_nothing(tmp_path) -> None:

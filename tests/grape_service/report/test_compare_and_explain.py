@@ -91,6 +91,10 @@ def test_each_candidate_has_its_reason(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["explain", release.reference, "p004"])
     assert done.exit_code == 0, done.output
     assert "longer than" in done.stdout
+    narrow = CliRunner().invoke(app, ["explain", release.reference, "p004"], env={"COLUMNS": "40"}).stdout
+    inside = " ".join(line.strip("│ ") for line in narrow.splitlines())
+    assert "candidate c0" in inside
+    assert "tokens; kept: number 1 by score, margin 1.0000" in inside, narrow
     coloured = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "NO_COLOR": ""}
     done = CliRunner().invoke(app, ["explain", release.reference, "p004"], env=coloured)
     assert "48;2;" in done.stdout  # a background in true colour

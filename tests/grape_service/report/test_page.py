@@ -12,7 +12,7 @@ import pytest
 from grape_service.checks.findings import CheckCounts, result_of
 from grape_service.config.checks import Refusal
 from grape_service.config.methods import RaceRisk, ScoreConfig, SelectConfig
-from grape_service.display import cut, plot_labels, visible
+from grape_service.display import cut, plot_labels, size_of_model, visible
 from grape_service.report.notices import warnings_of
 from grape_service.report.page import _select_figures, _weight_figures, render_page, script_json
 from grape_service.report.race import race_figures
@@ -187,3 +187,7 @@ def test_unseen_characters_are_written_out() -> None:
     family = "\U0001f468\u200d\U0001f469"
     assert visible(family) == family
     assert cut("abcdef", 4) == "abcd … [cut: 2 more characters]"
+
+
+def test_the_size_of_a_model_has_a_unit_that_fits() -> None:
+    assert [size_of_model(n) for n in (51_872, 134_515_008, 7_615_616_512)] == ["51,872", "135M", "7.6B"]
