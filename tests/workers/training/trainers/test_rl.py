@@ -104,14 +104,14 @@ def test_a_token_id_that_the_model_does_not_have_is_refused_before_anything_is_a
         run_rl(RlTask(dataset=reference, checkpoint=model, output=str(tmp_path / "rl"), settings=settings))
 
 
-@pytest.mark.parametrize("at", [2, 3, 5])
+@pytest.mark.parametrize("at", [2, 3])
 def test_a_job_that_is_resumed_in_a_later_epoch_is_as_one_that_was_not_stopped(
     at: int, reference: str, model: str, tmp_path: Path
 ) -> None:
     """Five prompts, two a step: two steps an epoch."""
     rewards = [RewardSettings(type="function", function=f"{__name__}:long_answer")]
     on_cpu = {"device": "cpu", "save_steps": 1, "keep_checkpoints": 9, "learning_rate": 1e-2, "max_response_tokens": 8}
-    settings = RlSettings(steps=8, prompts_per_step=2, num_generations=4, max_prompts=5, rewards=rewards, **on_cpu)
+    settings = RlSettings(steps=4, prompts_per_step=2, num_generations=4, max_prompts=5, rewards=rewards, **on_cpu)
     made = []
     for name in ("straight", "stopped"):
         output = tmp_path / name
@@ -119,13 +119,13 @@ def test_a_job_that_is_resumed_in_a_later_epoch_is_as_one_that_was_not_stopped(
         run_rl(task)
         if name == "stopped":
             shutil.rmtree(output / "model")
-            for step in range(at + 1, 9):
+            for step in range(at + 1, 5):
                 shutil.rmtree(output / f"checkpoint-{step}")
             run_rl(task)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         figures = [{key: value for key, value in line.items() if "time" not in key} for line in lines]
         made.append((figures, (output / "model" / "model.safetensors").read_bytes()))
-    assert [line["step"] for line in made[0][0]] == list(range(1, 9))
+    assert [line["step"] for line in made[0][0]] == list(range(1, 5))
     assert made[1] == made[0]
 
 
