@@ -133,8 +133,9 @@ def check(config: Config, models: Models, probes: dict[str, Probe] | None = None
     if not rendered:
         return
     used = np.unique(np.concatenate([r.input_ids[r.loss_mask == LOSS_TOKEN] for _, r in good])) if good else None
-    for place, policy in enumerate(config.behavior.policies() if config.behavior else []):
-        name = f"behavior {place}: {policy.model}"
+    policies = config.behavior.policies() if config.behavior else []
+    for place, policy in enumerate(policies, 1):
+        name = f"behavior {place}: {policy.model}" if len(policies) > 1 else f"behavior: {policy.model}"
         yield _look(name, partial(_behavior, name, policy, config, renderers, models))
         if used is not None and name in renderers:
             if config.behavior is not None and config.behavior.align == "bytes":
