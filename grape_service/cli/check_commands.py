@@ -83,13 +83,15 @@ def probes_of(config: Config) -> dict[str, Callable[[], tuple[str, str]]]:
 
 def _engines(config: Config) -> tuple[str, str]:
     from workers.engines.choose import imports_transformers, refuse_missing_engines
-    from workers.engines.transformers.arguments import unknown_args
+    from workers.engines.transformers.arguments import engine_args, unknown_args
 
     refuse_missing_engines(config)
     engines = ", ".join(dict.fromkeys(policy.engine for policy in config.policies()))
-    here = [policy for policy in config.policies() if imports_transformers(policy)]
-    ignored = sorted({name for policy in here for name in unknown_args(policy)})
-    if ignored and config.workers.ray_address == "auto":
+    is_here = config.workers.ray_address == "auto"
+    here = [policy for policy in config.policies() if is_here and imports_transformers(policy)]
+    for policy in here:
+        engine_args(policy)
+    if ignored := sorted({name for policy in here for name in unknown_args(policy)}):
         return "warning", f"{engines}; only vLLM reads engine_args {', '.join(ignored)}, and it is not installed here"
     return "ok", engines
 

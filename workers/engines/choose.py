@@ -54,7 +54,7 @@ def refuse_missing_engines(config: Config) -> None:
                 f"engine: vllm of {policy.model} is not installed here: install grape-service with its extra vllm, or "
                 "say engine: transformers"
             )
-        if imports_transformers(policy):
+        if policy.engine == "transformers":  # auto is decided where it is scored: a head may lack what its nodes have
             engine_args(policy)
 
 

@@ -42,6 +42,9 @@ def test_settings_that_the_engine_lacks_are_told(monkeypatch: pytest.MonkeyPatch
         engines(engine="transformers", engine_args={"max_batch_token": 1})
     with pytest.raises(UserError, match="tensor_parallel needs engine: vllm"):
         engines(tensor_parallel=2)
+    refuse_missing_engines(config(target={"model": "m", "tensor_parallel": 2}))  # nodes of a cluster may have vLLM
+    with pytest.raises(UserError, match="tensor_parallel needs engine: vllm"):
+        refuse_missing_engines(config(target={"model": "m", "tensor_parallel": 2, "engine": "transformers"}))
     status, detail = engines(engine_args={"max_num_seqs": 1, "device": "cpu"})
     assert status == "warning"
     assert detail == "auto; only vLLM reads engine_args max_num_seqs, and it is not installed here"
