@@ -100,12 +100,43 @@ class Release:
         return dataset
 
     def _make_dataset(self) -> pads.Dataset:
+        self._refuse_other_sizes()
         paths = [self.storage.full(f"{self.folder}/{entry.path}") for entry in self.manifest.files]
         if not paths:
             return pads.dataset(self.schema.empty_table())
         scan = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
         format = pads.ParquetFileFormat(default_fragment_scan_options=scan)
         return pads.dataset(paths, schema=self.schema, format=format, filesystem=self.storage.arrow)
+
+    def _refuse_other_sizes(self) -> None:
+        """Raises UserError for a data file that is missing or has another size than the manifest says: one listing
+        finds a copy that was cut off and nearly every file of another version, `check_files` the others."""
+        sizes = self._sizes()
+        for entry in self.manifest.files:
+            size = sizes.get(entry.path)
+            if size is None:
+                raise UserError(f"{self.path}/{entry.path} is missing: see `grape datasets verify {self.reference}`")
+            if size != entry.size:
+                raise UserError(
+                    f"{self.path}/{entry.path} is not the file that its manifest names ({size:,} bytes, not "
+                    f"{entry.size:,}): see `grape datasets verify {self.reference}`"
+                )
+
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the data files that are there."""
+        try:
+            found = self.storage.list(self.folder)
+        except UserError:  # whoever may read the files may not be allowed to list them
+            with ThreadPoolExecutor(_READERS) as pool:
+                asked = pool.map(self._size_of, self.manifest.files)
+                return {entry.path: size for entry, size in zip(self.manifest.files, asked, strict=True) if size >= 0}
+        return {info.path.removeprefix(f"{self.folder}/"): info.size for info in found}
+
+    def _size_of(self, entry: FileEntry) -> int:
+        try:
+            return self.storage.info(f"{self.folder}/{entry.path}").size
+        except FileNotFoundError:
+            return -1
 
     def batches(
         self, columns: list[str] | None = None, filter: pads.Expression | None = None, batch_rows: int = 4096
@@ -200,6 +231,7 @@ class Release:
         Raises UserError where one of their `columns` does not exist."""
         _require("datasets", "hf")
         self._check_columns(options.get("columns"), None)
+        self._refuse_other_sizes()
         import datasets
 
         storage_options = {key: value for key, value in self.storage.options.items() if key != "retry_seconds"}

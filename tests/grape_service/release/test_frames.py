@@ -47,7 +47,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="has no column 'scores'; did you mean"):
             release.to_hf(streaming, columns=["scores"])
     Storage(str(tmp_path)).write("math-sft/versions/v0001/data/part-00001.parquet", b"nothing")
-    with pytest.raises(UserError, match="see `grape datasets verify`"):
+    with pytest.raises(UserError, match="see `grape datasets verify"):
         release.to_polars()
     for config, sentence in (
         ({"name": "x", "slect": {}}, "unknown key 'slect'; did you mean 'select'"),

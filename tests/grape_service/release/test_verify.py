@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -53,6 +54,35 @@ def test_every_problem_is_named(any_storage: Storage) -> None:
     assert "5 problems" in render_text(release, verify(release))
     with pytest.raises(UserError, match=r"part-00000\.parquet is missing: see `grape datasets verify"):
         _ = release.dataset
+
+
+def test_a_file_of_another_version_is_not_read_for_its_own(any_storage: Storage) -> None:
+    publish_version(any_storage)
+    publish_version(any_storage, parts=[rows(100, 40), rows(500, 41)])
+    release, other = load(f"{any_storage.root}/math-sft@v0001"), "math-sft/versions/v0002"
+    release.dataset.count_rows()
+    any_storage.write(f"{FOLDER}/data/part-00001.parquet", any_storage.read(f"{other}/data/part-00001.parquet"))
+    sentence = r"part-00001\.parquet is not the file that its manifest names \([\d,]+ bytes, not [\d,]+\): see"
+    again = load(f"{any_storage.root}/math-sft@v0001")
+    for read in (again.to_table, lambda: list(again.batches()), again.to_hf):
+        with pytest.raises(UserError, match=sentence):
+            read()
+
+
+def test_files_that_may_be_read_and_not_listed_are_asked_for_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_version(Storage(str(tmp_path)))
+
+    def refused(self: Storage, prefix: str = "") -> None:
+        raise UserError("these credentials may not list it")
+
+    monkeypatch.setattr(Storage, "list", refused)
+    release = load(f"{tmp_path}/math-sft@v0001")
+    assert release.to_table().num_rows == 80
+    (tmp_path / FOLDER / "data/part-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"part-00000\.parquet is missing: see"):
+        load(f"{tmp_path}/math-sft@v0001").to_table()
 
 
 def _change(storage: Storage, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -125,6 +155,7 @@ def test_a_huge_manifest_is_not_even_read(tmp_path) -> None:
 def test_hostile_parquet_is_refused_with_one_sentence(any_storage: Storage, data: bytes) -> None:
     publish_version(any_storage, parts=[rows(0, 3)])
     any_storage.write(f"{FOLDER}/data/part-00000.parquet", data)
+    _change(any_storage, lambda manifest: manifest["files"][0].update(size=len(data)))
     release = load(f"{any_storage.root}/math-sft")
     with pytest.raises(UserError, match=r"part-00000\.parquet is not readable Parquet") as refused:
         _ = release.dataset
