@@ -41,7 +41,7 @@ def begin_workspace(workspace: Storage) -> None:
 
 def _format(workspace: Storage) -> int:
     try:
-        value = workspace.read_json(PATH)
+        value = workspace.read_json_value(PATH)
     except FileNotFoundError:  # nothing is there, or what versions before the first format wrote
         return FORMAT
     found = value.get("format") if isinstance(value, dict) else None

@@ -37,6 +37,7 @@ from tests.prepared_pools import all_rows, make_config, prepare, write_jsonl
 ELSEWHERE = {
     "exports/axolotl.py",  # a trainer's format
     "gather/candidates.py",  # rows of a pool, in the shape that prepare reads
+    "release/pool_files.py",  # files that a version was made from, no rows of it
     "training/trainers/rows.py",  # a trainer's own copy, read by the process that wrote it
 }
 
