@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import BaseModel
 
+from grape_service.config.base import HIDDEN
 from grape_service.errors import UserError
-from grape_service.release.manifest import HIDDEN, secret_places, without_secrets
+from grape_service.release.manifest import secret_places, without_secrets
 
 VARIABLE = "GRAPE_CONFIG_SECRETS"
 Secrets = list[tuple[list[Any], str]]

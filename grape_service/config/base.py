@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+HIDDEN = "***"
+"""What stands for a secret wherever a config is shown or kept."""
+
 
 class Model(BaseModel):
     """Base of every part of the config: frozen, unknown keys refused, docstrings are descriptions.

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grape_service.addresses import is_http_address
-from grape_service.config.base import Model
+from grape_service.config.base import HIDDEN, Model
 from grape_service.config.checks import ChecksConfig
 from grape_service.config.gather import GatherConfig, VerifyConfig
 from grape_service.config.methods import ScoreConfig, SelectConfig, WeightsConfig, refuse_race, refuse_unknown_methods
@@ -116,7 +116,7 @@ class NotifyConfig(Model):
     @field_validator("webhook")
     @classmethod
     def _http(cls, webhook: str | None) -> str | None:
-        if webhook is not None and not is_http_address(webhook):
+        if webhook not in (None, HIDDEN) and not is_http_address(webhook):
             raise ValueError("should be an address, such as https://hooks.example.com/grape")
         return webhook
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from grape_service.config.base import HIDDEN
 from grape_service.errors import UserError, without_url_secrets
 from grape_service.json_types import JsonObject
 from grape_service.release.reference import version_folder
@@ -21,7 +22,6 @@ DATA_FILE_PATTERN = re.compile(r"data/part-[0-9]{5,9}\.parquet")
 CHANGES_FILE, CROISSANT_FILE = "changes.parquet", "croissant.json"
 POOL_FILES = "pool-files.parquet"
 DOCUMENTS = ("README.md", "report.html", CHANGES_FILE, CROISSANT_FILE, POOL_FILES)
-HIDDEN = "***"
 
 _SECRET_KEY = re.compile(r".*(secret|token|password|passwd|credential|api_?key|customerkey).*|key|webhook", re.I)
 _NOT_SECRET = re.compile(r".*(tokens|tokenizer|token_ids?|turn_end_token|num_.*)$|tokens.*|max_.*token.*", re.I)
