@@ -19,12 +19,21 @@ FILE_MARKS = frozenset({"alone", "quick", "vllm", "long"})
 
 
 def marks_of(path: Path) -> frozenset[str]:
-    """Names of the marks that a file's `pytestmark` has: one mark or a list of them, written out."""
+    """Names of the marks that a file's `pytestmark` has (one mark or a list of them, written out), and of those that
+    each of its tests has."""
+    found: set[str] = set()
+    of_tests = []
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and any(ast.unparse(target) == "pytestmark" for target in node.targets):
-            names = (ast.unparse(one) for one in ast.walk(node.value) if isinstance(one, ast.Attribute))
-            return frozenset(name.removeprefix("pytest.mark.") for name in names if name.startswith("pytest.mark."))
-    return frozenset()
+            found |= _marks_in([node.value])
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            of_tests.append(_marks_in(node.decorator_list))
+    return frozenset(found.union(set.intersection(*of_tests) if of_tests else ()))
+
+
+def _marks_in(nodes: list[ast.expr]) -> set[str]:
+    names = (ast.unparse(one) for node in nodes for one in ast.walk(node) if isinstance(one, ast.Attribute))
+    return {name.removeprefix("pytest.mark.") for name in names if name.startswith("pytest.mark.")}
 
 
 def left_out(path: Path, expression: str) -> bool:
