@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,53 +57,59 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """One for all tests: Ray keeps the first token that it reads for the life of a process."""
+    with ray_cluster(tmp_path_factory.mktemp("cluster")) as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        yield started
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_job_goes_on_at_another_node(
-    stage: Stage, model: str, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, model: str, s3_url: str, tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = write_release(f"{s3_url}/out", make_rows(8), {"target": {"model": model}})
 
     def config(place: str) -> TrainConfig:
         settings = {"save_steps": 1, "device": "cpu", "learning_rate": 1e-2, "keep_checkpoints": STEPS}
-        resources = {"cpus": 1, "gpus": 0, "custom": {place: 0.01}}
+        resources = {"cpus": 1, "gpus": 0, "custom": {f"{stage}-{place}": 0.01}}
         return TrainConfig.model_validate({stage: {**SETTINGS[stage], **settings, "resources": resources}})
 
-    with ray_cluster(tmp_path) as cluster:
-        for name, value in cluster.environment.items():
-            monkeypatch.setenv(name, value)
-        disks = {name: tmp_path / name for name in ("a", "b")}
-        lost = node(cluster, "a", disks["a"], monkeypatch)
-        node(cluster, "b", disks["b"], monkeypatch)
+    disks = {name: tmp_path / name for name in ("a", "b")}
+    lost = node(cluster, f"{stage}-a", disks["a"], monkeypatch)
+    node(cluster, f"{stage}-b", disks["b"], monkeypatch)
 
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(train_stage.train, reference, config("a"), cluster.address)
-            run_id, output = "", Storage(s3_url)
-            deadline = time.monotonic() + 240
-            while checkpoints.last_whole(output) is None:
-                assert time.monotonic() < deadline, "no checkpoint is written"
-                assert not first.done(), first.exception()
-                time.sleep(0.2)
-                runs = [i.path for i in Storage(f"{s3_url}/out/tiny/runs").list() if "/" not in i.path]
-                run_id = runs[0].removesuffix(".json") if runs else ""
-                output = Storage(f"{s3_url}/out/tiny/runs/{run_id}/{stage}") if run_id else output
-            cluster.kill_node(lost)
-            with pytest.raises(StageError):
-                first.result(240)
-        at = checkpoints.last_whole(output)
-        assert at is not None
-        assert int(at.removeprefix("checkpoint-")) < STEPS, "it had ended already"
-        before = output.info(f"{at}/complete.json")
-        assert not output.exists("model/complete.json")
-        assert list(disks["a"].glob("grape-train-*"))
-        assert not list(disks["b"].glob("grape-train-*"))
-        shutil.rmtree(disks["a"])
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(train_stage.train, reference, config("a"), cluster.address)
+        run_id, output = "", Storage(s3_url)
+        deadline = time.monotonic() + 240
+        while checkpoints.last_whole(output) is None:
+            assert time.monotonic() < deadline, "no checkpoint is written"
+            assert not first.done(), first.exception()
+            time.sleep(0.2)
+            runs = [i.path for i in Storage(f"{s3_url}/out/tiny/runs").list() if "/" not in i.path]
+            run_id = runs[0].removesuffix(".json") if runs else ""
+            output = Storage(f"{s3_url}/out/tiny/runs/{run_id}/{stage}") if run_id else output
+        cluster.kill_node(lost)
+        with pytest.raises(StageError):
+            first.result(240)
+    at = checkpoints.last_whole(output)
+    assert at is not None
+    assert int(at.removeprefix("checkpoint-")) < STEPS, "it had ended already"
+    before = output.info(f"{at}/complete.json")
+    assert not output.exists("model/complete.json")
+    assert list(disks["a"].glob("grape-train-*"))
+    assert not list(disks["b"].glob("grape-train-*"))
+    shutil.rmtree(disks["a"])
 
-        record = train_stage.train(reference, config("b"), cluster.address)
-        done = record["stages"][stage]
-        assert (record["id"], done["state"], done["attempt"]) == (run_id, "succeeded", 2)
-        assert list(disks["b"].glob("grape-train-*"))
-        assert output.info(f"{at}/complete.json") == before, "its steps were not made again"
-        straight = train_stage.train(reference, config("b"), cluster.address, key="straight")["stages"][stage]
+    record = train_stage.train(reference, config("b"), cluster.address)
+    done = record["stages"][stage]
+    assert (record["id"], done["state"], done["attempt"]) == (run_id, "succeeded", 2)
+    assert list(disks["b"].glob("grape-train-*"))
+    assert output.info(f"{at}/complete.json") == before, "its steps were not made again"
+    straight = train_stage.train(reference, config("b"), cluster.address, key="straight")["stages"][stage]
 
     found, expected = metrics(output), metrics(Storage(straight["output"]))
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
