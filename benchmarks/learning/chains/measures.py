@@ -97,9 +97,12 @@ def summed(metrics: list[dict[str, float]]) -> dict[str, float]:
     return {**found, "clipped_steps": round(float(np.mean([one["grad_norm"] > 1 for one in metrics])), 3)}
 
 
-def write_result(path: Path, found: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
-    write_whole(path, json.dumps(found) + "\n")
+def made_once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a JSON file holds; where there is none, what `make` gives is written, whole or not at all."""
+    if not path.exists():
+        write_whole(path, json.dumps(make()) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def _right(answers: list[Written], asked: list[Problem]) -> list[bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from benchmarks.learning.chains.measures import (
     Evaluation,
     EvaluationSizes,
     held_out_nll,
+    made_once,
     rl_along,
     skill,
     summed,
-    write_result,
 )
 from benchmarks.learning.chains.models import Model
 from benchmarks.learning.chains.policies import SIZES, Setting, Sizes, make_setting
@@ -94,31 +93,7 @@ class Trials:
 
     def start(self, seed: int) -> dict[str, Any]:
         """What the target of a seed can do before any training, and what its pool and weights are like."""
-        path = self.folder / "arms" / f"start-{seed}.json"
-        if not path.exists():
-            setting = self.setting(seed)
-            train = slice(0, self.plan.sizes.train_rows)
-            offsets = setting.offsets(train)
-            target, behavior = setting.target_logprobs[: offsets[-1]], setting.behavior_logprobs[: offsets[-1]]
-            lengths = np.diff(offsets)
-            write_result(
-                path,
-                {
-                    "seed": seed,
-                    **setting.facts,
-                    "digest": self.digest(seed),
-                    "tokens_a_row": [int(lengths.min()), round(float(lengths.mean()), 1), int(lengths.max())],
-                    "target_nll": round(-float(target.mean()), 4),
-                    "teacher_nll": round(-float(behavior.mean()), 4),
-                    "skills": {name: self.skill(setting.target, kind) for name, kind in self._kinds()},
-                    "weights": {
-                        arm.name: spread(weights_of(arm, target, behavior, offsets, seed), offsets, target, behavior)
-                        for arm in ARMS
-                        if not arm.online
-                    },
-                },
-            )
-        return json.loads(path.read_text())
+        return made_once(self.folder / "arms" / f"start-{seed}.json", lambda: self._start(seed))
 
     def tried_rates(self, arms: Iterable[Arm]) -> Iterator[dict[str, Any]]:
         """Every learning rate of each of the arms."""
@@ -126,12 +101,7 @@ class Trials:
 
     def tried_rate(self, arm: Arm, rate: float) -> dict[str, Any]:
         """Held-out loss of an arm with a learning rate on the pilot."""
-        path = self.folder / "rates" / f"{arm.name}-{rate:g}.json"
-        if not path.exists():
-            model, metrics = self._sft(arm, PILOT, rate)
-            found = {"arm": arm.name, "rate": rate, "held_out": self._held_out(model, PILOT), **summed(metrics)}
-            write_result(path, {**found, "digest": self.digest(PILOT)})
-        return json.loads(path.read_text())
+        return made_once(self.folder / "rates" / f"{arm.name}-{rate:g}.json", lambda: self._tried_rate(arm, rate))
 
     def rate(self, arm: Arm) -> float:
         """The arm's learning rate: that of the smallest held-out loss on the pilot."""
@@ -139,9 +109,35 @@ class Trials:
 
     def result(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Results of an arm and seed: from its file, or made now."""
-        path = self.folder / "arms" / f"{arm.name}-{seed}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        return made_once(self.folder / "arms" / f"{arm.name}-{seed}.json", lambda: self._result(arm, seed))
+
+    def _start(self, seed: int) -> dict[str, Any]:
+        setting = self.setting(seed)
+        train = slice(0, self.plan.sizes.train_rows)
+        offsets = setting.offsets(train)
+        target, behavior = setting.target_logprobs[: offsets[-1]], setting.behavior_logprobs[: offsets[-1]]
+        lengths = np.diff(offsets)
+        return {
+            "seed": seed,
+            **setting.facts,
+            "digest": self.digest(seed),
+            "tokens_a_row": [int(lengths.min()), round(float(lengths.mean()), 1), int(lengths.max())],
+            "target_nll": round(-float(target.mean()), 4),
+            "teacher_nll": round(-float(behavior.mean()), 4),
+            "skills": {name: self.skill(setting.target, kind) for name, kind in self._kinds()},
+            "weights": {
+                arm.name: spread(weights_of(arm, target, behavior, offsets, seed), offsets, target, behavior)
+                for arm in ARMS
+                if not arm.online
+            },
+        }
+
+    def _tried_rate(self, arm: Arm, rate: float) -> dict[str, Any]:
+        model, metrics = self._sft(arm, PILOT, rate)
+        found = {"arm": arm.name, "rate": rate, "held_out": self._held_out(model, PILOT), **summed(metrics)}
+        return {**found, "digest": self.digest(PILOT)}
+
+    def _result(self, arm: Arm, seed: int) -> dict[str, Any]:
         started = time.process_time()
         rate = self.rate(arm)
         model, metrics = self._sft(arm, seed, rate)
@@ -156,9 +152,7 @@ class Trials:
         }
         for name, kind in self._kinds():
             found[f"rl_{name}"] = self._rl(copy.deepcopy(model), model, kind, seed)
-        found["cpu_seconds"] = round(time.process_time() - started)
-        write_result(path, found)
-        return found
+        return {**found, "cpu_seconds": round(time.process_time() - started)}
 
     def _kinds(self) -> list[tuple[str, Kind]]:
         return list(self.plan.kinds().items())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from benchmarks.learning.chains.measures import (
     Evaluation,
     EvaluationSizes,
     held_out_nll,
+    made_once,
     rl_along,
     skill,
     summed,
-    write_result,
 )
 from benchmarks.learning.chains.models import Model
 from benchmarks.learning.chains.task import problems
@@ -109,28 +109,7 @@ class Selections:
 
     def start(self, seed: int) -> dict[str, Any]:
         """What the target of a seed can do before any training, and what each method keeps of its pool."""
-        path = self.folder / "arms" / f"start-{seed}.json"
-        if not path.exists():
-            pool = self.pool(seed)
-            prompts, texts = self._candidates(pool)
-            of_each = len(self.plan.pool.teachers)
-            chosen = {
-                name: kept(name, pool.target, prompts, texts, of_each, np.random.default_rng(seed)) for name in SCORED
-            }
-            write_result(
-                path,
-                {
-                    "seed": seed,
-                    **pool.facts,
-                    "digest": self.digest(seed),
-                    "skill": skill(pool.target, self.evaluation, None),
-                    "kept": {name: self._described(texts, rows) for name, rows in chosen.items()},
-                    "same_as_grape": {
-                        name: round(float((rows == chosen["grape"]).mean()), 4) for name, rows in chosen.items()
-                    },
-                },
-            )
-        return json.loads(path.read_text())
+        return made_once(self.folder / "arms" / f"start-{seed}.json", lambda: self._start(seed))
 
     def tried_rates(self, _: Iterable[Arm] = ()) -> Iterator[dict[str, Any]]:
         """Every learning rate: all arms have the same."""
@@ -138,12 +117,7 @@ class Selections:
 
     def tried_rate(self, rate: float) -> dict[str, Any]:
         """Held-out loss of one at random with a learning rate on the pilot."""
-        path = self.folder / "rates" / f"random-{rate:g}.json"
-        if not path.exists():
-            model, found = self._sft(RANDOM, PILOT, rate)
-            found = {"arm": "random", "rate": rate, "held_out": self._held_out(model, PILOT), **found["sft"]}
-            write_result(path, {**found, "digest": self.digest(PILOT)})
-        return json.loads(path.read_text())
+        return made_once(self.folder / "rates" / f"random-{rate:g}.json", lambda: self._tried_rate(rate))
 
     def rate(self) -> float:
         """The learning rate of all arms: that of the smallest held-out loss on the pilot."""
@@ -151,33 +125,45 @@ class Selections:
 
     def result(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Results of an arm and seed: from its file, or made now."""
-        path = self.folder / "arms" / f"{arm.name}-{seed}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        return made_once(self.folder / "arms" / f"{arm.name}-{seed}.json", lambda: self._result(arm, seed))
+
+    def _start(self, seed: int) -> dict[str, Any]:
+        pool = self.pool(seed)
+        prompts, texts = self._candidates(pool)
+        of_each = len(self.plan.pool.teachers)
+        chosen = {
+            name: kept(name, pool.target, prompts, texts, of_each, np.random.default_rng(seed)) for name in SCORED
+        }
+        return {
+            "seed": seed,
+            **pool.facts,
+            "digest": self.digest(seed),
+            "skill": skill(pool.target, self.evaluation, None),
+            "kept": {name: self._described(texts, rows) for name, rows in chosen.items()},
+            "same_as_grape": {name: round(float((rows == chosen["grape"]).mean()), 4) for name, rows in chosen.items()},
+        }
+
+    def _tried_rate(self, rate: float) -> dict[str, Any]:
+        model, found = self._sft(RANDOM, PILOT, rate)
+        found = {"arm": RANDOM.name, "rate": rate, "held_out": self._held_out(model, PILOT), **found["sft"]}
+        return {**found, "digest": self.digest(PILOT)}
+
+    def _result(self, arm: Arm, seed: int) -> dict[str, Any]:
         started, rate = time.process_time(), self.rate()
         model, found = self._sft(arm, seed, rate)
+        before, held_out = copy.deepcopy(model), partial(self._held_out, seed=seed)
         asked = problems(self.plan.rl_problems, 4000 + seed, self.plan.pool.policies.pool)
-        found = {
+        return {
             "arm": arm.name,
             "seed": seed,
             "digest": self.digest(seed),
             "rate": rate,
             **found,
-            "held_out": self._held_out(model, seed),
+            "held_out": held_out(model),
             "after_sft": skill(model, self.evaluation, None),
-            "rl": rl_along(
-                copy.deepcopy(model),
-                model,
-                asked,
-                seed,
-                self.plan.rl,
-                self.evaluation,
-                lambda one: self._held_out(one, seed),
-            ),
+            "rl": rl_along(model, before, asked, seed, self.plan.rl, self.evaluation, held_out),
             "cpu_seconds": round(time.process_time() - started),
         }
-        write_result(path, found)
-        return found
 
     def _candidates(self, pool: Pool) -> tuple[list[str], list[str]]:
         """Prompts and texts of all candidates for training."""

@@ -80,7 +80,7 @@ def test_a_token_id_that_the_model_does_not_have_is_refused_before_the_first_ste
 
 
 def test_what_damaged_files_leave_of_a_stopped_run(reference: str, tmp_path: Path) -> None:
-    """Local rows that a full disk cut off are read again; markers and inputs that are none are named."""
+    """Local rows that a full disk cut short are made again; a damaged marker or inputs file is named in a sentence."""
     settings = step_settings(batch_size=4, micro_batch_size=2, max_steps=2, save_steps=1)
     task = SftTask(dataset=reference, output=str(tmp_path / "sft"), settings=settings)
     release = grape_service.load(reference)
