@@ -39,6 +39,10 @@ def weed_binary() -> str:
     return found
 
 
+class PortTaken(RuntimeError):
+    """Another process listens on a port that this server was to have."""
+
+
 @dataclass
 class SeaweedServer:
     """One SeaweedFS process with an S3 endpoint; its data stays in `folder` over restarts."""
@@ -78,11 +82,22 @@ class SeaweedServer:
         return {"key": KEY, "secret": SECRET, "endpoint_url": self.endpoint}
 
     def start(self, wait: float = 60) -> None:
-        """Start the process and wait until objects can be written."""
+        """Start the process and wait until objects can be written.
+
+        Another process may take a port that was free when it was chosen: then a first start chooses others.
+        """
+        if self.ports:
+            return self._start(wait)
+        for _ in range(3):
+            self.ports = _free_ports(9)
+            with contextlib.suppress(PortTaken):
+                return self._start(wait)
+        self.ports = _free_ports(9)
+        self._start(wait)
+
+    def _start(self, wait: float) -> None:
         assert self.process is None
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.ports:
-            self.ports = _free_ports(9)
         config = self.folder / "s3.json"
         config.write_text(json.dumps(_identities()))
         (self.folder / "data").mkdir(exist_ok=True)
@@ -95,7 +110,7 @@ class SeaweedServer:
         command += [f"-{name}.port={port}" for name, port in zip(names, self.ports[:4], strict=True)]
         command += [f"-{name}.port.grpc={port}" for name, port in zip(names, self.ports[4:8], strict=True)]
         command += [f"-metricsPort={self.metrics_port}", "-metricsIp=127.0.0.1"]
-        with open(self.folder / "weed.log", "ab") as log:
+        with open(self.folder / "weed.log", "wb") as log:
             self.process = subprocess.Popen(
                 ["sh", "-c", _END_WITH_PARENT, "sh", *command],
                 stdin=subprocess.PIPE,
@@ -118,10 +133,11 @@ class SeaweedServer:
                 return
             except Exception as error:
                 assert self.process is not None
-                if self.process.poll() is not None or time.monotonic() > deadline:
+                log = (self.folder / "weed.log").read_text(errors="replace")
+                problem = PortTaken if "address already in use" in log else RuntimeError
+                if problem is PortTaken or self.process.poll() is not None or time.monotonic() > deadline:
                     self.kill()
-                    tail = (self.folder / "weed.log").read_text(errors="replace")[-3000:]
-                    raise RuntimeError(f"SeaweedFS did not start: {error}\n{tail}") from error
+                    raise problem(f"SeaweedFS did not start: {error}\n{log[-3000:]}") from error
                 time.sleep(0.2)
 
     def client(self) -> Any:

@@ -86,12 +86,16 @@ class RunRecords:
 
     def read(self, run_id: str) -> Record:
         """A record. Raises UserError if there is none."""
+        return self._read_with_etag(run_id)[0]
+
+    def _read_with_etag(self, run_id: str) -> tuple[Record, str]:
         path = f"{run_id}.json"
         try:
-            return self._record(path, self.storage.read(path))
+            data, etag = self.storage.read_with_etag(path)
         except FileNotFoundError:
             known = ", ".join(self.ids()) or "none"
             raise UserError(f"there is no run '{run_id}' in {self.storage.root}; there are: {known}") from None
+        return self._record(path, data), etag
 
     def _record(self, path: str, data: bytes) -> Record:
         """Raises UserError for what is no record, or one of a newer grape-service."""
@@ -121,19 +125,17 @@ class RunRecords:
     def change(self, run_id: str, mutate: Callable[[Record], None], news: bool = True) -> Record:
         """Apply `mutate` to the newest record and write it, again if another wrote in between.
 
-        `news`: whether this changes `updated`; a lease does not.
+        `news`: whether this changes `updated`; a lease does not. Raises UserError if there is no such record.
         """
-        path = f"{run_id}.json"
         while True:
-            data, etag = self.storage.read_with_etag(path)
-            record = self._record(path, data)
+            record, etag = self._read_with_etag(run_id)
             before = copy.deepcopy(record)
             mutate(record)
             if record == before:
                 return record
             if news:
                 record["updated"] = time.time()
-            if self.storage.compare_and_swap(path, json_bytes(record), etag):
+            if self.storage.compare_and_swap(f"{run_id}.json", json_bytes(record), etag):
                 return record
 
 

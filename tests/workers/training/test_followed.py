@@ -108,6 +108,7 @@ def test_storage_that_is_away_for_a_while_is_waited_for(
     def say(line: str) -> None:
         said.append(line)
         if "the run's record cannot be read" in line:
+            _until(folder.is_file)  # it may have been read between the two steps of `take_away`
             folder.unlink()
             away.rename(folder)
 
