@@ -10,6 +10,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import OrchestrationResult, SetStateStatus
 from prefect.deployments import run_deployment
@@ -38,6 +39,13 @@ class PrefectDeployments:
                     raise
                 raise UserError(f"the deployment {name} refuses these parameters: {error.response.text}") from None
         return str(cast(FlowRun, run).id)
+
+    def started(self, key: str, seconds: float | None = None) -> str | None:
+        """Id of the run that was started for `key`, asked for once within `seconds`; None where there is none."""
+        asked = FlowRunFilter(idempotency_key=FlowRunFilterIdempotencyKey(any_=[key]))
+        with _server(f"look for the flow run of the job {key}", seconds) as client:
+            found = client.read_flow_runs(flow_run_filter=asked, limit=1)
+        return str(found[0].id) if found else None
 
     def state(self, run_id: str, seconds: float | None = None) -> tuple[str, str]:
         """(running, succeeded, failed or cancelled; the same in Prefect's words), asked for once within `seconds`."""

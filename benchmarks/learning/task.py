@@ -15,6 +15,8 @@ from workers.training.trainers.rewards import exact_match
 ANSWER = r"#(-?\d+)"
 """What a response's answer is: the last match counts."""
 
+DRAWS = 100_000
+"""So many that give no new problem are the end of a search."""
 STYLES = ("steps", "words", "verbose", "terse")
 
 
@@ -48,16 +50,21 @@ def problems(
     number: int, seed: int, difficulty: Difficulty = Difficulty(), held_out: bool | None = None
 ) -> list[Problem]:
     """Different problems, the same ones for the same arguments: of the fifth that is held out for the test, of the
-    rest, or of both (None)."""
+    rest, or of both (None). Raises ValueError where a long search finds no more."""
     rng = random.Random(seed)
     found: dict[str, Problem] = {}
+    in_vain = 0  # since the newest one
     while len(found) < number:
+        in_vain += 1
+        if in_vain > DRAWS:
+            raise ValueError(f"{number} problems of {difficulty}: {DRAWS} draws gave none beyond {len(found)}")
         length = rng.randint(difficulty.shortest, difficulty.longest)
         numbers = tuple(rng.randint(1, difficulty.largest) for _ in range(length))
         signs = tuple(rng.choice((1, -1)) for _ in range(length - 1))
         problem = Problem(numbers, signs)
-        if held_out is None or is_held_out(problem) == held_out:
-            found.setdefault(problem.prompt, problem)
+        if (held_out is None or is_held_out(problem) == held_out) and problem.prompt not in found:
+            found[problem.prompt] = problem
+            in_vain = 0
     return list(found.values())
 
 

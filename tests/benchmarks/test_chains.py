@@ -80,6 +80,12 @@ def test_test_problems_are_of_their_own() -> None:
     assert not trained & held_out
 
 
+def test_more_problems_than_there_are_is_an_error() -> None:
+    assert len(problems(700, 1, Kind((1,), 0.5))) == 700
+    with pytest.raises(ValueError, match=r"1000 problems of Kind\(steps=\(1,\).*: 100000 draws gave none beyond 7\d\d"):
+        problems(1000, 1, Kind((1,), 0.5))
+
+
 def test_writing_takes_what_the_whole_forward_pass_says() -> None:
     torch.manual_seed(0)
     model = Model(Shape(hidden=32, layers=2, heads=2))

@@ -44,6 +44,9 @@ class Deployments(Protocol):
     def start(self, name: str, parameters: JsonObject, key: str) -> str:
         """Id of the deployment's one run for `key`, which is started unless there is one."""
 
+    def started(self, key: str, seconds: float | None = None) -> str | None:
+        """Id of the run that was started for `key`, asked for once within `seconds`; None where there is none."""
+
     def state(self, run_id: str, seconds: float | None = None) -> tuple[str, str]:
         """(running, succeeded, failed or cancelled; the same in Prefect's words), asked for once within `seconds`."""
 
@@ -220,17 +223,28 @@ def _asked_once(
 
     `address`: of the Ray cluster that has it. Raises UserError or StageError where it cannot be asked.
     """
-    flow_run = state.get("flow_run")
     if address:
         with job_server(address) as server:
             return server.state(state["job_id"]), "", f"the Ray cluster at {address}"
     if status_url := state.get("status_url"):
         status = webhooks.get_status(status_url, timeout=ASKED_SECONDS / 2, tries=2)
         return str(status["state"]), "", "its webhook"
-    if flow_run and deployments is not None:
-        found, words = deployments.state(flow_run, ASKED_SECONDS)
+    if state["kind"] == "deployment" and deployments is not None:
+        found, words = deployments.state(_flow_run_of(state, deployments), ASKED_SECONDS)
         return found, f" ({words})", "Prefect"
-    raise StageError(f"who has it is not known here{f', its flow run is {flow_run}' if flow_run else ''}")
+    noted = state.get("flow_run")
+    raise StageError(f"who has it is not known here{f', its flow run is {noted}' if noted else ''}")
+
+
+def _flow_run_of(state: StageRecord, deployments: Deployments) -> str:
+    """The flow run of a stage's job: as noted, or as Prefect has it where whoever started it ended before the note.
+
+    Raises StageError where there is none.
+    """
+    flow_run = state.get("flow_run") or deployments.started(state["job_id"], ASKED_SECONDS)
+    if flow_run is None:
+        raise StageError("Prefect has no flow run of it")
+    return flow_run
 
 
 def cancel_job(
@@ -241,7 +255,7 @@ def cancel_job(
     `address`: of the Ray cluster that has it. "cancelled" is said of a job that was asked to end and of one that had
     been; one that cannot be asked is lost, with the reason, and one that has ended otherwise is left to the next run.
     """
-    job_id, flow_run = state["job_id"], state.get("flow_run")
+    job_id = state["job_id"]
     done: StageRecord = {"state": "cancelled", "error": f"{stage} was cancelled", "ended": time.time(), "lost": False}
     if state["kind"] == "webhook":
         return {**done, "error": f"{stage} was cancelled, and the webhook's job may go on, as it has no stop"}
@@ -252,8 +266,8 @@ def cancel_job(
                 server.stop(job_id)
             found = "cancelled"
         elif found == "running":
-            assert flow_run is not None, "it was asked"
             assert deployments is not None, "they were asked"
+            flow_run = _flow_run_of(state, deployments)
             deployments.cancel(flow_run, ASKED_SECONDS)
             return {**done, "error": f"{stage} was cancelled, and Prefect was told to end its flow run {flow_run}"}
     except (UserError, StageError, OSError, RuntimeError) as error:

@@ -102,16 +102,21 @@ class RunRecords:
         try:
             record: Record = orjson.loads(data)
             newer, lease = record["format"] > FORMAT, record["lease"]
-            is_whole = (lease is None or "expires" in lease) and all("state" in e for e in record["stages"].values())
+            stages = record["stages"].values()
+            is_whole = (lease is None or "expires" in lease) and stages and all("state" in entry for entry in stages)
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
             newer = is_whole = False
         if newer:
             raise UserError(f"{self.storage.url(path)} was written by a newer grape-service: use that version")
         if not is_whole:
-            raise UserError(
-                f"{self.storage.url(path)} is not the record of a training run: restore it, or delete it to train again"
-            )
+            raise self.refused(path.removesuffix(".json"))
         return record
+
+    def refused(self, run_id: str) -> UserError:
+        """What to say of a file that is not the record of its run."""
+        return UserError(
+            f"{self.url(run_id)} is not the record of a training run: restore it, or delete it to train again"
+        )
 
     def ids(self) -> list[str]:
         """Ids of all runs."""
@@ -197,7 +202,10 @@ def settled(records: RunRecords, run_id: str, problem_of: Callable[[StageRecord]
         owner = entry.get("run", run_id)
         values: StageRecord | None = None
         if owner != run_id:
-            values = {**settled(records, owner, problem_of)["stages"][stage], "run": owner}
+            owned = settled(records, owner, problem_of)["stages"]
+            if stage not in owned:
+                raise records.refused(owner)
+            values = {**owned[stage], "run": owner}
         elif entry["state"] == "running" and not is_followed(record):
             if entry.get("address") == "private":
                 ended = "the process that followed it has ended, and its private Ray with it"

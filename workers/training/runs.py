@@ -97,6 +97,8 @@ class TrainingRun:
         self.records = RunRecords(release.storage, release.name)
         self.lease = Lease(self.records, self.id)
         self.record = self.records.create(self._new_record(config, key))
+        if self.record["stages"].keys() != jobs.keys():
+            raise self.records.refused(self.id)
         if not is_followed(self.record):  # what was cancelled before is wanted again
             self.record = self.records.change(self.id, forget_cancelling)
 

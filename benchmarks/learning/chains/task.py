@@ -20,6 +20,8 @@ END = "\n"
 ALPHABET = END + "0123456789+-=;:,.# abcdefghijklmnopqrstuvwxyz"
 """A token is one of these characters, its id the place."""
 FORMS = ("short", "columns", "words")
+DRAWS = 100_000
+"""So many that give no new problem are the end of a search."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,25 @@ class Kind:
 
 
 def problems(number: int, seed: int, kind: Kind, held_out: bool = False) -> list[Problem]:
-    """Different problems, the same ones for the same arguments: of the fifth that is for tests, or of the rest."""
+    """Different problems, the same ones for the same arguments: of the fifth that is for tests, or of the rest.
+
+    Raises ValueError where a long search finds no more.
+    """
     rng = random.Random(f"{seed} {kind} {held_out}")
     found: dict[Problem, None] = {}
+    in_vain = 0  # since the newest one
     while len(found) < number:
+        in_vain += 1
+        if in_vain > DRAWS:
+            raise ValueError(f"{number} problems of {kind}: {DRAWS} draws gave none beyond {len(found)}")
         changes = (
             rng.randint(1, kind.largest) * (-1 if rng.random() < kind.minus else 1)
             for _ in range(rng.choice(kind.steps))
         )
         problem = Problem(rng.randint(10, 99), tuple(changes))
-        if (zlib.crc32(problem.prompt.encode()) % 5 == 0) == held_out:
-            found.setdefault(problem)
+        if (zlib.crc32(problem.prompt.encode()) % 5 == 0) == held_out and problem not in found:
+            found[problem] = None
+            in_vain = 0
     return list(found)
 
 

@@ -18,7 +18,7 @@ from tests.tiny_models import make_model
 from tests.workers.training.tiny_release import make_rows, write_release
 from tests.workers.training.webhook import Webhook
 from workers.stages import train as train_stage
-from workers.training import attempts, runs
+from workers.training import attempts, records, runs
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -238,6 +238,7 @@ def test_a_deployment_needs_somebody_who_knows_prefect(reference: str) -> None:
         ("null", "is not the record of a training run: restore it, or delete it to train again"),
         ('{"format": 1, "lease": null, "stages": {"sft": {"phase": 2}}}', "is not the record of a training run"),
         ('{"format": 1, "lease": "mine", "stages": {}}', "is not the record of a training run"),
+        ('{"format": 1, "lease": null, "stages": {}}', "is not the record of a training run"),
         ('{"format": 1, "id": ', "is not the record of a training run"),
         (
             '{"format": 2, "lease": {}, "stages": {"sft": {"phase": 2}}}',
@@ -252,3 +253,15 @@ def test_a_record_that_is_none_is_named(text: str, sentence: str, reference: str
     for ask in (train_stage.read, train_stage.cancel, train_stage.train):
         with pytest.raises(UserError, match=f"{run.id}.json {sentence}"):
             ask(reference, config)
+
+
+def test_a_record_without_one_of_its_stages_is_named(reference: str) -> None:
+    config = TrainConfig(sft={"command": ["true"]}, rl={"command": ["true"]})
+    run = runs.TrainingRun(grape_service.load(reference), config, config.jobs, None, print, None)
+
+    def cut(record: records.Record) -> None:
+        del record["stages"]["sft"]
+
+    run.records.change(run.id, cut)
+    with pytest.raises(UserError, match=f"{run.id}.json is not the record of a training run: restore it, or delete it"):
+        train_stage.train(reference, config)

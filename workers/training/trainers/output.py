@@ -62,6 +62,9 @@ class Output:
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 self._claim(inputs)
+        for path in (self.folder / "model", self.folder / "adapter"):
+            if path.is_file():
+                raise UserError(f"{path} is a file where the job writes a folder: move it away")
 
     def _claim(self, inputs: JsonObject) -> None:
         known = self.storage.read_json(INPUTS_FILE) if self.storage.exists(INPUTS_FILE) else {}

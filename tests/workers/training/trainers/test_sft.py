@@ -133,6 +133,11 @@ def test_another_jobs_checkpoint_in_the_output_is_not_resumed(
     assert facts["notes"] == [
         f"{storage.root} held a job of other inputs, which is in {kept}/ now: training from the start"
     ]
+    if place == "local":
+        shutil.rmtree(tmp_path / "sft" / "model")
+        (tmp_path / "sft" / "model").write_text("no folder")
+        with pytest.raises(UserError, match="sft/model is a file where the job writes a folder: move it away"):
+            run_sft(SftTask(dataset=reference, output=output, settings=settings))
 
 
 def test_a_row_whose_behavior_is_partly_unknown_counts_as_a_ratio_of_one(tmp_path: Path) -> None:
