@@ -18,9 +18,8 @@ from grape_service.prepare.deal import deal_group, next_level
 from grape_service.prepare.finish import finish_prepare
 from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import FAN_OUT, PreparePlan, plan_prepare
-from grape_service.prepare.reduce import reduce_partition
+from grape_service.prepare.reduce import reduce_partition, shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.rows.candidate import Candidate, Rejection, Rendered, RendersCandidates
 from grape_service.rows.columns import MAPPED
 from grape_service.rows.messages import response_messages

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from grape_service.config.schema import Config
-from grape_service.prepare.early import refuse_mistyped
+from grape_service.prepare.groups import refuse_mistyped
 from grape_service.release.load import load_training_set
 from grape_service.release.pools import with_released_candidates
 from grape_service.release.reference import parse_reference

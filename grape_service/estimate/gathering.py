@@ -13,8 +13,8 @@ from grape_service.gather.prompts import prompts_config
 from grape_service.models.files import policy_id, resolve_model
 from grape_service.prepare.finish import load_prepared
 from grape_service.prepare.plan import plan_prepare, rendering_of
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import Candidate, Rejection, Rendered

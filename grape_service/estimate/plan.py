@@ -23,8 +23,8 @@ from grape_service.models.files import policy_id, resolve_model
 from grape_service.models.newest import resolved
 from grape_service.prepare.finish import load_prepared
 from grape_service.prepare.plan import plan_prepare, rendering_of
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.release.pools import with_released_candidates
 from grape_service.render.loading import load_renderer
 from grape_service.score.shards import shards_of_pool

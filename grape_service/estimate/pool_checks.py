@@ -17,7 +17,7 @@ from grape_service.prepare.groups import check_columns
 from grape_service.rows.candidate import Rejection, Rendered
 from grape_service.rows.columns import NO_SOURCE, OUR_COLUMNS
 from grape_service.select.limits import check_keep_column, check_source, keep_column, kept_of_prompts
-from grape_service.weigh.sources import missing_sources, refuse_missing_sources, refuse_unrecorded, unknown_sources
+from grape_service.weigh.behavior import missing_sources, refuse_missing_sources, refuse_unrecorded, unknown_sources
 
 SHOWN_SIZES = 8
 

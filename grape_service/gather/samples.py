@@ -27,8 +27,8 @@ from grape_service.json_types import JsonObject
 from grape_service.keys import digest_of, settings_of
 from grape_service.rows.candidate import Row
 from grape_service.rows.columns import SAMPLE
-from grape_service.score.key_index import KeyIndex
 from grape_service.score.store import METADATA_KEY, ScoreStore
+from grape_service.score.tables import KeyIndex
 from grape_service.storage.parquet import array_of, open_small, write_parquet
 from grape_service.storage.storage import Storage
 

@@ -19,6 +19,7 @@ from grape_service.pool.filters import MISSING, passes, value_at
 from grape_service.pool.finish_reasons import is_truncation, reason_in, reason_of
 from grape_service.pool.layout import DEALT_NAMES, PROMPT_KEY, RESPONSE_COLUMN, RESPONSE_KEY, Layout
 from grape_service.pool.lines import beginning
+from grape_service.pool.meanings import Unread
 from grape_service.pool.messages import (
     MISSING_RESPONSE,
     Unusable,
@@ -38,7 +39,6 @@ from grape_service.pool.prefills import behind_prefill, with_prefill
 from grape_service.pool.recorded_forms import RECORDED, mask_of, recorded_values, sglang_fields
 from grape_service.pool.rollouts import RECORDED_BY
 from grape_service.pool.shapes import find_layout, flat
-from grape_service.pool.unread import Unread
 from grape_service.pool.values import (
     SAMPLING_KEYS,
     lift,

@@ -19,8 +19,8 @@ from grape_service.prepare.counts import (
 )
 from grape_service.prepare.groups import GroupCounts, add_counts
 from grape_service.prepare.plan import FOLDER_OF_MAP, PREPARED, PreparePlan
+from grape_service.prepare.reduce import are_all_there
 from grape_service.prepare.result import PartitionTotals, Prepared
-from grape_service.prepare.shards import are_all_there
 from grape_service.rows.counts import check_sum
 from grape_service.storage.storage import Storage
 

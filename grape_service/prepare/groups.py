@@ -1,16 +1,19 @@
-"""What prepare finds in each group of a pool's files, and whether the config's columns are there."""
+"""What prepare finds in each group of files, and whether the config's columns are there: in a sample, and in all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from grape_service.config.pool import PoolGroup
+from grape_service.config.pool import POOL_COLUMNS, PoolGroup
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
 from grape_service.pool.candidates import Normaliser
 from grape_service.pool.column_names import PROMPTS
+from grape_service.pool.contract import group_contracts
 from grape_service.pool.filters import nearest
+from grape_service.pool.layout import RESPONSE_COLUMN
+from grape_service.pool.listing import list_pool
 from grape_service.pool.meanings import refusal
 
 MAX_COLUMNS_NAMED = 12
@@ -130,4 +133,38 @@ def _missing_column(ours: str, theirs: str, columns: Iterable[str], group: PoolG
     return (
         f"no row of {of} has the column '{theirs}' (columns: {known}): "
         f"say under pool.columns.{ours} which one holds the {ours}{hint}"
+    )
+
+
+NEEDED = ("prompt", "response", "responses")
+"""Columns of ours without which no row is a candidate."""
+
+
+def refuse_mistyped(config: Config) -> None:
+    """Raises UserError where the config names a column that no sampled row of its files has: one that every row needs
+    or a filter looks at, or one that is nearly the name of a column that is there."""
+    files = list_pool(config).files
+    for group, contract in zip(config.pool.groups, group_contracts(files, config), strict=True):
+        names = {name for layout in contract.layouts for name in layout.names}
+        if not names:
+            continue
+        known = names | {RESPONSE_COLUMN, *POOL_COLUMNS, *(f"pool_{name}" for name in names)}
+        for ours, theirs in group.columns.items():
+            for name in [theirs] if isinstance(theirs, str) else theirs:
+                if {name, name.split(".")[0]} & names:
+                    continue
+                if ours in NEEDED or nearest(name, names, 0.75):
+                    raise _mistyped(f"pool.columns.{ours}", name, names, group, config)
+        for condition in group.where:
+            if not {condition.column, condition.column.split(".")[0]} & known:
+                raise _mistyped("pool.where", condition.column, names, group, config)
+
+
+def _mistyped(where: str, name: str, names: set[str], group: PoolGroup, config: Config) -> UserError:
+    near = nearest(name, names)
+    hint = f"; did you mean '{near}'?" if near else ""
+    of = f" of '{group.path}'" if len(config.pool.groups) > 1 else ""
+    return UserError(
+        f"{where} names the column '{name}', which no row{of} of a sample has{hint} "
+        f"(columns: {', '.join(sorted(names)[:MAX_COLUMNS_NAMED])})"
     )

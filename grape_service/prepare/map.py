@@ -27,9 +27,8 @@ from grape_service.render.proof import problem_of
 from grape_service.render.renderer import Renderer
 from grape_service.rows.candidate import TEMPLATE_KWARGS, Candidate, Rejection, Rendered, RendersCandidates
 from grape_service.rows.columns import MAP_REJECT, MAPPED
-from grape_service.rows.keys import row_keys
+from grape_service.rows.keys import prompt_order, row_keys
 from grape_service.rows.messages import field_of, only_text, response_messages
-from grape_service.rows.partitions import prompt_order
 from grape_service.rows.ragged import list_array, offsets_from_lengths, segment_sums
 from grape_service.storage.once import once
 from grape_service.storage.slices import top_bits, write_slices

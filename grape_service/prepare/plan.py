@@ -21,7 +21,7 @@ from grape_service.pool.files import PoolFile, open_pool_file, with_digests
 from grape_service.pool.listing import Listing, list_pool
 from grape_service.pool.reader import Segment, holds_document
 from grape_service.render.renderer import Renderer
-from grape_service.rows.partitions import partition_bits, partition_names
+from grape_service.rows.keys import partition_bits, partition_names
 from grape_service.storage.storage import Storage
 
 FOLDER = "prepared"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,10 @@ from grape_service.prepare.counts import (
     pack_ids,
 )
 from grape_service.prepare.plan import Piece, PreparePlan, reject_path
+from grape_service.prepare.result import Prepared
 from grape_service.rows.columns import LOSS_TOKEN, MAPPED, REJECT, SHARD
+from grape_service.rows.keys import partition_index
 from grape_service.rows.messages import shown_content
-from grape_service.rows.partitions import partition_index
 from grape_service.rows.ragged import Int64s, offsets_from_lengths
 from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.once import once
@@ -296,3 +298,45 @@ def _describe(table: pa.Table, kept: Int64s, counts: PartitionCounts) -> None:
 def _value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
     found = pc.value_counts(column)
     return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+
+
+LISTINGS_IN_FLIGHT = 16
+"""Folders that are listed at the same time: all of a listing's time is waiting for the disk or S3."""
+
+
+@dataclass(frozen=True)
+class ShardPaths(Sequence[str]):
+    """Paths of the shards in a folder, in order, made as they are asked for: a pool may have millions."""
+
+    folder: str
+    number: int
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        numbers = range(self.number)[place]
+        if isinstance(numbers, range):
+            return [shard_path(self.folder, number) for number in numbers]
+        return shard_path(self.folder, numbers)
+
+
+def shard_paths(prepared: Prepared, partition: str) -> ShardPaths:
+    """Paths of a partition's shards; relative to the workspace."""
+    return ShardPaths(shard_folder(prepared.folder, partition), prepared.partitions[partition].num_shards)
+
+
+def are_all_there(prepared: Prepared, storage: Storage) -> bool:
+    """Whether no shard of a prepared pool is gone: one listing for each partition."""
+
+    def is_there(partition: str) -> bool:
+        paths = shard_paths(prepared, partition)
+        return has_shards(paths.folder, paths.number, storage)
+
+    return all(concurrent_map(is_there, prepared.partitions, LISTINGS_IN_FLIGHT))

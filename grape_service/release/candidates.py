@@ -12,13 +12,13 @@ from grape_service.config.methods import SelectConfig
 from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.models.files import resolve_model
+from grape_service.prepare.reduce import are_all_there, shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import are_all_there, shard_paths
 from grape_service.release.load import Release
 from grape_service.render.loading import load_renderer
 from grape_service.render.renderer import Renderer
 from grape_service.rows.columns import LOSS_TOKEN
-from grape_service.rows.partitions import partition_bits
+from grape_service.rows.keys import partition_bits
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.score.store import ScoreStore
 from grape_service.score.windows import WINDOW_READS

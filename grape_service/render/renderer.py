@@ -18,14 +18,12 @@ from grape_service.render.assemble import TOO_LONG, Assembler
 from grape_service.render.encoding import Encoder, Ids, is_encodable
 from grape_service.render.layout import SequencePlan, Span, TextBatch, shared_spans
 from grape_service.render.messages import MessageForm
-from grape_service.render.prefill import Prefills, unusable_response
-from grape_service.render.prompts import PromptTexts
+from grape_service.render.prompts import Prefills, PromptTexts, unusable_response
 from grape_service.render.proof import prove_renderer
 from grape_service.render.recorded import RecordedResponses, logprobs_mismatch
 from grape_service.render.shared import SharedResponses
 from grape_service.render.template import ChatTemplate, mode_of
-from grape_service.render.trajectories import Trajectories, spelled_in
-from grape_service.render.trajectory import turn_end_pattern
+from grape_service.render.trajectory import Trajectories, spelled_in, turn_end_pattern
 from grape_service.render.turn_end import find_turn_end
 from grape_service.render.variants import Variants
 from grape_service.rows.candidate import Candidate, Message, Rejection, Rendered

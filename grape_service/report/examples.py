@@ -17,8 +17,8 @@ from grape_service.config.methods import SelectConfig
 from grape_service.json_types import JsonObject
 from grape_service.report.facts import ExampleChoice
 from grape_service.rows.columns import LOSS_TOKEN
+from grape_service.rows.keys import partition_of
 from grape_service.rows.messages import shown_content
-from grape_service.rows.partitions import partition_of
 from grape_service.rows.prefill import prefill_of
 from grape_service.rows.ragged import list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.rows.statistics import LOGPROB

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grape_service.display import short
 from grape_service.errors import UserError
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.release.candidates import ScoredPool, open_scored_pool
 from grape_service.release.load import Release
 from grape_service.release.some_rows import is_prompt
@@ -19,7 +19,7 @@ from grape_service.report.examples import (
     reason_of,
     release_rows,
 )
-from grape_service.rows.partitions import partition_of
+from grape_service.rows.keys import partition_of
 from grape_service.storage.parquet import read_tables
 
 ALL_TOKENS = 1 << 40

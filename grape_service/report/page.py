@@ -16,7 +16,7 @@ from grape_service.config.methods import SelectConfig
 from grape_service.display import cut, in_order, short, visible
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.release.candidates import open_scored_pool
 from grape_service.release.changes import since_of
 from grape_service.release.load import Release

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from grape_service.report.examples import EXAMPLE_KINDS
 from grape_service.report.facts import ExampleChoice
 from grape_service.rows.columns import NO_SOURCE
-from grape_service.rows.partitions import prompt_order
+from grape_service.rows.keys import prompt_order
 from grape_service.rows.ragged import Int64s
 
 MAX_SOURCES = 12

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from grape_service.prepare.reduce import shard_path
+from grape_service.prepare.reduce import ShardPaths, shard_path, shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import ShardPaths, shard_paths
 from grape_service.rows.ragged import list_offsets_and_values
 from grape_service.storage.parquet import array_of, write_parquet
 from grape_service.storage.storage import Storage

@@ -23,9 +23,8 @@ from grape_service.json_types import JsonObject
 from grape_service.rows.columns import SCORE_FIELDS, STOPPED
 from grape_service.rows.ragged import Int64s, gather_rows, list_array, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.statistics import LOGPROB, ordered
-from grape_service.score.key_index import KeyIndex, RowKeys
 from grape_service.score.store import METADATA_KEY, STOPPED_SUFFIX, ScoreStore
-from grape_service.score.tables import ScoreTable
+from grape_service.score.tables import KeyIndex, RowKeys, ScoreTable
 from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.parquet import array_of, open_small, write_parquet
 

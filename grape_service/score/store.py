@@ -30,8 +30,7 @@ from grape_service.json_types import JsonObject
 from grape_service.rows.columns import SCORE, SCORE_FIELDS
 from grape_service.rows.ragged import Int64s, list_array
 from grape_service.rows.statistics import LOGPROB, ordered
-from grape_service.score.key_index import KeyIndex, RowKeys
-from grape_service.score.tables import Collector, Found, ScoreTable
+from grape_service.score.tables import Collector, Found, KeyIndex, RowKeys, ScoreTable
 from grape_service.storage.concurrent_map import concurrent_map
 from grape_service.storage.parquet import open_parquet, open_small, write_parquet
 from grape_service.storage.storage import Storage

@@ -14,13 +14,12 @@ from grape_service.models.vocabulary import Vocabulary
 from grape_service.rows.columns import (
     LOSS_TOKEN,
 )
-from grape_service.rows.partitions import is_drawn
+from grape_service.rows.keys import is_drawn
 from grape_service.rows.ragged import Int64s, list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.rows.statistics import LOGPROB
 from grape_service.rows.steps import steps_of_rows
-from grape_service.score.key_index import KeyIndex
 from grape_service.score.stopped import Stopped
-from grape_service.score.tables import ScoreTable
+from grape_service.score.tables import KeyIndex, ScoreTable
 from grape_service.select.choose import Candidates, Detail, random_keys
 from grape_service.select.counts import SelectCounts
 from grape_service.select.limits import prompt_limits

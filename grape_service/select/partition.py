@@ -30,10 +30,9 @@ from grape_service.rows.prefill import prefills_of
 from grape_service.rows.ragged import list_array, list_offsets_and_values, offsets_from_lengths
 from grape_service.rows.spans import are_told_by_tokens
 from grape_service.rows.statistics import LOGPROB
-from grape_service.score.key_index import KeyIndex, RowKeys
 from grape_service.score.stopped import Stopped, read_stopped
 from grape_service.score.store import ScoreStore
-from grape_service.score.tables import ScoreTable
+from grape_service.score.tables import KeyIndex, RowKeys, ScoreTable
 from grape_service.score.windows import WINDOW_READS
 from grape_service.select.candidate_reader import CandidateReader
 from grape_service.select.choose import KEPT, LEFT_OUT_REASONS, Candidates, Choice, choose, without

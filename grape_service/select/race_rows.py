@@ -13,7 +13,7 @@ from grape_service.errors import StageError
 from grape_service.methods import SELECT
 from grape_service.methods.base import Float64s, SelectMethod
 from grape_service.rows.columns import LOSS_TOKEN
-from grape_service.rows.partitions import is_drawn
+from grape_service.rows.keys import is_drawn
 from grape_service.rows.ragged import Int64s, gather_rows, list_offsets_and_values, offsets_from_lengths, segment_sums
 from grape_service.rows.statistics import LOGPROB, ordered
 from grape_service.score.stopped import Limits, Stopped

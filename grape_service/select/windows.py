@@ -14,9 +14,8 @@ from grape_service.methods.base import Window
 from grape_service.models.vocabulary import Vocabulary
 from grape_service.rows.ragged import Int64s, segment_sums
 from grape_service.rows.steps import is_step_start
-from grape_service.score.key_index import KeyIndex
 from grape_service.score.store import ScoreStore
-from grape_service.score.tables import ScoreTable
+from grape_service.score.tables import KeyIndex, ScoreTable
 from grape_service.score.windows import windows_of
 from grape_service.select.steps import token_steps
 

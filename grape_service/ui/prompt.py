@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from grape_service.display import cut, visible
 from grape_service.errors import StageError, UserError
 from grape_service.models.local_vocabulary import vocabulary_of
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.release.candidates import ScoredPool
 from grape_service.release.load import Release
 from grape_service.report.examples import (
@@ -31,8 +31,8 @@ from grape_service.report.examples import (
     why_kept,
 )
 from grape_service.rows.candidate import Message, Row
+from grape_service.rows.keys import partition_of
 from grape_service.rows.messages import shown_content
-from grape_service.rows.partitions import partition_of
 from grape_service.ui.folder import Folder
 
 MAX_TOKENS = 4096

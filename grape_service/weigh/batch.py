@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from grape_service.config.methods import WeightsConfig
 from grape_service.errors import UserError
-from grape_service.methods.base import TokenWeights
+from grape_service.methods.base import TokenWeights, clipped_weights
 from grape_service.methods.weights.pear import log_ratios
 from grape_service.rows.columns import BEHAVIOR_KNOWN, LOSS_TURN_END
 from grape_service.rows.method_batch import MethodBatch
@@ -155,3 +156,26 @@ def lists_of(offsets: Int64s, values: npt.NDArray[Any], valid: npt.NDArray[np.bo
     return pa.ListArray.from_arrays(
         pa.array(offsets_from_lengths(lengths).astype(np.int32)), pa.array(values), mask=pa.array(~valid)
     )
+
+
+def token_weights(batch: MethodBatch, config: WeightsConfig) -> TokenWeights:
+    """Weights of the batch's tokens by a method that needs no behavior; `normalize: dataset` is left to the caller.
+
+    Raises UserError where a user's own function gives no weights.
+    """
+    if len(batch) == 0:
+        return clipped_weights(np.zeros(0), batch.offsets, config)
+    own = config.own
+    if own is not None:
+        with np.errstate(divide="ignore"):
+            return clipped_weights(np.log(own(batch)), batch.offsets, config)
+    assert config.ours is not None
+    assert config.ours.log_weights is not None, f"{config.method} compares two policies"
+    return clipped_weights(config.ours.log_weights(batch, config), batch.offsets, config)
+
+
+def compared_weights(ratios: npt.NDArray[np.float64], offsets: Int64s, config: WeightsConfig) -> TokenWeights:
+    """Weights of responses from log ratios [L] of target and behavior, by a method that compares the two."""
+    assert config.ours is not None
+    assert config.ours.compare is not None, f"{config.method} compares no policies"
+    return config.ours.compare(ratios, offsets, config)

@@ -14,9 +14,8 @@ from grape_service.errors import StageError
 from grape_service.rows.columns import BEHAVIOR_ROW_COLUMNS, NO_SOURCE
 from grape_service.rows.keys import candidate_keys
 from grape_service.rows.ragged import Int64s, gather_rows, list_offsets_and_values, segment_sums
-from grape_service.score.key_index import KeyIndex
 from grape_service.score.store import ScoreStore
-from grape_service.score.tables import ScoreTable
+from grape_service.score.tables import KeyIndex, ScoreTable
 from grape_service.storage.parquet import array_of, read_row_groups
 from grape_service.storage.storage import Storage
 from grape_service.weigh.align import NOT_COMPARED, one_to_one, shared_logprobs

@@ -32,7 +32,7 @@ from grape_service.rows.statistics import LOGPROB
 from grape_service.score.tables import ScoreTable
 from grape_service.storage.parquet import array_of, open_parquet, read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
-from grape_service.weigh.batch import WeighBatch, method_batch
+from grape_service.weigh.batch import WeighBatch, compared_weights, method_batch, token_weights
 from grape_service.weigh.behavior import (
     BEHAVIOR_READS,
     NOT_ASKED,
@@ -50,7 +50,6 @@ from grape_service.weigh.lookup import (
     read_columns,
     read_scores,
 )
-from grape_service.weigh.methods import compared_weights, token_weights
 from grape_service.weigh.totals import WeightTotals, totals_by_group
 
 SAME_LOGPROB = 0.02

@@ -14,7 +14,7 @@ from grape_service.prepare.counts import MapSummary, PartitionCounts, ShardCount
 from grape_service.prepare.finish import finish_prepare
 from grape_service.prepare.groups import GroupCounts
 from grape_service.prepare.plan import PreparePlan
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.report.statistics import SelectStatistics, WeighStatistics
 from grape_service.score.shards import Shards
 from grape_service.select.counts import SelectCounts

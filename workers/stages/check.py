@@ -17,9 +17,8 @@ from grape_service.checks.sources import check_sources
 from grape_service.checks.texts import evaluation_grams
 from grape_service.config.checks import Check, Contamination, Sources, UntrustedTarget
 from grape_service.errors import StageError
-from grape_service.prepare.reduce import shard_path
+from grape_service.prepare.reduce import shard_path, shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
 from grape_service.rows.columns import FINDING, SHARD
 from grape_service.score.shards import Shards

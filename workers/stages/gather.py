@@ -23,8 +23,8 @@ from grape_service.models.tokenizer import load_tokenizer
 from grape_service.pool.contract import group_contracts
 from grape_service.prepare.finish import load_prepared
 from grape_service.prepare.plan import plan_prepare, pool_listing, rendering_of
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.storage.storage import Storage
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run

@@ -25,8 +25,13 @@ from grape_service.render.loading import PromptRenderer, load_same_renderer
 from grape_service.rows.columns import MAPPED
 from grape_service.select.limits import check_keep_column, check_source
 from grape_service.storage.storage import Storage
-from grape_service.weigh.behavior import refuse_unsaid, unsaid_temperature
-from grape_service.weigh.sources import refuse_missing_sources, refuse_unrecorded, unknown_sources
+from grape_service.weigh.behavior import (
+    refuse_missing_sources,
+    refuse_unrecorded,
+    refuse_unsaid,
+    unknown_sources,
+    unsaid_temperature,
+)
 from workers.cluster.ray import num_cores, num_slots
 from workers.cluster.tasks import run_tasks, together
 from workers.run import Run

@@ -16,8 +16,8 @@ from grape_service.errors import StageError, UserError
 from grape_service.estimate.plan import estimate_against_actual
 from grape_service.json_types import JsonObject
 from grape_service.models.files import PolicyFiles
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
 from grape_service.release import tags
 from grape_service.release.changes import ChangeCounts, Part, parts_of, sentence_of, version_before, write_part_changes

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.errors import StageError, UserError
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.progress.reporter import reporter
 from grape_service.report.statistics import SelectStatistics
 from grape_service.report.sums import source_names
 from grape_service.rows.columns import SHARD
-from grape_service.rows.partitions import prompt_order
+from grape_service.rows.keys import prompt_order
 from grape_service.score.stopped import stopped_store
 from grape_service.score.store import ScoreStore
 from grape_service.select.choose import FAILED_CANDIDATE, LEFT_OUT_REASONS

@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 
 from grape_service.config.policy import PolicyConfig
 from grape_service.estimate.eta import winners_stage
-from grape_service.prepare.reduce import shard_path
-from grape_service.prepare.shards import ShardPaths
+from grape_service.prepare.reduce import ShardPaths, shard_path
 from grape_service.progress.reporter import reporter
 from grape_service.report.statistics import WeighStatistics
 from grape_service.rows.columns import SHARD

@@ -14,7 +14,7 @@ import pyarrow as pa
 from grape_service.config.methods import WeightsConfig
 from grape_service.rows.method_batch import MethodBatch
 from grape_service.rows.ragged import Int64s
-from grape_service.weigh.methods import token_weights
+from grape_service.weigh.batch import token_weights
 from grape_service.weigh.pear import log_ratios, pear_weights
 
 Float64s = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from grape_service.estimate.look import chosen_candidates, look_into
 from grape_service.estimate.pool_checks import dry_run, pool_findings
 from grape_service.progress.reporter import Silent, set_reporter
 from grape_service.storage.storage import Storage
-from grape_service.weigh.sources import missing_sources, refuse_missing_sources
+from grape_service.weigh.behavior import missing_sources, refuse_missing_sources
 from tests.prepared_pools import WordRenderer, make_config, prepare, write_jsonl
 
 WEIGHED = {"weights": {"method": "pear"}}

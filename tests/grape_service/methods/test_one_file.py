@@ -35,7 +35,7 @@ import numpy as np, pyarrow as pa
 from grape_service.config.document import config_page
 from grape_service.config.methods import WeightsConfig, weights_settings
 from grape_service.rows.method_batch import MethodBatch
-from grape_service.weigh.methods import token_weights
+from grape_service.weigh.batch import token_weights
 config = WeightsConfig(method="share", share=0.25)
 ids = pa.array(["p"])
 batch = MethodBatch(np.zeros(1, np.int64), ids, ids, np.array([0, 2]), {"logprob": np.log([1.0, 0.5])}, {})

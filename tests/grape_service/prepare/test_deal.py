@@ -10,7 +10,7 @@ import pytest
 
 from grape_service.prepare import plan as planning
 from grape_service.prepare.plan import PIECE_BYTES, PIECES, plan_prepare
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import make_config, prepare, write_jsonl
 

@@ -6,7 +6,7 @@ import pytest
 
 from grape_service.config.loading import parse_config
 from grape_service.errors import UserError
-from grape_service.prepare.early import refuse_mistyped
+from grape_service.prepare.groups import refuse_mistyped
 from tests.prepared_pools import make_config, write_jsonl
 
 OBJECTS = [{"question": "q", "completions": [{"model": "m", "response": f"a {n}", "score": n} for n in range(2)]}] * 5

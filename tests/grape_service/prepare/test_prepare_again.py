@@ -15,8 +15,7 @@ from grape_service.prepare.counts import summarise_map
 from grape_service.prepare.finish import finish_prepare, load_prepared
 from grape_service.prepare.map import map_piece
 from grape_service.prepare.plan import PREPARED, plan_prepare
-from grape_service.prepare.reduce import reduce_partition
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import reduce_partition, shard_paths
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import WordRenderer, all_rows, make_config, prepare, write_jsonl
 

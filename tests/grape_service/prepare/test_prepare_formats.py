@@ -13,11 +13,10 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import RenderConfig
 from grape_service.errors import UserError
 from grape_service.pool.lines import BOM
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.render.loading import load_renderer
 from grape_service.rows.columns import LOSS_TOKEN, SHARD
-from grape_service.rows.keys import row_keys
-from grape_service.rows.partitions import partition_of
+from grape_service.rows.keys import partition_of, row_keys
 from grape_service.rows.ragged import list_offsets_and_values
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import (

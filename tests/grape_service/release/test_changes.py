@@ -26,7 +26,7 @@ from grape_service.release.changes import (
 from grape_service.release.load import load
 from grape_service.release.manifest import FileEntry
 from grape_service.rows.columns import CHANGE_SIDE
-from grape_service.rows.partitions import partition_of
+from grape_service.rows.keys import partition_of
 from grape_service.storage.parquet import read_row_groups, write_parquet
 from grape_service.storage.storage import Storage
 from tests.grape_service.release.made_up import publish_version, rows

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grape_service.config.schema import Config
+from grape_service.prepare.reduce import shard_paths
 from grape_service.prepare.result import PartitionTotals, Prepared
-from grape_service.prepare.shards import shard_paths
 from grape_service.release.claim import claim_version
 from grape_service.release.load import Release, load
 from grape_service.release.manifest import ManifestFields, Parents, PolicyUse

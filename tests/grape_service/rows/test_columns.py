@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import grape_service
 from grape_service.checks.run import CheckContext, CheckPartition, check_partition
 from grape_service.config.checks import ChecksConfig
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.release.rows import final_batches, write_kept_rows
 from grape_service.release.writer import write_part
 from grape_service.rows.columns import (

@@ -3,8 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from grape_service.rows.keys import candidate_id_of, prompt_id_of, row_keys
-from grape_service.rows.partitions import partition_names, partition_of
+from grape_service.rows.keys import candidate_id_of, partition_names, partition_of, prompt_id_of, row_keys
 from grape_service.rows.ragged import offsets_from_lengths
 
 pytestmark = pytest.mark.quick

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from grape_service.errors import StageError
 from grape_service.rows.columns import SCORE
 from grape_service.rows.ragged import offsets_from_lengths
-from grape_service.score.key_index import KeyIndex, key_halves
 from grape_service.score.store import ScoreStore
+from grape_service.score.tables import KeyIndex, key_halves
 from grape_service.storage.parquet import open_parquet
 from grape_service.storage.storage import Storage
 

@@ -13,8 +13,7 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.config.schema import Config, RenderConfig
 from grape_service.models.tokenizer import load_tokenizer
 from grape_service.rows.columns import SHARD
-from grape_service.rows.keys import row_keys
-from grape_service.rows.partitions import is_drawn
+from grape_service.rows.keys import is_drawn, row_keys
 from grape_service.rows.ragged import list_array, offsets_from_lengths
 from grape_service.score.store import ScoreStore
 from grape_service.select.choose import Candidates, Choice

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grape_service.config.methods import WeightsConfig
-from grape_service.weigh.methods import token_weights
+from grape_service.weigh.batch import token_weights
 from tests.grape_service.select.test_methods import batch_of
 
 pytestmark = pytest.mark.quick

@@ -10,8 +10,15 @@ import pytest
 from grape_service.config.loading import parse_config
 from grape_service.config.schema import Config
 from grape_service.errors import UserError
-from grape_service.weigh.behavior import RECORDED, refuse_missing, row_behaviors
-from grape_service.weigh.sources import missing_sources, refuse_missing_sources, refuse_unrecorded, unknown_sources
+from grape_service.weigh.behavior import (
+    RECORDED,
+    missing_sources,
+    refuse_missing,
+    refuse_missing_sources,
+    refuse_unrecorded,
+    row_behaviors,
+    unknown_sources,
+)
 
 PEOPLE = {"human": "none", "gen-a": {"column": "behavior_logprobs"}}
 

@@ -6,7 +6,7 @@ import pytest
 
 from grape_service.config.methods import SelectConfig
 from grape_service.errors import UserError
-from grape_service.prepare.shards import shard_paths
+from grape_service.prepare.reduce import shard_paths
 from grape_service.score.shards import Shards
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import make_config, prepare, write_jsonl
