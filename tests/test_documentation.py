@@ -23,6 +23,14 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     assert missing == []
 
 
+def test_every_module_that_is_named_exists() -> None:
+    folders = ("grape_service", "workers", "flows", "tests", "benchmarks", "examples")
+    there = ["/" + path.relative_to(ROOT).as_posix() for name in folders for path in (ROOT / name).rglob("*.py")]
+    for page in PAGES:
+        for name in re.findall(r"`([a-z0-9_/]+\.py)`", page.read_text()):
+            assert any(path.endswith("/" + name) for path in there), f"{page.name}: {name}"
+
+
 def test_every_command_that_is_named_exists() -> None:
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     groups = {group.name: group.typer_instance for group in app.registered_groups}
