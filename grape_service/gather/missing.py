@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from grape_service.config.gather import GatherConfig, SamplingConfig, VerifyConfig
 from grape_service.gather.candidates import asked_of
-from grape_service.gather.samples import SampleStore, prompt_keys, sample_key, sampler_id, verify_id
+from grape_service.gather.samples import SampleStore, StoredSample, prompt_keys, sample_key, sampler_id, verify_id
 from grape_service.gather.verdicts import verifier_name
 from grape_service.rows.columns import SHARD
 from grape_service.rows.counts import Counts
@@ -44,7 +43,7 @@ def sampling_of(gather: GatherConfig, name: str, policy_id: str, stop_ids: Itera
 class KnownSamples:
     """The samples of a prompt that there are, and their verdicts."""
 
-    def __init__(self, known: Iterable[dict[str, Any] | None]):
+    def __init__(self, known: Iterable[StoredSample | None]):
         self.samples = {number: sample for number, sample in enumerate(known) if sample is not None}
         self.verdicts = {number: sample["verdict"] for number, sample in self.samples.items()}
 

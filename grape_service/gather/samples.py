@@ -13,10 +13,11 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Required, TypedDict, cast
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,7 +26,6 @@ from grape_service.config.gather import SamplingConfig, VerifyConfig
 from grape_service.errors import StageError
 from grape_service.json_types import JsonObject
 from grape_service.keys import digest_of, settings_of
-from grape_service.rows.candidate import Row
 from grape_service.rows.columns import SAMPLE
 from grape_service.score.store import METADATA_KEY, ScoreStore
 from grape_service.score.tables import KeyIndex
@@ -58,6 +58,25 @@ def seed_of(sampler: str, key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(sampler.encode() + b"|" + key).digest()[:8], "big") >> 1
 
 
+class StoredSample(TypedDict, total=False):
+    """A sample as it is stored, and what its file says of all in it: columns of SAMPLE, and those of `write`."""
+
+    sample_key: Required[bytes]
+    prompt_id: Required[str]
+    number: Required[int]
+    seed: int
+    ids: Sequence[int] | npt.NDArray[np.int32]
+    num_tokens: int  # in the place of ids
+    logprobs: Sequence[float] | npt.NDArray[np.float32]
+    finish_reason: str
+    verdict: Required[str | None]
+    verdict_reason: str | None
+    asked: str | None  # names the question of the verdict
+    made_by: JsonObject
+    verifier: str
+    verify_id: str
+
+
 class SampleStore:
     """The samples of one sampler."""
 
@@ -67,7 +86,7 @@ class SampleStore:
 
     def read(
         self, partition: str, keys: Iterable[bytes], lengths_only: bool = False, shard: str | None = None
-    ) -> list[dict[str, Any] | None]:
+    ) -> list[StoredSample | None]:
         """The sample of each key, with `verify_id` and `asked` of its verdict and the `made_by` of its file; None where
         none is.
 
@@ -76,7 +95,7 @@ class SampleStore:
         """
         wanted = pa.array(list(keys), pa.binary(16))
         index = KeyIndex(wanted)
-        found: list[dict[str, Any] | None] = [None] * index.num_unique
+        found: list[StoredSample | None] = [None] * index.num_unique
         for path in self._files.partition_files(partition):
             if shard is not None and f"-{_name_of(shard)}-" not in path.rsplit("/", 1)[-1]:
                 continue
@@ -96,10 +115,10 @@ class SampleStore:
             places = index.places(table["sample_key"])
             rows = [row for row in np.flatnonzero(places >= 0).tolist() if found[places[row]] is None]
             for row, value in zip(rows, table.take(pa.array(rows, pa.int64())).to_pylist(), strict=True):
-                found[places[row]] = {**value, **known, "asked": asked.get(value["prompt_id"])}
+                found[places[row]] = cast(StoredSample, value | known | {"asked": asked.get(value["prompt_id"])})
         return [found[place] for place in index.inverse.tolist()]
 
-    def write(self, partition: str, samples: list[Row], shard: str, metadata: JsonObject) -> None:
+    def write(self, partition: str, samples: list[StoredSample], shard: str, metadata: JsonObject) -> None:
         """Store samples as a new file; `metadata` has what all of them share: `made_by`, `verify_id`, `verifier`.
 
         A sample that was judged has `asked`, which names the question: see `candidates.asked_of`."""

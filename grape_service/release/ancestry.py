@@ -9,14 +9,13 @@ import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from grape_service.errors import UserError
 from grape_service.json_types import JsonObject
-from grape_service.models.whole import MARKER
+from grape_service.models.whole import MARKER, CheckpointFacts
 from grape_service.release.catalog import list_datasets, read_catalog
 from grape_service.release.lineage import Node, short_lineage, trained_version, training_runs
 from grape_service.release.load import Release, load
@@ -33,10 +32,10 @@ SETTINGS = ("epochs", "learning_rate", "loss")
 """What is told of a training's settings: the checkpoint's marker has all of them."""
 
 
-def facts_of(checkpoint: str, options: StorageOptions) -> dict[str, Any] | None:
+def facts_of(checkpoint: str, options: StorageOptions) -> CheckpointFacts | None:
     """What a checkpoint folder says it was made from: stage, dataset, model, steps; None where it says nothing."""
     try:
-        facts = Storage(checkpoint, options).read_json(MARKER)
+        facts: CheckpointFacts = Storage(checkpoint, options).read_json(MARKER)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return facts if isinstance(facts, dict) and isinstance(facts.get("dataset"), str) else None
@@ -67,12 +66,12 @@ def _says_nothing(checkpoint: str) -> UserError:
     )
 
 
-def ancestors(checkpoint: str, options: StorageOptions) -> list[tuple[str, dict[str, Any]]]:
+def ancestors(checkpoint: str, options: StorageOptions) -> list[tuple[str, CheckpointFacts]]:
     """A checkpoint and those that it was trained from, newest first, each with its facts.
 
     Raises UserError for a folder that is not a checkpoint of our trainers.
     """
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: list[tuple[str, CheckpointFacts]] = []
     place = checkpoint.rstrip("/")
     while len(found) < MAX_DEPTH and place not in [known for known, _ in found]:
         facts = facts_of(place, options)
@@ -105,7 +104,7 @@ def lineage_of_checkpoint(checkpoint: str, options: StorageOptions) -> Node:
     return node
 
 
-def _words(facts: dict[str, Any], options: StorageOptions) -> str:
+def _words(facts: CheckpointFacts, options: StorageOptions) -> str:
     dataset = parse_reference(facts["dataset"])
     found = round_of_run(all_rounds(dataset.storage(options), dataset.name), facts.get("run"))
     counts = [f"{facts[name]:,} {name}" for name in ("rows", "prompts", "steps") if isinstance(facts.get(name), int)]

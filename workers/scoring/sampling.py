@@ -14,9 +14,11 @@ from grape_service.config.policy import PolicyConfig
 from grape_service.errors import StageError
 from grape_service.gather.candidates import asked_of, question_of
 from grape_service.gather.missing import KnownSamples, Sampling
-from grape_service.gather.samples import SampleStore, prompt_keys, sample_key, seed_of, verify_id
+from grape_service.gather.samples import SampleStore, StoredSample, prompt_keys, sample_key, seed_of, verify_id
 from grape_service.gather.verdicts import Question, Verdict, Verifier
+from grape_service.json_types import JsonObject
 from grape_service.models.tokenizer import load_tokenizer, text_behind
+from grape_service.rows.candidate import Row
 from grape_service.rows.columns import SHARD
 from grape_service.rows.prefill import prefills_of
 from grape_service.storage.parquet import open_small
@@ -130,7 +132,7 @@ class SamplingActor(ScoringActor):
             stack.pop_all()
         self.idle_verifiers.append(verifier)
 
-    def _judge_known(self, prompts: list[_Prompt], others: list[dict[str, Any]], verifier: Verifier | None) -> None:
+    def _judge_known(self, prompts: list[_Prompt], others: list[Row], verifier: Verifier | None) -> None:
         """Verdicts of stored samples that another verifier judged, or none: they decide what else is sampled."""
         if verifier is None or self.sampling.right is None:
             return
@@ -149,7 +151,7 @@ class SamplingActor(ScoringActor):
         samples: list[Sample],
         others: Any,
         verifier: Verifier | None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[StoredSample]:
         rows = others.to_pylist()
         questions = [
             self._question(prompts[place], sample.ids, rows[place])
@@ -164,7 +166,7 @@ class SamplingActor(ScoringActor):
         for (place, number), sample, verdict in zip(asked, samples, verdicts, strict=True):
             prompt = prompts[place]
             key = sample_key(prompt.key, number)
-            value = {
+            value: StoredSample = {
                 "sample_key": key,
                 "prompt_id": prompt.prompt_id,
                 "number": number,
@@ -181,11 +183,11 @@ class SamplingActor(ScoringActor):
             sampled.append(value)
         return sampled
 
-    def _question(self, prompt: _Prompt, ids: Any, row: dict[str, Any]) -> Question:
+    def _question(self, prompt: _Prompt, ids: Any, row: Row) -> Question:
         text = response_text(self.tokenizer, ids, self.sampling.stop_ids, prompt.ids if prompt.prefill else ())
         return question_of((prompt.prefill or "") + text, row, self.sampling.verify)
 
-    def _metadata(self, verifier: Verifier | None) -> dict[str, Any]:
+    def _metadata(self, verifier: Verifier | None) -> JsonObject:
         made_by = asdict(replace(self.engine.description, extra={}))
         del made_by["extra"]
         if verifier is None:
@@ -198,7 +200,7 @@ class _Prompt(KnownSamples):
     """A prompt of a unit, and the samples of it that there are."""
 
     def __init__(
-        self, key: bytes, prompt_id: str, ids: list[int], prefill: str | None, known: list[dict[str, Any] | None]
+        self, key: bytes, prompt_id: str, ids: list[int], prefill: str | None, known: list[StoredSample | None]
     ):
         super().__init__(known)
         self.prefill = prefill
