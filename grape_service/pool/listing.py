@@ -143,9 +143,12 @@ def _entries(fs: fsspec.AbstractFileSystem, path: str, url: str, local: bool) ->
         return list({entry.name: entry for entry in found}.values()), False
     try:
         info = fs.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if local and os.path.islink(path):
             raise _broken(path) from None
+        if url.startswith("http") and error.__cause__ is not None:  # fsspec says the same of a server that is away
+            why = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            raise UserError(f"pool.path '{url}' is not there or cannot be reached ({why})") from None
         raise UserError(f"pool.path '{url}' does not exist{_near(path) if local else ''}") from None
     if local:
         if os.path.isfile(path):

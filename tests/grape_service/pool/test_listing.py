@@ -8,6 +8,7 @@ from grape_service.errors import UserError
 from grape_service.pool.listing import list_files, list_pool, passed_over_text
 from grape_service.storage.storage import Storage
 from tests.prepared_pools import all_rows, make_config, prepare, write_jsonl
+from tests.ray_cluster import free_port
 
 pytestmark = pytest.mark.quick
 
@@ -46,6 +47,12 @@ def test_links_to_files_and_folders_are_read_as_in_a_hub_snapshot(tmp_path):
             UserError, match=r"linked\.jsonl' is a link to '\.\./\.\./blobs/gone', which does not exist"
         ):
             list_pool(make_config(path))
+
+
+def test_a_web_server_that_is_away_is_not_a_pool_that_does_not_exist():
+    url = f"http://127.0.0.1:{free_port()}/pool.jsonl"
+    with pytest.raises(UserError, match=rf"pool.path '{url}' is not there or cannot be reached \(.*Cannot connect"):
+        list_files(url, {})
 
 
 def test_what_is_no_data_is_passed_over_with_its_reason(tmp_path):
