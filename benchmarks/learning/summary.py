@@ -32,11 +32,12 @@ class Estimate:
     half_width: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Estimate:
+    def of(cls, values: list[float], resolution: float = RESOLUTION) -> Estimate:
+        """Of a value for each seed."""
         number = len(values)
         if number < 2:
             return cls(values[0] if values else math.nan, math.nan)
-        return cls(statistics.fmean(values), T_975.get(number, 2.0) * standard_error(values))
+        return cls(statistics.fmean(values), T_975.get(number, 2.0) * standard_error(values, resolution))
 
     def __str__(self) -> str:
         interval = "" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}"
@@ -60,11 +61,12 @@ class Comparison:
     other: str
     stage: str
     differences: tuple[float, ...]
+    resolution: float = RESOLUTION  # one problem of the test
 
     @property
     def estimate(self) -> Estimate:
         """Mean difference and its 95% interval."""
-        return Estimate.of(list(self.differences))
+        return Estimate.of(list(self.differences), self.resolution)
 
     @property
     def p(self) -> float:
@@ -73,12 +75,12 @@ class Comparison:
         if number < 2:
             return 1.0
         mean = statistics.fmean(self.differences)
-        return two_sided_p(mean / standard_error(list(self.differences)), number - 1)
+        return two_sided_p(mean / standard_error(list(self.differences), self.resolution), number - 1)
 
 
-def standard_error(values: list[float]) -> float:
-    """Of the mean of two values or more."""
-    return max(statistics.stdev(values), RESOLUTION) / len(values) ** 0.5
+def standard_error(values: list[float], resolution: float) -> float:
+    """Of the mean of two values or more, whose standard deviation is taken to be `resolution` at the least."""
+    return max(statistics.stdev(values), resolution) / len(values) ** 0.5
 
 
 def two_sided_p(t: float, degrees: int) -> float:

@@ -224,7 +224,7 @@ def test_only_whole_seeds_are_compared() -> None:
     text = summary.tables([], [], results)
     # By hand: accuracy of 0.3 at step 0 and 1 and 0.5 at step 2 has an area of (0.3 + 0.4) / 2.
     assert summary.area("same")(made_result("uniform", 1, 0.3)) == pytest.approx(0.35)
-    assert "| token - uniform | +1.0" in text
+    assert "| token - uniform | +1.0 ± 4.5 | **+1.0 ± 4.5** |" in text  # 12.706 * 0.005 / sqrt(2): one test problem
     assert "| sequence - uniform | +2.0" in text
     # Held-out losses of 0.9 and 0.8.
     assert "| uniform | 0.85 | 1 | 0.5 | 0.125 | 0.3 | 0.1 | +0.250 | 0.3 | 0.1 | +0.250 |" in text
@@ -243,6 +243,7 @@ def test_rank_correlation_is_spearmans() -> None:
 def test_the_plan_has_the_arms_and_seeds_of_the_table() -> None:
     assert tuple(arm.name for arm in ARMS) == summary.ARM_NAMES
     assert len(PLAN.seeds) == summary.PLANNED_SEEDS
+    assert summary.RESOLUTION * PLAN.test_problems == 1
 
 
 def test_the_page_has_the_tables_of_the_published_results(tmp_path: Path) -> None:
